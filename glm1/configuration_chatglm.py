@@ -1,0 +1,39 @@
+"""Configuration of ChatGLM-6B; keys and defaults are those of the released config.json (vocabulary of v1.1)."""
+
+from glm_common.configuration import ChatGLMConfigBase
+
+
+class ChatGLMConfig(ChatGLMConfigBase):
+    """Settings of ChatGLM-6B. `pre_seq_len` (tokens; None is off) and `prefix_projection` add a prefix encoder."""
+
+    attribute_map = {"num_hidden_layers": "num_layers"}
+    fixed_values = {"position_encoding_2d": True}
+
+    num_layers: int = 28
+    vocab_size: int = 130528
+    hidden_size: int = 4096
+    num_attention_heads: int = 32
+    inner_hidden_size: int = 16384
+    max_sequence_length: int = 2048
+    layernorm_epsilon: float = 1e-5
+    position_encoding_2d: bool = True
+    bos_token_id: int = 130004
+    eos_token_id: int = 130005
+    pad_token_id: int = 3
+    mask_token_id: int = 130000
+    gmask_token_id: int = 130001
+    # Released config.json does not mention it: the output layer is the word embedding.
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.vocab_size == 150528:
+            raise ValueError(
+                "config.json: vocab_size = 150528: this is ChatGLM-6B v1.0, whose ids are shifted by 20000 image"
+                " tokens: use the release of 2023-04-06 or later (v1.1, vocab_size 130528)"
+            )
+
+    @property
+    def head_dim(self):
+        """Size of one attention head."""
+        return self.hidden_size // self.num_attention_heads

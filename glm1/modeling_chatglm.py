@@ -1,0 +1,225 @@
+"""ChatGLM-6B: a prefix language model with two-dimensional rotary positions (released weights, THUDM/chatglm-6b).
+
+Shapes: B batch, L tokens, H hidden size, N heads, D head size (H / N), V vocabulary, P prefix length.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from glm1.configuration_chatglm import ChatGLMConfig
+from glm_common.attention import attend, visible_mask
+from glm_common.modeling import ChatGLMBackbone, ChatGLMCausalLM
+from glm_common.prefix import PrefixEncoder
+
+
+def rotary_angles(positions, rotary_size, dtype):
+    """cos and sin (B, 1, L, rotary_size) for positions (B, L), rounded to float16 at every step.
+
+    The weights were trained with frequencies, angles, cos and sin in float16 and the released code still computes
+    them so; exact angles give other logits on long rows. Hence the rounding for every dtype of the model.
+    """
+    exponents = torch.arange(0, rotary_size, 2, device=positions.device, dtype=torch.float32) / rotary_size
+    inv_freq = (1.0 / 10000**exponents).half().float()
+    angles = (positions[..., None].half().float() * inv_freq).half().float()
+    angles = torch.cat((angles, angles), dim=-1)[:, None]
+    return angles.cos().half().to(dtype), angles.sin().half().to(dtype)
+
+
+def rotate(x, cos, sin):
+    """Rotate the first half of the channels of x (B, N, L, 2R) with its second half; cos and sin (B, 1, L, 2R)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Multi-head attention; the fused projection is interleaved per head: (N, 3 D) -> q, k, v."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_heads = config.num_attention_heads
+        self.head_size = config.head_dim
+        self.num_key_value_groups = 1
+        self.scaling = self.head_size**-0.5
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states, mask, cos0, sin0, cos1, sin1, prefix_key, prefix_value, past_key_values=None):
+        batch, length, _ = hidden_states.shape
+        fused = self.query_key_value(hidden_states).view(batch, length, self.num_heads, 3 * self.head_size)
+        query, key, value = fused.transpose(1, 2).chunk(3, dim=-1)  # B N L D
+        query, key = (
+            torch.cat((rotate(first, cos0, sin0), rotate(second, cos1, sin1)), dim=-1)
+            for first, second in (query.chunk(2, dim=-1), key.chunk(2, dim=-1))
+        )
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        if prefix_key is not None:
+            key = torch.cat((prefix_key, key), dim=2)
+            value = torch.cat((prefix_value, value), dim=2)
+        return self.dense(attend(self, query, key, value, mask))
+
+
+class MLP(nn.Module):
+    """Two linear layers with GELU (tanh approximation)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.inner_hidden_size)
+        self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states):
+        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden_states), approximate="tanh"))
+
+
+class GLMBlock(GradientCheckpointingLayer):
+    """n1 = LN(x), x = a n1 + attention(n1), n2 = LN(x), x = a n2 + mlp(n2), with a = sqrt(2 num_layers).
+
+    The residual takes the normalised value, not x.
+    """
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.alpha = math.sqrt(2 * config.num_layers)
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.attention = Attention(config, layer_idx)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, hidden_states, mask, *rotary_and_prefix, past_key_values=None):
+        normed = self.input_layernorm(hidden_states)
+        attended = self.attention(normed, mask, *rotary_and_prefix, past_key_values=past_key_values)
+        hidden_states = normed * self.alpha + attended
+        normed = self.post_attention_layernorm(hidden_states)
+        return normed * self.alpha + self.mlp(normed)
+
+
+class ChatGLMModel(ChatGLMBackbone):
+    """Word embedding, blocks and final norm; works out the prefix mask and both rows of positions itself."""
+
+    config_class = ChatGLMConfig
+    _no_split_modules = ["GLMBlock"]
+    norm_last_hidden_state = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(GLMBlock(config, i) for i in range(config.num_layers))
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.prefix_encoder = None
+        if config.pre_seq_len:
+            self.prefix_encoder = PrefixEncoder(
+                config.pre_seq_len,
+                config.num_layers,
+                config.num_attention_heads,
+                config.head_dim,
+                projection=config.prefix_projection,
+                embedding_size=config.hidden_size,
+                hidden_size=config.hidden_size,
+            )
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.word_embeddings
+
+    def set_input_embeddings(self, value):
+        self.word_embeddings = value
+
+    def prompt_layout(self, input_ids, attention_mask):
+        """Per row (B,): index of the first `<sop>` (all tokens are context without one), index of its mask, left padding.
+
+        The mask is `[gMASK]`, or `[MASK]` where there is no gMASK.
+        """
+        length = input_ids.shape[1]
+        index = torch.arange(length, device=input_ids.device)
+
+        def first(token_id, default):
+            found = torch.where(input_ids == token_id, index, length).amin(dim=1)
+            return torch.where(found < length, found, default)
+
+        context = first(self.config.bos_token_id, torch.full_like(input_ids[:, 0], length))
+        mask = first(self.config.gmask_token_id, first(self.config.mask_token_id, (context - 1).clamp(min=0)))
+        padding = torch.zeros_like(context)
+        if attention_mask is not None and attention_mask.dim() == 2:
+            padding = (attention_mask[:, :length].long().cumsum(dim=1) == 0).sum(dim=1)
+        return context, mask, padding
+
+    def position_rows(self, layout, start, stop, device):
+        """Positions (B, 2, stop - start) of the tokens start..stop.
+
+        Row 0: 0, 1, ... before `<sop>`, the index of the mask from there on; row 1: 0 before `<sop>`, then
+        1, 2, 3, ... Left padding does not count.
+        """
+        context, mask, padding = (x[:, None] for x in layout)
+        index = torch.arange(start, stop, device=device)[None]
+        row0 = torch.where(index < context, (index - padding).clamp(min=0), mask - padding)
+        row1 = (index - context + 1).clamp(min=0)
+        return torch.stack((row0, row1), dim=1)
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        output_hidden_states=False,
+    ):
+        """input_ids (B, L); position_ids (B, 2, L) or None; a cache remembers the rows' prompt layout."""
+        if input_ids is None:
+            raise ValueError("ChatGLM-6B needs input_ids: its mask and positions follow from [gMASK] and <sop>")
+        batch, length = input_ids.shape
+        num_past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if num_past:
+            layout = past_key_values.prompt_layout
+        else:
+            layout = self.prompt_layout(input_ids, attention_mask)
+            if past_key_values is not None:
+                past_key_values.prompt_layout = layout
+        if position_ids is None:
+            position_ids = self.position_rows(layout, num_past, num_past + length, input_ids.device)
+        hidden_states = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+
+        prefix = self.prefix_keys_values(batch, past_key_values, hidden_states.dtype)
+        mask = None
+        if attention_mask is not None or length > 1:
+            num_prefix = 0 if prefix is None else prefix.shape[3]
+            mask = visible_mask(length, num_past, num_prefix, attention_mask, layout[0], input_ids.device)
+        rotary_size = self.config.head_dim // 2
+        rotary = [
+            table for row in (0, 1) for table in rotary_angles(position_ids[:, row], rotary_size, hidden_states.dtype)
+        ]
+        return self.run_layers(
+            self.layers, self.final_layernorm, hidden_states, mask, rotary, prefix, past_key_values, output_hidden_states
+        )
+
+
+class ChatGLMForConditionalGeneration(ChatGLMCausalLM):
+    """ChatGLM-6B with its output layer, which is the word embedding."""
+
+    config_class = ChatGLMConfig
+    _no_split_modules = ["GLMBlock"]
+    _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.transformer = ChatGLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, value):
+        self.lm_head = value
+
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        """The stock positions are one row of plain counts; ours follow from the prompt, so they are dropped."""
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        inputs.pop("position_ids", None)
+        return inputs

@@ -1,0 +1,48 @@
+"""Prompt of ChatGLM-6B, for training and prediction alike: text `[gMASK] <sop>` answer `<eop>`."""
+
+import re
+
+RESERVED = 3  # ids of a row that are neither source nor answer: [gMASK] <sop> <eop>
+SUPERVISED_PROMPT_IDS = 1  # the row is trained from <sop> on
+PROMPT_TAIL = "\n答："
+
+
+def query_text(query, history=()):
+    """One turn is `[Round 1]` as in the training rows; several are counted from 0, as the released chat does.
+
+    history: earlier (query, answer) pairs.
+    """
+    if not history:
+        return f"[Round 1]\n问：{query}{PROMPT_TAIL}"
+    turns = "".join(f"[Round {i}]\n问：{q}\n答：{a}\n" for i, (q, a) in enumerate(history))
+    return f"{turns}[Round {len(history)}]\n问：{query}{PROMPT_TAIL}"
+
+
+def encode_prompt(tokenizer, query, history=(), max_src_len=None):
+    """(ids of the generation prompt, number of source ids cut away); the tail that closes the prompt stays."""
+    ids = tokenizer.encode_text(query_text(query, history))
+    num_cut = 0
+    if max_src_len is not None and len(ids) > max_src_len:
+        tail = len(tokenizer.encode_text("x" + PROMPT_TAIL)) - len(tokenizer.encode_text("x"))
+        num_cut = len(ids) - max_src_len
+        ids = ids[: max_src_len - tail] + ids[-tail:]
+    return ids + [tokenizer.get_command("[gMASK]"), tokenizer.get_command("<sop>")], num_cut
+
+
+def encode_answer(tokenizer, answer):
+    """Ids of the answer text, without its end."""
+    return tokenizer.encode_text(answer)
+
+
+def stop_ids(tokenizer):
+    """Ids that end an answer; the first one closes training rows."""
+    return [tokenizer.get_command("<eop>")]
+
+
+def clean_response(text):
+    """What the released chat does to decoded text: full-width punctuation next to Chinese characters comes back."""
+    text = text.strip().replace("[[训练时间]]", "2023年")
+    for ascii_mark, full_width in (",，", "!！", ":：", ";；", "?？"):
+        text = re.sub(rf"([\u4e00-\u9fff])\{ascii_mark}", rf"\1{full_width}", text)
+        text = re.sub(rf"\{ascii_mark}([\u4e00-\u9fff])", rf"{full_width}\1", text)
+    return text

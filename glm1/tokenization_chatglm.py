@@ -1,0 +1,67 @@
+"""Tokenizer of ChatGLM-6B (`ice_text.model`): white space has its own pieces, special ids are appended."""
+
+import re
+import unicodedata
+
+from glm_common.tokenization import SentencePieceTokenizer
+
+MAX_BLANKS = 80  # longest run of spaces with a piece of its own
+BLANKS = re.compile(f" {{2,{MAX_BLANKS}}}")
+WHITE_SPACE = {"<n>": "\n", "<|tab|>": "\t"} | {f"<|blank_{k}|>": " " * k for k in range(2, MAX_BLANKS + 1)}
+MARKERS = re.compile(r"\[[gs]?MASK\]|<(sop|eop|ENC|dBLOCK|pad|unused_\d+)>")
+
+
+class ChatGLMTokenizer(SentencePieceTokenizer):
+    """Text + `[gMASK] <sop>`; the model file normalises with NFKC, so full-width punctuation becomes ASCII."""
+
+    vocab_files_names = {"vocab_file": "ice_text.model"}
+
+    def __init__(
+        self,
+        vocab_file,
+        bos_token="<sop>",
+        eos_token="<eop>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        gmask_token="[gMASK]",
+        mask_token="[MASK]",
+        num_image_tokens=0,
+        **kwargs,
+    ):
+        if num_image_tokens:
+            raise ValueError(
+                f"tokenizer_config.json: num_image_tokens = {num_image_tokens}: this is the v1.0 vocabulary of"
+                " ChatGLM-6B, whose ids are shifted: use the release of 2023-04-06 or later (v1.1)"
+            )
+        super().__init__(
+            vocab_file,
+            bos_token=bos_token,
+            eos_token=eos_token,
+            pad_token=pad_token,
+            unk_token=unk_token,
+            gmask_token=gmask_token,
+            mask_token=mask_token,
+            num_image_tokens=num_image_tokens,
+            **kwargs,
+        )
+
+    def is_control_piece(self, token_id):
+        """Also markers that a file keeps as ordinary pieces, and the pieces that stand for white space."""
+        piece = self.sp_model.id_to_piece(token_id)
+        return super().is_control_piece(token_id) or bool(MARKERS.fullmatch(piece) or piece in WHITE_SPACE)
+
+    def normalise(self, text):
+        return unicodedata.normalize("NFKC", text)
+
+    def encode_plain(self, text, reader):
+        """Newline to `<n>`, tab to `<|tab|>`, runs of 2 to 80 spaces to `<|blank_k|>`, the longest first."""
+        text = text.replace("\n", "<n>").replace("\t", "<|tab|>")
+        return super().encode_plain(BLANKS.sub(lambda run: f"<|blank_{len(run.group())}|>", text), reader)
+
+    def piece_text(self, piece):
+        return WHITE_SPACE.get(piece, piece)
+
+    def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None):
+        """ids + [gMASK] <sop> (+ second ids + <eop>)."""
+        ids = token_ids_0 + [self.get_command("[gMASK]"), self.get_command("<sop>")]
+        return ids if token_ids_1 is None else ids + token_ids_1 + [self.get_command("<eop>")]

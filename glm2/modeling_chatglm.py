@@ -1,0 +1,212 @@
+"""ChatGLM2-6B: a causal language model with grouped-query attention (released weights, THUDM/chatglm2-6b).
+
+Shapes: B batch, L tokens, H hidden size, N query heads, G key/value heads, D head size, V vocabulary, P prefix length.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from glm2.configuration_chatglm import ChatGLMConfig
+from glm_common.attention import attend, visible_mask
+from glm_common.modeling import ChatGLMBackbone, ChatGLMCausalLM
+from glm_common.prefix import PrefixEncoder
+
+
+def rotary_angles(positions, rotary_size, rope_ratio, dtype):
+    """cos and sin (B, 1, L, rotary_size / 2) for positions (B, L); angles in float32, base 10000 x rope_ratio."""
+    exponents = torch.arange(0, rotary_size, 2, device=positions.device, dtype=torch.float32) / rotary_size
+    inv_freq = 1.0 / (10000 * rope_ratio) ** exponents
+    angles = (positions[..., None].float() * inv_freq)[:, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x, cos, sin):
+    """Rotate neighbouring pairs (2i, 2i+1) in the first D / 2 channels of x (B, N, L, D); the others pass through."""
+    rotary_size = 2 * cos.shape[-1]
+    even, odd = x[..., :rotary_size].unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+    return torch.cat((rotated, x[..., rotary_size:]), dim=-1)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with the variance in float32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, hidden_size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states):
+        variance = hidden_states.float().pow(2).mean(-1, keepdim=True)
+        return (self.weight * (hidden_states * torch.rsqrt(variance + self.eps))).to(hidden_states.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention; the fused projection is q (N D), then k (G D), then v (G D)."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_size = config.kv_channels
+        query_size = config.num_attention_heads * self.head_size
+        key_size = config.num_key_value_heads * self.head_size
+        self.sizes = [query_size, key_size, key_size]
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_size**-0.5
+        self.query_key_value = nn.Linear(config.hidden_size, sum(self.sizes), bias=config.add_qkv_bias)
+        self.dense = nn.Linear(query_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states, mask, cos, sin, prefix_key, prefix_value, past_key_values=None):
+        query, key, value = (
+            part.unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # B heads L D
+            for part in self.query_key_value(hidden_states).split(self.sizes, dim=-1)
+        )
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        if prefix_key is not None:
+            key = torch.cat((prefix_key, key), dim=2)
+            value = torch.cat((prefix_value, value), dim=2)
+        return self.dense(attend(self, query, key, value, mask, dropout=self.config.attention_dropout))
+
+
+class MLP(nn.Module):
+    """SwiGLU: silu(first half) x second half (Shazeer 2020)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=False)
+        self.dense_4h_to_h = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states):
+        gate, up = self.dense_h_to_4h(hidden_states).chunk(2, dim=-1)
+        return self.dense_4h_to_h(F.silu(gate) * up)
+
+
+class GLMBlock(GradientCheckpointingLayer):
+    """Pre-norm block with plain residuals."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
+        self.self_attention = SelfAttention(config, layer_idx)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, hidden_states, mask, *rotary_and_prefix, past_key_values=None):
+        normed = self.input_layernorm(hidden_states)
+        hidden_states = hidden_states + self.self_attention(
+            normed, mask, *rotary_and_prefix, past_key_values=past_key_values
+        )
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class Embedding(nn.Module):
+    """Holds `word_embeddings`: the released names have this level."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+
+
+class Encoder(nn.Module):
+    """Holds the blocks and the final norm: the released names have this level."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.layers = nn.ModuleList(GLMBlock(config, i) for i in range(config.num_layers))
+        self.final_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
+
+
+class ChatGLMModel(ChatGLMBackbone):
+    """Embedding, blocks, final norm; it also owns the output layer, as in the released names."""
+
+    config_class = ChatGLMConfig
+    _no_split_modules = ["GLMBlock"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embedding = Embedding(config)
+        self.encoder = Encoder(config)
+        self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+        self.prefix_encoder = None
+        if config.pre_seq_len:
+            width = 2 * config.num_layers * config.num_key_value_heads * config.kv_channels
+            self.prefix_encoder = PrefixEncoder(
+                config.pre_seq_len,
+                config.num_layers,
+                config.num_key_value_heads,
+                config.kv_channels,
+                projection=config.prefix_projection,
+                embedding_size=width,
+                hidden_size=config.hidden_size,
+            )
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embedding.word_embeddings
+
+    def set_input_embeddings(self, value):
+        self.embedding.word_embeddings = value
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        output_hidden_states=False,
+    ):
+        """input_ids (B, L) or inputs_embeds (B, L, H); position_ids (B, L), counted from the first real token if None."""
+        hidden_states = self.embedding.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, length, _ = hidden_states.shape
+        num_past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            if attention_mask is not None and attention_mask.dim() == 2:
+                position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, num_past:]
+            else:
+                position_ids = torch.arange(num_past, num_past + length, device=hidden_states.device)[None]
+
+        prefix = self.prefix_keys_values(batch, past_key_values, hidden_states.dtype)
+        num_prefix = 0 if prefix is None else prefix.shape[3]
+        mask = None  # the kernel's own causal rule, which needs queries and keys of one length, or a single query
+        if attention_mask is not None or (length > 1 and (num_past or num_prefix or self.needs_mask)):
+            mask = visible_mask(length, num_past, num_prefix, attention_mask, None, hidden_states.device)
+        rotary = rotary_angles(position_ids, self.config.kv_channels // 2, self.config.rope_ratio, hidden_states.dtype)
+        return self.run_layers(
+            self.encoder.layers,
+            self.encoder.final_layernorm,
+            hidden_states,
+            mask,
+            rotary,
+            prefix,
+            past_key_values,
+            output_hidden_states,
+        )
+
+    @property
+    def needs_mask(self):
+        """Eager attention has no causal rule of its own."""
+        return self.config._attn_implementation == "eager"
+
+
+class ChatGLMForConditionalGeneration(ChatGLMCausalLM):
+    """ChatGLM2-6B with its own output layer."""
+
+    config_class = ChatGLMConfig
+    _no_split_modules = ["GLMBlock"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.transformer = ChatGLMModel(config)
+        self.post_init()
+
+    def get_output_embeddings(self):
+        return self.transformer.output_layer
+
+    def set_output_embeddings(self, value):
+        self.transformer.output_layer = value

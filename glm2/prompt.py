@@ -1,0 +1,37 @@
+"""Prompt of ChatGLM2-6B, for training and prediction alike: `[gMASK] sop` text answer `</s>`."""
+
+RESERVED = 3  # ids of a row that are neither source nor answer: [gMASK] sop </s>
+SUPERVISED_PROMPT_IDS = 0  # the row is trained from the answer on
+PROMPT_TAIL = "\n\n答："
+
+
+def query_text(query, history=()):
+    """Turns are counted from 1 and joined by a blank line. history: earlier (query, answer) pairs."""
+    turns = [f"[Round {i}]\n\n问：{q}{PROMPT_TAIL}{a}" for i, (q, a) in enumerate([*history, (query, "")], start=1)]
+    return "\n\n".join(turns)
+
+
+def encode_prompt(tokenizer, query, history=(), max_src_len=None):
+    """(ids of the generation prompt, number of source ids cut away); the tail that closes the prompt stays."""
+    ids = tokenizer.encode_text(query_text(query, history))
+    num_cut = 0
+    if max_src_len is not None and len(ids) > max_src_len:
+        tail = len(tokenizer.encode_text("x" + PROMPT_TAIL)) - len(tokenizer.encode_text("x"))
+        num_cut = len(ids) - max_src_len
+        ids = ids[: max_src_len - tail] + ids[-tail:]
+    return [tokenizer.get_command("[gMASK]"), tokenizer.get_command("sop")] + ids, num_cut
+
+
+def encode_answer(tokenizer, answer):
+    """Ids of the answer text, without its end."""
+    return tokenizer.encode_text(answer)
+
+
+def stop_ids(tokenizer):
+    """Ids that end an answer; the first one closes training rows."""
+    return [tokenizer.get_command("</s>")]
+
+
+def clean_response(text):
+    """What the released chat does to decoded text."""
+    return text.strip().replace("[[训练时间]]", "2023年")

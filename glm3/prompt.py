@@ -1,0 +1,38 @@
+"""Prompt of ChatGLM3-6B, for training and prediction alike: `[gMASK] sop`, then messages that open with a role."""
+
+RESERVED = 6  # ids of a row that are neither source nor answer: [gMASK] sop <|assistant|> `▁` `\n` </s>
+SUPERVISED_PROMPT_IDS = 1  # the row is trained from <|assistant|> on
+
+
+def message_ids(tokenizer, role, text):
+    """`<|role|>`, the (empty) metadata's newline, the text: each encoded on its own, as released."""
+    return [tokenizer.get_command(f"<|{role}|>"), *tokenizer.encode_text("\n"), *tokenizer.encode_text(text)]
+
+
+def encode_prompt(tokenizer, query, history=(), max_src_len=None):
+    """(ids of the generation prompt, number of source ids cut away). history: earlier (query, answer) pairs."""
+    ids = []
+    for earlier_query, answer in history:
+        ids += message_ids(tokenizer, "user", earlier_query) + message_ids(tokenizer, "assistant", answer)
+    ids += message_ids(tokenizer, "user", query)
+    num_cut = 0
+    if max_src_len is not None and len(ids) > max_src_len:
+        num_cut = len(ids) - max_src_len
+        ids = ids[:max_src_len]
+    start = [tokenizer.get_command("[gMASK]"), tokenizer.get_command("sop")]
+    return start + ids + [tokenizer.get_command("<|assistant|>")], num_cut
+
+
+def encode_answer(tokenizer, answer):
+    """Ids of the answer: the newline that closes the (empty) metadata, then the text; without its end."""
+    return tokenizer.encode_text("\n") + tokenizer.encode_text(answer)
+
+
+def stop_ids(tokenizer):
+    """Ids that end an answer (the next role's turn does too); the first one closes training rows."""
+    return [tokenizer.get_command(token) for token in ("</s>", "<|user|>", "<|observation|>")]
+
+
+def clean_response(text):
+    """What the released chat does to decoded text."""
+    return text.strip().replace("[[训练时间]]", "2023年")

@@ -1,0 +1,33 @@
+"""P-Tuning v2: trained keys and values in front of every layer (Liu et al. 2022, arXiv:2110.07602)."""
+
+import torch
+from torch import nn
+
+
+class PrefixEncoder(nn.Module):
+    """`pre_seq_len` virtual tokens -> a key and a value for every layer.
+
+    Without projection one table of (P, K); with it a smaller table and a two-layer tanh network in front
+    (`hidden_size` wide). K = num_layers x 2 x heads x D. Parameter names are the released ones:
+    `embedding.weight`, `trans.0.*`, `trans.2.*`.
+    """
+
+    def __init__(self, pre_seq_len, num_layers, num_heads, head_size, projection, embedding_size, hidden_size):
+        super().__init__()
+        self.shape = (2 * num_layers, num_heads, head_size)
+        width = 2 * num_layers * num_heads * head_size
+        self.pre_seq_len = pre_seq_len
+        self.embedding = nn.Embedding(pre_seq_len, embedding_size if projection else width)
+        self.trans = None
+        if projection:
+            self.trans = nn.Sequential(nn.Linear(embedding_size, hidden_size), nn.Tanh(), nn.Linear(hidden_size, width))
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, batch_size, dtype):
+        """Returns (2 num_layers, B, heads, P, D): slot 2i is layer i's key, 2i + 1 its value, without rotary angles."""
+        tokens = torch.arange(self.pre_seq_len, device=self.embedding.weight.device)
+        prefix = self.embedding(tokens)
+        if self.trans is not None:
+            prefix = self.trans(prefix)
+        prefix = prefix.to(dtype).view(1, self.pre_seq_len, *self.shape).expand(batch_size, -1, -1, -1, -1)
+        return self.dropout(prefix).permute(2, 0, 3, 1, 4)

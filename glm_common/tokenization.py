@@ -1,0 +1,155 @@
+"""A sentencepiece tokenizer that never reads control tokens out of a user's text."""
+
+import json
+import os
+import re
+import shutil
+
+import sentencepiece
+from transformers import PreTrainedTokenizer
+
+
+class SentencePieceTokenizer(PreTrainedTokenizer):
+    """Base of the three tokenizers: text by sentencepiece, control tokens only by id.
+
+    Subclasses set `vocab_files_names`, `appended_tokens` (control tokens numbered after the file's own pieces) and
+    `build_inputs_with_special_tokens`; glm1 also has pieces that stand for white space.
+    `encode_special_tokens=True` reads control tokens written in text as tokens, as ChatGLM3 offers it.
+    """
+
+    model_input_names = ["input_ids", "attention_mask"]
+    appended_tokens = ()
+
+    def __init__(self, vocab_file, padding_side="left", encode_special_tokens=False, **kwargs):
+        # The base class asks for the vocabulary while it starts, so the model comes first.
+        self.vocab_file = vocab_file
+        self.encode_special_tokens = encode_special_tokens
+        try:
+            self.sp_model = sentencepiece.SentencePieceProcessor(model_file=vocab_file)
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{vocab_file}: not a sentencepiece model ({error}): download it again") from None
+        self._inner_reader = None
+        self.num_pieces = self.sp_model.get_piece_size()
+        self.token_to_id = {token: self.num_pieces + i for i, token in enumerate(self.appended_tokens)}
+        self.id_to_token = {i: token for token, i in self.token_to_id.items()}
+        self.control_ids = {i for i in range(self.num_pieces) if self.is_control_piece(i)} | set(self.id_to_token)
+        names = sorted(map(self._convert_id_to_token, self.control_ids), key=len, reverse=True)
+        self.control_pattern = re.compile("|".join(map(re.escape, names)))
+        kwargs.pop("clean_up_tokenization_spaces", None)
+        super().__init__(padding_side=padding_side, clean_up_tokenization_spaces=False, **kwargs)
+
+    def is_control_piece(self, token_id):
+        """Pieces that stand for something other than their own text."""
+        return self.sp_model.is_control(token_id) or self.sp_model.is_unknown(token_id)
+
+    def normalise(self, text):
+        """Text as the sentencepiece model's own normaliser will see it."""
+        return text
+
+    def encode_plain(self, text, reader):
+        """Ids of a text without control tokens."""
+        return reader.encode(text, out_type=int)
+
+    def encode_text(self, text):
+        """Ids of a text, with control tokens in it spelled out as text: no input can produce a control id.
+
+        Each control token is cut after its first character (`<` | `sop>`), so that the model cannot see one piece.
+        """
+        normal = self.normalise(text)
+        if not self.control_pattern.search(normal):
+            return self.encode_plain(text, self.sp_model)
+        cuts = [0] + [match.start() + 1 for match in self.control_pattern.finditer(normal)] + [len(normal)]
+        ids = self.encode_plain(normal[: cuts[1]], self.sp_model)
+        for start, end in zip(cuts[1:], cuts[2:]):
+            ids += self.encode_plain(normal[start:end], self.inner_reader)
+        return ids
+
+    @property
+    def inner_reader(self):
+        """A reader for the middle of a text: it puts no space in front. Made when first needed."""
+        if self._inner_reader is None:
+            from sentencepiece import sentencepiece_model_pb2
+
+            model = sentencepiece_model_pb2.ModelProto.FromString(self.sp_model.serialized_model_proto())
+            model.normalizer_spec.add_dummy_prefix = False
+            model.normalizer_spec.remove_extra_whitespaces = False
+            self._inner_reader = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+        return self._inner_reader
+
+    def get_command(self, token):
+        """Id of a control token, such as `[gMASK]`; KeyError for a name that is none."""
+        if token in self.token_to_id:
+            return self.token_to_id[token]
+        token_id = self.sp_model.piece_to_id(token)
+        if token_id not in self.control_ids or self.sp_model.id_to_piece(token_id) != token:
+            raise KeyError(f"{token} is not a control token of {self.vocab_file}")
+        return token_id
+
+    # What the base class asks of a tokenizer.
+
+    @property
+    def vocab_size(self):
+        """Number of pieces and control tokens."""
+        return self.num_pieces + len(self.token_to_id)
+
+    def get_vocab(self):
+        vocab = {self._convert_id_to_token(i): i for i in range(self.vocab_size)}
+        vocab.update(self._added_tokens_encoder)
+        return vocab
+
+    def tokenize(self, text, **kwargs):
+        """Pieces of a text; control tokens in it stay text unless `encode_special_tokens` is set."""
+        if not self.encode_special_tokens:
+            return self._tokenize(text)
+        tokens, start = [], 0
+        for match in self.control_pattern.finditer(text):
+            tokens += [*self._tokenize(text[start : match.start()]), match.group()]
+            start = match.end()
+        return tokens + self._tokenize(text[start:])
+
+    def _tokenize(self, text, **kwargs):
+        return [self._convert_id_to_token(i) for i in self.encode_text(text)]
+
+    def _convert_token_to_id(self, token):
+        return self.token_to_id[token] if token in self.token_to_id else self.sp_model.piece_to_id(token)
+
+    def _convert_id_to_token(self, index):
+        if index in self.id_to_token:
+            return self.id_to_token[index]
+        # Ids between the vocabulary and the padded embedding are rows that no text reaches.
+        return self.sp_model.id_to_piece(index) if 0 <= index < self.num_pieces else ""
+
+    def convert_tokens_to_string(self, tokens):
+        """Text of pieces; control tokens that were not skipped appear by name."""
+        text, pieces = "", []
+        for token in tokens:
+            if token in self.token_to_id:
+                text += self.sp_model.decode_pieces(pieces) + token
+                pieces = []
+            elif token:
+                pieces.append(self.piece_text(token))
+        return text + self.sp_model.decode_pieces(pieces)
+
+    def piece_text(self, piece):
+        """What a piece is to the decoder: itself."""
+        return piece
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Write the released two files; what only this library version understands is left out of the JSON."""
+        files = super().save_pretrained(save_directory, **kwargs)
+        path = os.path.join(save_directory, "tokenizer_config.json")
+        with open(path, encoding="utf-8") as file:
+            config = json.load(file)
+        for key in ("added_tokens_decoder", "backend", "is_local", "local_files_only"):
+            config.pop(key, None)
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(config, file, ensure_ascii=False, indent=2)
+        return files
+
+    def save_vocabulary(self, save_directory, filename_prefix=None):
+        """Copy the sentencepiece model under its released name."""
+        name = self.vocab_files_names["vocab_file"]
+        path = os.path.join(save_directory, f"{filename_prefix}-{name}" if filename_prefix else name)
+        if os.path.abspath(path) != os.path.abspath(self.vocab_file):
+            shutil.copyfile(self.vocab_file, path)
+        return (path,)

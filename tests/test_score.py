@@ -1,0 +1,491 @@
+"""Scoring: the values against the libraries themselves, the triples by hand, the command with its files and errors."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jieba
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+from rouge_chinese import Rouge
+
+import score
+
+REPO_ROOT = Path(score.__file__).resolve().parent
+
+# Pairs of (prediction, reference) that the libraries can be given as they are.
+PAIRS = [
+    ("今天天气很好,适合出门散步。", "今天天气不错,很适合出去散步。"),
+    ("发动机无法启动,需要检查电池。", "发动机无法启动,需要检查电池。"),
+    ("水泵_故障_漏水\n阀门_部件_密封圈", "水泵_故障_漏水\n阀门_故障_卡死"),
+    ("好", "好"),
+    ("北京", "北京"),
+    ("上海", "完全不同的一句话"),
+    ("他说:“不知道。”然后走了……真的吗?是的!", "他说“知道。”真的吗?不是。............完"),
+    ("重复重复重复重复", "重复一次就够"),
+    ("The pump leaks, 检查 seal 12.5%", "The pump leaks: 更换 seal 12.5%"),
+]
+PREDICTIONS = [prediction for prediction, _ in PAIRS]
+REFERENCES = [reference for _, reference in PAIRS]
+
+
+def row_values(result, name):
+    return [row[name] for row in result["rows"]]
+
+
+def direct_rouge(prediction, reference, name):
+    texts = [" ".join(jieba.cut(text)) for text in (prediction, reference)]
+    return 100 * Rouge().get_scores(*texts)[0][name]["f"]
+
+
+def direct_bleu(prediction_tokens, reference_tokens):
+    smoothing = SmoothingFunction().method3
+    return 100 * sentence_bleu([reference_tokens], prediction_tokens, (0.25,) * 4, smoothing_function=smoothing)
+
+
+def write_lines(path, *rows):
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def predictions_path(tmp_path):
+    rows = [{"prediction": prediction, "output": reference, "index": 0} for prediction, reference in PAIRS]
+    return write_lines(tmp_path / "predictions.jsonl", *rows)
+
+
+@pytest.mark.parametrize("metric, name", [("rouge1", "rouge-1"), ("rouge2", "rouge-2"), ("rougeL", "rouge-l")])
+def test_rouge_is_that_of_the_library(metric, name):
+    result = score.score_rows(PREDICTIONS, REFERENCES)
+    expected = [direct_rouge(prediction, reference, name) for prediction, reference in PAIRS]
+    assert row_values(result, metric) == pytest.approx(expected, abs=1e-12)
+    assert result[metric] == pytest.approx(sum(expected) / len(expected), abs=1e-12)
+    assert len(set(expected)) > 4  # rows that all score the same would prove little
+
+
+@pytest.mark.parametrize("metric, tokens", [("bleu4", list), ("bleu4_words", jieba.lcut)])
+def test_bleu4_is_that_of_the_library(metric, tokens):
+    result = score.score_rows(PREDICTIONS, REFERENCES)
+    pairs = [[[token for token in tokens(text) if token not in " \n"] for text in pair] for pair in PAIRS]
+    expected = [direct_bleu(prediction, reference) for prediction, reference in pairs]
+    assert row_values(result, metric) == pytest.approx(expected, abs=1e-12)
+    assert result[metric] == pytest.approx(sum(expected) / len(expected), abs=1e-12)
+
+
+def test_exact_match_ignores_white_space_at_the_ends_only():
+    predictions, references = [" 好\n", "好 的", "好", "不"], ["好", "好的", "好", "好"]
+    result = score.score_rows(predictions, references)
+    assert row_values(result, "exact_match") == [100, 0, 100, 0]
+    assert result["exact_match"] == 50
+
+
+@pytest.mark.parametrize(
+    "text, expected", [("好", 100 * 2**-1.5), ("好的", 100 * 2**-0.75), ("好的吧", 100 * 2**-0.25), ("好的吧啊", 100)]
+)
+def test_bleu4_of_a_short_identical_text_is_smoothed(text, expected):
+    # By hand: each missing order counts 1/2, 1/4, 1/8 in turn, and BLEU is the fourth root of the product.
+    assert score.score_rows([text], [text])["bleu4"] == pytest.approx(expected)
+
+
+def test_a_blank_line_is_no_word():
+    text, spaced = "今天天气很好。\n明天下雨。", "今天天气很好。\n\n \u3000\n明天下雨。"
+    result, plain = score.score_rows([spaced], [text]), score.score_rows([text], [text])
+    assert direct_rouge(spaced, text, "rouge-l") < 99  # the library alone counts it
+    for name in ("rouge1", "rouge2", "rougeL", "bleu4", "bleu4_words"):
+        assert result[name] == plain[name] > 99.9
+
+
+def test_a_reference_the_library_raises_for_counts_as_0_and_the_others_are_scored():
+    with pytest.raises(ValueError):
+        direct_rouge("好", " \n", "rouge-1")
+    result = score.score_rows(["好的", "好的"], [" \n", "好的"])
+    assert row_values(result, "rouge1") == [0, pytest.approx(100, abs=1e-6)]
+    assert result["rouge1"] == pytest.approx(50, abs=1e-6)
+    assert (row_values(result, "bleu4")[0], row_values(result, "exact_match")[0]) == (0, 0)
+
+
+def test_rouge_l_of_long_texts_is_the_same_without_the_library_table(monkeypatch):
+    predictions = [*PREDICTIONS, "甲乙丙丁" * 30 + "。", "一.............二"]
+    references = [*REFERENCES, "丁甲丙乙" * 25, "一............二"]
+    with_library = row_values(score.score_rows(predictions, references), "rougeL")
+    monkeypatch.setattr(score, "MAX_ROUGE_L_CELLS", 0)
+    assert row_values(score.score_rows(predictions, references), "rougeL") == pytest.approx(with_library, abs=1e-9)
+
+
+def test_a_very_long_text_is_scored():
+    # The library's table of these would have 4e8 entries.
+    text = "水泵漏水。" * 7000
+    result = score.score_rows([text], [text])
+    assert [round(result[name], 4) for name in ("rouge1", "rouge2", "rougeL", "bleu4")] == [100] * 4
+
+
+def test_lists_of_different_or_no_length_are_refused():
+    with pytest.raises(ValueError, match="2 and 1"):
+        score.score_rows(["好", "好"], ["好"])
+    with pytest.raises(ValueError, match="0 and 0"):
+        score.score_rows([], [])
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("水泵_故障_漏水", {("水泵", "故障", "漏水")}),
+        ("a_b_c\na_b_c\n  a_b_c \r", {("a", "b", "c")}),
+        ("a_b_c\nd_e_f", {("a", "b", "c"), ("d", "e", "f")}),
+        ("a_b\na\na_b_c_d\na_b_c_d_e", set()),
+        ("a__c\n_b_c\na_b_\n__\na_ _c", set()),
+        ("\n\n", set()),
+        ("", set()),
+        ("a _b b_c", {("a ", "b b", "c")}),
+        ("a_b_c\u2028d", {("a", "b", "c\u2028d")}),
+    ],
+)
+def test_parse_triples(text, expected):
+    assert score.parse_triples(text) == expected
+
+
+TRIPLE_PAIRS = [
+    ("a_b_c\nd_e_f", "d_e_f\na_b_c"),  # order does not count
+    ("a_b_c\na_b_c\nx_y_z", "a_b_c\nd_e_f\ng_h_i"),  # duplicates count once: 1 of 2 predicted, 1 of 3 expected
+    ("没有", "没有三元组"),  # neither side: left out
+    ("没有", "a_b_c"),
+    ("a_b_c", "没有"),
+    ("", "a_b_c"),
+    ("", "没有"),
+]
+
+
+def test_triple_values_by_hand():
+    result = score.score_rows(*map(list, zip(*TRIPLE_PAIRS)))
+    assert row_values(result, "precision") == [100, 50, None, 0, 0, 0, None]
+    assert row_values(result, "recall") == [100, pytest.approx(100 / 3), None, 0, 0, 0, None]
+    assert row_values(result, "f1") == [100, pytest.approx(40), None, 0, 0, 0, None]
+    assert row_values(result, "num_matched") == [2, 1, 0, 0, 0, 0, 0]
+    assert row_values(result, "num_predicted") == [2, 2, 0, 0, 1, 0, 0]
+    assert row_values(result, "num_reference") == [2, 3, 0, 1, 0, 1, 0]
+    macro = {"precision": 150 / 5, "recall": (100 + 100 / 3) / 5, "f1": 140 / 5}
+    micro = {"precision_micro": 100 * 3 / 5, "recall_micro": 100 * 3 / 7, "f1_micro": 100 * 6 / 12}
+    assert {name: result[name] for name in score.TRIPLE_METRICS} == pytest.approx({**macro, **micro})
+
+
+def test_no_triple_predicted_gives_0_and_none_in_any_reference_null():
+    assert [score.score_rows(["没有"], ["a_b_c"])[name] for name in score.TRIPLE_METRICS] == [0] * 6
+    result = score.score_rows(["a_b_c", "好"], ["没有", "好"])
+    assert [result[name] for name in score.TRIPLE_METRICS] == [None] * 6
+    assert result["exact_match"] == 50
+
+
+def test_aggregating_chosen_rows_is_scoring_them():
+    rows = score.score_rows(PREDICTIONS, REFERENCES)["rows"]
+    chosen = [2, 2, 0, 5]
+    alone = score.score_rows([PREDICTIONS[i] for i in chosen], [REFERENCES[i] for i in chosen])
+    assert score.aggregate_rows([rows[i] for i in chosen]) == {name: alone[name] for name in score.METRICS}
+
+
+def test_an_empty_prediction_is_0_in_every_metric():
+    result = score.score_rows(["", " \n\u3000", "好"], ["a_b_c", "", "好"])
+    assert row_values(result, "exact_match") == [0, 0, 100]
+    for name in ("rouge1", "rouge2", "rougeL", "bleu4", "bleu4_words"):
+        assert row_values(result, name)[:2] == [0, 0]
+    assert row_values(result, "f1") == [0, None, None]
+
+
+texts = st.text(max_size=40) | st.text(alphabet="今天气好。,!?？….”’“_aB1%- \n\r\t\u3000\x1c\x85\u200b😀\ud800", max_size=60)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(texts, texts), min_size=1, max_size=4))
+def test_no_text_crashes_and_metrics_stay_in_range(pairs):
+    result = score.score_rows(*map(list, zip(*pairs)))
+    for values in [result, *result["rows"]]:
+        for name in score.METRICS:
+            value = values.get(name)
+            assert value is None or 0 <= value <= 100, (name, value)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(texts.filter(str.strip), min_size=1, max_size=4))
+def test_identical_texts_match(references):
+    result = score.score_rows(references, references)
+    assert result["exact_match"] == 100
+    assert result["rouge1"] == pytest.approx(100, abs=1e-5)
+    assert result["rougeL"] == pytest.approx(100, abs=1e-5)
+    assert result["f1"] in (None, 100) and result["f1_micro"] in (None, 100)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from("abcd"), max_size=12), st.lists(st.sampled_from("abcd"), max_size=12))
+def test_lcs_length_is_that_of_the_plain_recursion(first, second):
+    table = [[0] * (len(second) + 1) for _ in range(len(first) + 1)]
+    for i, a in enumerate(first, 1):
+        for j, b in enumerate(second, 1):
+            table[i][j] = table[i - 1][j - 1] + 1 if a == b else max(table[i - 1][j], table[i][j - 1])
+    assert score.lcs_length(first, second) == table[-1][-1]
+
+
+def test_bom_blank_lines_and_other_columns(tmp_path):
+    path = tmp_path / "p.jsonl"
+    rows = ['{"prediction": "甲", "output": "乙", "index": 3}', "  ", "", '{"output": "丁", "prediction": "丙\\r\u2028"}']
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(rows).encode("utf-8"))
+    assert score.read_predictions(path) == (["甲", "丙\r\u2028"], ["乙", "丁"], [1, 4], 0)
+
+
+def test_several_answers_count_once(tmp_path):
+    path = write_lines(
+        tmp_path / "p.jsonl",
+        {"predictions": ["甲", "乙", "丙"], "output": "甲"},
+        {"predictions": ["丁"], "output": "丁"},
+        {"prediction": "戊", "predictions": ["己"], "output": "戊"},
+        {"prediction": ["庚", "辛"], "output": "庚"},
+    )
+    assert score.read_predictions(path) == (["甲", "丁", "戊", "庚"], ["甲", "丁", "戊", "庚"], [1, 2, 3, 4], 3)
+
+
+def test_columns_can_be_named(tmp_path):
+    path = write_lines(tmp_path / "p.jsonl", {"answer": "甲", "label": "乙"}, {"answers": ["丙", "丁"], "label": "丙"})
+    assert score.read_predictions(path, "answer", "label") == (["甲", "丙"], ["乙", "丙"], [1, 2], 1)
+    assert score.main(["--predictions", path, "--prediction_column", "answer", "--reference_column", "label"]) == 0
+    report = json.loads((tmp_path / "p.scores.json").read_text())
+    assert (report["prediction_column"], report["reference_column"]) == ("answer", "label")
+    assert report["metrics"]["exact_match"] == 50
+
+
+def test_report_beside_the_predictions(predictions_path, tmp_path, capsys):
+    output_path = tmp_path / "predictions.scores.json"
+    output_path.write_text("an older report")
+    assert score.main(["--predictions", predictions_path]) == 0
+    report = json.loads(output_path.read_text(encoding="utf-8"))
+    result = score.score_rows(PREDICTIONS, REFERENCES)
+    assert report["metrics"] == {name: result[name] for name in score.METRICS}
+    assert list(report["metrics"]) == list(report["definitions"]) == [
+        *("rouge1", "rouge2", "rougeL", "bleu4", "bleu4_words", "precision", "recall", "f1"),
+        *("precision_micro", "recall_micro", "f1_micro", "exact_match"),
+    ]
+    assert (report["num_rows"], report["empty"], report["files"]) == (len(PAIRS), [], [predictions_path])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["predictions.jsonl", "predictions.scores.json"]
+    out, err = capsys.readouterr()
+    assert err == ""
+    lines = out.splitlines()
+    assert lines[0] == f"{predictions_path}: rows: {len(PAIRS)}"
+    assert [line.split()[:2] for line in lines[3:]] == [[name, f"{result[name]:.2f}"] for name in score.METRICS]
+    assert len({line.index(score.METRICS[line.split()[0]][0]) for line in lines[3:]}) == 1  # aligned
+
+
+def test_definitions_name_library_and_version():
+    definitions = score.definitions()
+    for name in ("rouge1", "rouge2", "rougeL"):
+        assert f"rouge-chinese {score.importlib.metadata.version('rouge-chinese')}" in definitions[name]
+        assert f"jieba {jieba.__version__}" in definitions[name]
+    for name in ("bleu4", "bleu4_words"):
+        assert f"nltk {score.importlib.metadata.version('nltk')}" in definitions[name]
+    assert not [sentence for sentence in definitions.values() if "{" in sentence or not sentence.endswith(".")]
+
+
+def test_empty_predictions_and_further_answers_are_reported(tmp_path, capsys):
+    empty = [{"prediction": " \n", "output": "好"}] * 23
+    first = [{"prediction": "好", "output": "好"}, {"predictions": ["", "x", "y"], "output": "好"}]
+    path = write_lines(tmp_path / "p.jsonl", *first, *empty)
+    assert score.main(["--predictions", path]) == 0
+    report = json.loads((tmp_path / "p.scores.json").read_text())
+    assert report["empty"] == list(range(2, 26))
+    assert report["num_extra_predictions"] == 2
+    assert report["metrics"]["exact_match"] == 4
+    assert report["metrics"]["f1"] is None
+    out = capsys.readouterr().out
+    listed = ", ".join(map(str, range(2, 22)))
+    assert f"rows: 25; empty predictions: 24 (line {listed} and 4 more); answers after the first" in out
+    assert "not scored: 2\n" in out
+    assert "triples" not in out
+
+
+def test_several_files_side_by_side(tmp_path, capsys):
+    with_triples = write_lines(tmp_path / "a.jsonl", {"prediction": "a_b_c", "output": "a_b_c"})
+    without = write_lines(tmp_path / "b", {"prediction": "好", "output": "不"})
+    assert score.main(["--predictions", with_triples, without]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [f"[1] {with_triples}: rows: 1", f"[2] {without}: rows: 1"]
+    values = {line.split()[0]: line.split()[1:3] for line in lines[3:]}
+    assert (values["metric"], values["f1"]) == (["[1]", "[2]"], ["100.00", "-"])
+    assert values["exact_match"] == ["100.00", "0.00"]
+    reports = [json.loads((tmp_path / name).read_text()) for name in ("a.scores.json", "b.scores.json")]
+    assert [report["metrics"]["exact_match"] for report in reports] == [100, 0]
+    assert [report["files"] for report in reports] == [[with_triples], [without]]
+
+
+def test_the_same_file_twice_is_fine(predictions_path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    other_spelling = f"../{tmp_path.name}/predictions.jsonl"
+    arguments = ["--predictions", predictions_path, predictions_path, other_spelling, "--output_path", "all.json"]
+    assert score.main(arguments) == 0
+    assert "[3]" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all.json", "predictions.jsonl"]
+
+
+def test_a_failed_write_leaves_the_old_report(predictions_path, tmp_path, monkeypatch, capsys):
+    output_path = tmp_path / "predictions.scores.json"
+    output_path.write_text("an older report")
+
+    def refuse(source, target):
+        assert json.loads(Path(source).read_text())["num_rows"] == len(PAIRS)  # complete before it is moved
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(score.os, "replace", refuse)
+    assert score.main(["--predictions", predictions_path]) == 2
+    assert "cannot be written (No space left on device)" in capsys.readouterr().err
+    assert output_path.read_text() == "an older report"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+GOOD = '{"prediction": "a", "output": "b"}\n'
+BAD_FILES = {
+    "empty file": ("", "{file}: no rows: there is nothing to score: write one JSON object on each line"),
+    "blank lines only": ("\n \n", "{file}: no rows: there is nothing to score: write one JSON object on each line"),
+    "broken JSON": (
+        GOOD + '{"prediction": "a\n',
+        '{file}:2: "{\\"prediction\\": \\"a": not JSON (Unterminated string starting at: line 1 column 16 (char 15)): '
+        "write one JSON object on each line",
+    ),
+    "too deep": ("[" * 100_000 + "\n", '{file}:1: "' + "[" * 59 + "...: not JSON (maximum recursion depth exceeded"),
+    "too long a number": ("9" * 5000 + "\n", '{file}:1: "' + "9" * 59 + "...: not JSON (Exceeds the limit"),
+    "not UTF-8": ((GOOD + "\n").encode() + b'{"prediction": "\xb0\xa1"}', "{file}:3: byte 0xb0: not UTF-8: save"),
+    "list row": (GOOD + "[1]\n", "{file}:2: a list: each row must be a JSON object: write one JSON object on each"),
+    "string row": ('"text"\n', '{file}:1: the string "text": each row must be a JSON object'),
+    "null row": ("null\n", "{file}:1: null: each row must be a JSON object"),
+    "no prediction": (
+        GOOD + '{"text": "a", "output": "b"}\n',
+        '{file}:2: ["text", "output"]: has no column "prediction": name the column with --prediction_column',
+    ),
+    "no reference": (
+        '{"prediction": "a"}\n',
+        '{file}:1: ["prediction"]: has no column "output": name the column with --reference_column',
+    ),
+    "empty row": ("{}\n", '{file}:1: no columns: has no column "prediction"'),
+    "number": (
+        '{"prediction": 1.5, "output": "b"}\n',
+        '{file}:1: "prediction" is 1.5: must be a string: put the text in quotes or name another column',
+    ),
+    "null prediction": ('{"prediction": null, "output": "b"}\n', '{file}:1: "prediction" is null: must be a string'),
+    "object": ('{"prediction": {}, "output": "b"}\n', '{file}:1: "prediction" is an object: must be a string'),
+    "list of numbers": ('{"predictions": ["a", 2], "output": "b"}\n', '{file}:1: "predictions" is 2: must be a string'),
+    "list as reference": ('{"prediction": "a", "output": ["b"]}\n', '{file}:1: "output" is a list: must be a string'),
+    "empty list": (
+        GOOD + '{"predictions": [], "output": "b"}\n',
+        '{file}:2: "predictions" is an empty list: a row needs a prediction: write "" for an empty answer',
+    ),
+}
+
+
+@pytest.mark.parametrize("content, message", BAD_FILES.values(), ids=BAD_FILES)
+def test_a_bad_file_is_one_line_and_writes_nothing(content, message, tmp_path, capsys):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+    assert score.main(["--predictions", str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: " + message.replace("{file}", str(path)))
+    assert err.count("\n") == 1 and err.endswith("\n")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["p.jsonl"]
+
+
+BAD_COMMANDS = {
+    "missing file": (["--predictions", "nope.jsonl"], "--predictions: nope.jsonl: cannot be read (No such file"),
+    "folder": (["--predictions", "sub"], "--predictions: sub: cannot be read (Is a directory): name an existing file"),
+    "no flag": ([], "the following arguments are required: --predictions: see "),
+    "no value": (["--predictions"], "argument --predictions: expected at least one argument: see "),
+    "unknown flag": (["--predictions", "a.jsonl", "--output", "x"], "unrecognized arguments: --output x: see "),
+    "one column for both": (
+        ["--predictions", "a.jsonl", "--prediction_column", "output"],
+        "--prediction_column: output: is also --reference_column, so every row would match itself: name two different",
+    ),
+    "one output for two": (
+        ["--predictions", "a.jsonl", "sub/a.jsonl", "--output_path", "x.json"],
+        "--output_path: x.json: one file cannot hold the scores of several: leave it out to write one beside each",
+    ),
+    "same default output": (["--predictions", "a.jsonl", "a.json"], "--predictions: a.json: its scores would go to "),
+    "output is the input": (
+        ["--predictions", "a.jsonl", "--output_path", "sub/../a.jsonl"],
+        "--output_path: {tmp}/a.jsonl: the scores would replace the predictions: choose another --output_path",
+    ),
+    "output is a folder": (
+        ["--predictions", "a.jsonl", "--output_path", "sub"],
+        "--output_path: {tmp}/sub: is a folder: name a file, such as scores.json in it",
+    ),
+    "output in no folder": (
+        ["--predictions", "a.jsonl", "--output_path", "new/x.json"],
+        "--output_path: {tmp}/new/x.json: its folder does not exist: create {tmp}/new first",
+    ),
+    "output name too long": (
+        ["--predictions", "a.jsonl", "--output_path", "x" * 300],
+        "--output_path: {tmp}/" + "x" * 300 + ": cannot be written (File name too long): choose another --output_path",
+    ),
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder with a.jsonl, a.json and sub/a.jsonl in it."""
+    (tmp_path / "sub").mkdir()
+    for name in ("a.jsonl", "a.json", "sub/a.jsonl"):
+        (tmp_path / name).write_text(GOOD)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("arguments, message", BAD_COMMANDS.values(), ids=BAD_COMMANDS)
+def test_a_bad_command_is_one_line_and_writes_nothing(arguments, message, folder, capsys):
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as exit_info:  # argparse ends the same way
+        sys.exit(score.main(arguments))
+    out, err = capsys.readouterr()
+    assert (exit_info.value.code, out) == (2, "")
+    assert err.startswith("error: " + message.replace("{tmp}", str(folder.resolve())))
+    assert err.count("\n") == 1 and err.endswith("\n")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_all_problems_are_shown_at_once_and_no_file_is_scored(folder, capsys):
+    (folder / "b.jsonl").write_text("[]\n")
+    assert score.main(["--predictions", "a.jsonl", "b.jsonl", "c.jsonl"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[:2] for line in lines] == [["error", "b.jsonl:1"], ["error", "--predictions"]]
+    assert not list(folder.glob("*.scores.json"))
+
+
+def run_python(*arguments, **environment):
+    command, env = [sys.executable, *arguments], {**os.environ, **environment}
+    return subprocess.run(command, cwd=REPO_ROOT, env=env, capture_output=True, encoding="utf-8", timeout=120)
+
+
+def test_the_command_prints_only_the_table(tmp_path):
+    path = write_lines(tmp_path / "预测\udcff.jsonl", {"prediction": "今天天气很好", "output": "今天天气很好"})
+    result = run_python("score.py", "--predictions", path, PYTHONIOENCODING="ascii")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "\nexact_match  100.00" in result.stdout
+    assert json.loads((tmp_path / "预测\udcff.scores.json").read_text(encoding="utf-8"))["files"] == [path]
+
+
+def test_the_command_fails_without_a_traceback(tmp_path):
+    result = run_python("score.py", "--predictions", str(tmp_path / "nope.jsonl"))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: --predictions: ") and result.stderr.count("\n") == 1
+
+
+def test_scoring_imports_no_deep_learning_library():
+    code = "import sys, score; score.score_rows(['好_的_吧'], ['好']); print(*sys.modules)"
+    modules = set(run_python("-c", code).stdout.split())
+    assert {"score", "jieba", "nltk", "rouge_chinese"} <= modules
+    assert not modules & {"torch", "transformers", "deepspeed", "peft", "datasets"}
+
+
+def test_help_imports_no_library_and_states_every_flag():
+    code = "import sys, score\ntry: score.main(['--help'])\nexcept SystemExit: print('modules:', *sys.modules)"
+    text, modules = run_python("-c", code).stdout.split("modules:")
+    assert not set(modules.split()) & {"jieba", "nltk", "rouge_chinese", "numpy", "torch", "transformers"}
+    for flag in ("--predictions", "--output_path", "--prediction_column", "--reference_column"):
+        assert flag in text
+    for action in score.build_parser()._actions[1:]:
+        assert "default:" in action.help or action.required
