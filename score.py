@@ -76,7 +76,7 @@ METRICS = {
 TEXT_METRICS = ("rouge1", "rouge2", "rougeL", "bleu4", "bleu4_words", "exact_match")
 TRIPLE_METRICS = tuple(name for name in METRICS if name not in TEXT_METRICS)
 
-# rouge_chinese keeps a dict with one entry for each pair of words, hundreds of bytes an entry.
+# rouge_chinese keeps a dict with one entry for each pair of words: gigabytes for two long texts.
 MAX_ROUGE_L_CELLS = 1_000_000
 MAX_LISTED = 20
 

@@ -1,18 +1,20 @@
-"""The words and the sentence patterns of the vehicle fault reports that make_data.py writes.
+"""The words and the sentence patterns of which make_data.py makes its texts.
 
-Words: no word is part of another one, so a word is found in a text by a plain search.
+Vehicle fault reports come first; documents with questions and advertisements follow below.
+
+Words of the reports: no word is part of another one, so a plain search finds it in a text.
 Parts, faults and tools come in three kinds; a part goes with the faults and tools of its kind.
 
-Patterns: `(text, facts)`. A slot in the text is a letter and a number: p part, f fault,
-v vehicle or assembly, s performance symptom, a assembly, t tool, q measured parameter.
+Patterns of the reports: `(text, facts)`. A slot in the text is a letter and a number: p part,
+f fault, v vehicle or assembly, s performance symptom, a assembly, t tool, q measured parameter.
 A slot with a longer name ({who}, {km}) is filled with any of its FILLERS, or with a number.
 The facts, separated by blanks, name slots: `p1-f1` is true and becomes a triple, `p1!f1` is
 mentioned but does not hold and must not be extracted, `p1=ok` says that the part is fine.
 
 The rule of extraction is the same everywhere: a triple is what the text states as present now
 or as done. Not extracted: what is denied, suspected and then ruled out, repaired earlier, or a
-tool that was not used. In `轿车的水泵漏水` the fault belongs to 水泵. 其 and 该部件 mean the last part
-named, 前者 and 后者 the first and the second of two.
+tool that was not used. In `轿车的水泵漏水` the fault belongs to 水泵. 其 and 该部件 mean the last
+part or vehicle named, 前者 and 后者 the first and the second of two.
 """
 
 PARTS_BY_KIND = {
@@ -60,12 +62,12 @@ COMMON_COMPONENTS = ("线束", "继电器", "保险丝", "支架", "油封", "�
 COMPONENTS_OF = {  # besides the common ones
     "发动机": ("曲轴", "凸轮轴", "活塞环", "飞轮", "正时链条", "张紧轮", "机油泵", "节气门", "喷油嘴", "火花塞"),
     "变速箱": ("离合器片", "飞轮", "半轴", "机油泵", "轮毂轴承", "球头", "节温器", "散热风扇", "减震器", "张紧轮"),
-    "制动系统": ("刹车片", "刹车盘", "制动分泵", "助力泵", "轮毂轴承", "球头", "半轴", "压缩机", "蓄电池", "减震器"),
-    "转向系统": ("球头", "助力泵", "轮毂轴承", "半轴", "减震器", "张紧轮", "蓄电池", "刹车盘", "水箱", "散热风扇"),
-    "冷却系统": ("水泵", "水箱", "节温器", "散热风扇", "张紧轮", "冷凝器", "机油泵", "膨胀阀", "正时链条", "蓄电池"),
+    "制动系统": ("刹车片", "刹车盘", "助力泵", "制动分泵", "轮毂轴承", "球头", "半轴", "压缩机", "蓄电池", "减震器"),
+    "转向系统": ("球头", "轮毂轴承", "助力泵", "半轴", "减震器", "张紧轮", "蓄电池", "刹车盘", "水箱", "散热风扇"),
+    "冷却系统": ("水箱", "水泵", "节温器", "散热风扇", "张紧轮", "冷凝器", "机油泵", "正时链条", "膨胀阀", "蓄电池"),
     "空调系统": ("压缩机", "冷凝器", "膨胀阀", "散热风扇", "空气滤芯", "张紧轮", "水箱", "蓄电池", "发电机", "雨刮电机"),
-    "燃油系统": ("燃油泵", "喷油嘴", "节气门", "氧传感器", "空气滤芯", "火花塞", "点火线圈", "蓄电池", "起动机", "凸轮轴"),
-    "传动系统": ("离合器片", "飞轮", "半轴", "球头", "轮毂轴承", "曲轴", "减震器", "刹车盘", "张紧轮", "起动机"),
+    "燃油系统": ("燃油泵", "喷油嘴", "节气门", "氧传感器", "空气滤芯", "火花塞", "蓄电池", "点火线圈", "起动机", "凸轮轴"),
+    "传动系统": ("离合器片", "飞轮", "半轴", "球头", "曲轴", "轮毂轴承", "减震器", "刹车盘", "张紧轮", "起动机"),
 }
 
 FILLERS = {
@@ -197,3 +199,125 @@ OPENINGS = (
     "{date}进厂，", "行驶里程{km}，", "故障现象：", "诊断过程：", "读出故障码{code}，",
     "该车已行驶{km}，", "{who}报告：", "工单{no}：",
 )
+
+# ---------------------------------------------------------------- documents and questions
+
+# Each kind of document: patterns of the text, questions that every one of them answers, and the
+# words of its slots. `{herb1}` and `{herb2}` are two different words of `herb`; a pair (low, high)
+# of numbers is drawn from.
+DOCUMENT_KINDS = (
+    {
+        "texts": (
+            "{name}由{herb1}、{herb2}、{herb3}和{herb4}制成，具有{effect}的功效，用于缓解{sign1}、{sign2}。"
+            "口服，一次{dose}，一日{times}次，饭后温水送服。{who}慎用，服药期间不宜吃{avoid}食物。",
+            "{name}为中成药，主要成分是{herb1}、{herb2}、{herb3}和{herb4}，功效为{effect}，适合有{sign1}、{sign2}的人服用。"
+            "每日{times}次，每次{dose}。{who}须在医生指导下使用，用药时忌食{avoid}食物。",
+        ),
+        "questions": ("{name}的主要成分有哪些？", "{name}可以缓解哪些症状？", "{name}一天要吃几次？",
+                      "吃{name}的时候要忌口什么？", "哪些人要慎用{name}？", "{name}有什么功效？"),
+        "name": ("清宁颗粒", "和润口服液", "舒康胶囊", "安悦片", "百和丸", "润宁糖浆", "益元冲剂", "平舒滴丸", "康怡合剂", "清悦含片"),
+        "herb": ("甘草", "陈皮", "薄荷", "桔梗", "茯苓", "白术", "山药", "菊花", "枸杞", "荷叶", "生姜", "红枣"),
+        "effect": ("清热利咽", "健脾养胃", "润肺止咳", "安神助眠", "消食化积", "祛湿解暑"),
+        "sign": ("咽喉肿痛", "食欲不振", "干咳少痰", "夜间难眠", "腹部胀满", "头晕乏力", "口干口苦"),
+        "dose": ("一袋", "两粒", "三片", "10毫升", "半支", "5克"),
+        "times": (2, 4), "who": ("孕妇", "儿童", "老年人", "肝病患者", "过敏体质者"),
+        "avoid": ("辛辣", "生冷", "油腻", "甜腻"),
+    },
+    {
+        "texts": (
+            "{who}如果长期{habit}，容易出现{sign}。建议每天睡够{hours}小时，多吃{food1}和{food2}，"
+            "每周{sport}{times}次，每次约{minutes}分钟。若{sign}持续{days}天仍不见好转，应到医院{office}就诊。",
+            "长期{habit}的{who}常会{sign}。平时可以多吃{food1}、{food2}，坚持每周{sport}{times}次，一次{minutes}分钟，"
+            "并保证{hours}小时睡眠。{sign}超过{days}天没有缓解的，要去{office}检查。",
+        ),
+        "questions": ("{who}长期{habit}会有什么影响？", "{who}{sign}应该多吃什么？", "{sign}要看哪个科？",
+                      "{who}每周要{sport}几次？", "{sign}多久不好就要去医院？", "{who}每天要睡多长时间？"),
+        "who": ("上班族", "中学生", "司机", "新手妈妈", "退休老人", "程序员", "教师"),
+        "habit": ("熬夜", "久坐", "低头看手机", "不吃早饭", "喝水太少", "睡前喝浓茶"),
+        "sign": ("颈肩酸痛", "眼睛干涩", "注意力下降", "胃部不适", "手脚冰凉", "记忆力减退"),
+        "hours": (7, 9), "minutes": (20, 60), "times": (2, 5), "days": (3, 14),
+        "food": ("燕麦", "菠菜", "核桃", "鸡蛋", "西红柿", "豆腐", "苹果", "鲈鱼", "胡萝卜"),
+        "sport": ("快走", "游泳", "骑车", "做操", "打太极", "慢跑"),
+        "office": ("康复科", "眼科", "消化科", "神经内科", "全科门诊"),
+    },
+    {
+        "texts": (
+            "清洗{thing}时，先用{tool}擦去表面的{dirt}，再取{agent}{grams}克，加入{litres}升温水调匀，"
+            "浸泡{minutes}分钟后用清水冲净，放在{place}晾干。清洗时不要使用{wrong}，否则会{harm}。",
+            "{thing}上有{dirt}怎么办？将{agent}{grams}克溶于{litres}升温水，用{tool}蘸取后反复擦洗，"
+            "静置{minutes}分钟再冲洗干净，最后移到{place}晾干。注意{wrong}会使它{harm}，不能使用。",
+        ),
+        "questions": ("怎样清除{thing}上的{dirt}？", "清洗{thing}要用多少{agent}？", "清洗{thing}为什么不能用{wrong}？",
+                      "{thing}清洗后应该怎么晾？", "清洗{thing}用什么工具好？", "洗{thing}时要等多少分钟再冲洗？"),
+        "thing": ("砂锅", "纱窗", "帆布鞋", "羊毛围巾", "不锈钢水壶", "竹砧板", "玻璃茶具", "羽绒被"),
+        "tool": ("软毛刷", "海绵", "旧牙刷", "干布", "百洁布"), "dirt": ("油污", "茶渍", "水垢", "霉点", "灰尘"),
+        "agent": ("小苏打", "白醋", "食盐", "柠檬酸", "中性皂粉"), "grams": (5, 60), "litres": (1, 5),
+        "minutes": (5, 45), "place": ("阴凉通风处", "阳台背阴处", "晾衣架上"),
+        "wrong": ("钢丝球", "漂白水", "开水", "强酸清洁剂"), "harm": ("褪色", "留下划痕", "变形", "失去光泽"),
+    },
+    {
+        "texts": (
+            "{city}居民办理{card}，可带上{paper1}和{paper2}到{place}申请，受理时间为周一至周五{opening}点至{closing}点，"
+            "{days}个工作日内办结，工本费{fee}元。证件遗失的，可拨打服务热线{phone}挂失，次日即可补办。",
+            "{city}的{card}由{place}受理，需提交{paper1}、{paper2}，费用为{fee}元，{days}个工作日后可以领取。"
+            "窗口周一至周五{opening}点开门，{closing}点停止取号，咨询和挂失请拨打{phone}。",
+        ),
+        "questions": ("在{city}办{card}需要什么材料？", "{city}的{card}多少天能办好？", "{city}办{card}要多少钱？",
+                      "{city}的{card}在哪里办理？", "{city}的{card}丢了打什么电话挂失？", "{city}几点可以办{card}？"),
+        "city": ("云溪市", "青屿市", "江宁湾区", "白桦市", "南浦县", "松岭市", "海棠区"),
+        "card": ("老年优待卡", "图书借阅证", "公交月票卡", "居住登记证", "游泳馆年卡", "停车许可证"),
+        "paper": ("身份证", "近期照片", "户口簿", "居住证明", "单位介绍信", "缴费回执"),
+        "place": ("市民服务中心", "社区服务站", "街道办事处", "政务大厅三楼"),
+        "opening": (8, 10), "closing": (16, 18), "days": (2, 15), "fee": (5, 60), "phone": (60010, 69980),
+    },
+    {
+        "texts": (
+            "{plant}原产于{origin}，喜欢{light}的环境，生长适温为{low}至{high}℃。春秋两季每{days}天浇一次水，"
+            "每月施一次{feed}。叶片发黄多半是{cause}，应及时{remedy}。{plant}一般在{season}开花，花期约{weeks}周。",
+            "养{plant}要选{light}的位置，温度保持在{low}至{high}℃，每隔{days}天浇水，每月用{feed}追肥一次。"
+            "{plant}来自{origin}，{season}开花，可开{weeks}周左右。如果叶片发黄，常见原因是{cause}，需要{remedy}。",
+        ),
+        "questions": ("{plant}多少天浇一次水？", "{plant}叶子发黄怎么办？", "{plant}什么时候开花？", "{plant}的花能开多久？",
+                      "{plant}适合在什么温度下生长？", "{plant}放在什么地方养比较好？", "{plant}用什么肥料好？"),
+        "plant": ("蓝雪花", "长寿花", "茉莉", "栀子", "君子兰", "三角梅", "蝴蝶兰", "绣球"),
+        "origin": ("南非", "南美洲", "东南亚", "云南山区", "地中海沿岸"), "light": ("阳光充足", "半阴通风", "散射光明亮", "温暖湿润"),
+        "low": (8, 16), "high": (22, 30), "days": (2, 9), "feed": ("腐熟饼肥", "磷钾肥", "稀薄液肥", "缓释肥"),
+        "cause": ("浇水过多", "光照不足", "土壤偏碱", "盆土板结"), "remedy": ("换盆松土", "减少浇水", "移到窗边", "补施硫酸亚铁"),
+        "season": ("初春", "初夏", "仲秋", "冬末"), "weeks": (2, 8),
+    },
+)
+
+# ---------------------------------------------------------------- advertisements
+
+# Each class of goods: its types and which attributes it can have.
+GOODS = (
+    (("上衣", "衬衫", "毛衣", "外套", "卫衣"), ("材质", "颜色", "风格", "版型", "图案", "领型", "袖长")),
+    (("长裤", "牛仔裤", "短裤", "阔腿裤"), ("材质", "颜色", "风格", "版型", "图案", "腰型")),
+    (("连衣裙", "半身裙", "百褶裙"), ("材质", "颜色", "风格", "版型", "图案", "腰型", "裙长")),
+    (("运动鞋", "皮鞋", "短靴", "凉鞋"), ("颜色", "风格", "鞋底", "鞋头")),
+    (("双肩包", "手提包", "斜挎包"), ("颜色", "风格", "图案", "容量", "开合")),
+)
+# attribute -> (value -> what the advertisement says of it, how it says it)
+ATTRIBUTES = {
+    "材质": ({"棉": "柔软透气", "羊毛": "温暖蓬松", "亚麻": "清爽利落", "真丝": "顺滑亲肤", "涤纶": "耐磨不易皱", "雪纺": "轻盈飘逸"},
+           ("选用{value}面料，{detail}", "{value}材质{detail}，久穿也舒服")),
+    "颜色": ({"白色": "干净清新", "黑色": "沉稳百搭", "红色": "热情亮眼", "蓝色": "宁静耐看", "绿色": "充满生机", "米色": "温柔低调", "粉色": "甜美可人"},
+           ("{value}看上去{detail}", "经典的{value}{detail}，很好搭配")),
+    "风格": ({"简约": "没有多余的装饰", "复古": "带着旧时光的味道", "休闲": "怎么穿都自在", "通勤": "上班也得体", "运动": "活动起来毫无拘束", "文艺": "透着书卷气"},
+           ("整体走{value}风，{detail}", "{value}的设计{detail}")),
+    "版型": ({"宽松": "遮住小赘肉", "修身": "勾勒好身材", "直筒": "线条干脆", "收腰": "显得腰身纤细"},
+           ("{value}剪裁{detail}", "{value}的版型{detail}，对身材很友好")),
+    "图案": ({"条纹": "拉长身形", "格子": "增添学院气息", "碎花": "像把春天带在身边", "纯色": "简单又不失质感", "刺绣": "细节精致", "字母": "年轻有活力"},
+           ("{value}图案{detail}", "点缀{value}元素，{detail}")),
+    "领型": ({"圆领": "修饰颈部", "V领": "露出锁骨更显脸小", "高领": "挡住冷风", "翻领": "显得精神"},
+           ("{value}设计{detail}", "配上{value}，{detail}")),
+    "袖长": ({"长袖": "早晚不怕凉", "短袖": "夏日更凉快", "七分袖": "露出纤细的手腕"}, ("{value}{detail}", "{value}的长度{detail}")),
+    "腰型": ({"高腰": "把双腿拉得更长", "中腰": "坐下也不勒", "松紧腰": "穿脱方便"}, ("{value}{detail}", "{value}设计{detail}")),
+    "裙长": ({"短裙": "活泼俏皮", "中长裙": "优雅大方", "长裙": "走起路来摇曳生姿"}, ("{value}的长度{detail}", "做成{value}，{detail}")),
+    "鞋底": ({"厚底": "悄悄增高", "平底": "久走不累", "橡胶底": "雨天也防滑", "软底": "踩上去很轻柔"}, ("{value}{detail}", "{value}设计{detail}")),
+    "鞋头": ({"圆头": "不挤脚趾", "尖头": "时髦干练", "方头": "别致有个性"}, ("{value}{detail}", "{value}款式{detail}")),
+    "容量": ({"大号": "电脑和雨伞都放得下", "中号": "日常出门刚刚好", "小号": "轻便不占手"}, ("{value}尺寸{detail}", "{value}容量{detail}")),
+    "开合": ({"拉链": "开合顺畅又安全", "磁扣": "单手就能打开", "抽绳": "收放自如"}, ("{value}开口{detail}", "采用{value}，{detail}")),
+}
+ADVERT_OPENINGS = ("这款{type}值得拥有，", "今季值得入手的{type}来了，", "喜欢上这款{type}只要一眼，", "换季给自己添一款{type}吧，")
+ADVERT_CLOSINGS = ("，送自己或朋友都合适。", "，出门再也不用纠结。", "，每一天都多一份好心情。", "，陪你走过四季。", "。")

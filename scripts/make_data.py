@@ -49,11 +49,11 @@ RELATION_OF_SLOTS = {"pf": FAULT, "vs": SYMPTOM, "as": SYMPTOM, "ap": COMPONENT,
 HOLD_OUT_EVERY = 4   # one combination in so many is kept for the held-out rows
 MAX_TRIPLES = 5
 MIN_CHARS, MAX_CHARS = 25, 90
-PATTERN_GROUPS = (   # patterns, and how often a report draws from them
-    (words.FAULT_PATTERNS, 0.34),
-    (words.SYMPTOM_PATTERNS, 0.26),
-    (words.COMPONENT_PATTERNS, 0.14),
-    (words.TOOL_PATTERNS, 0.26),
+PATTERN_GROUPS = (   # patterns, and the percentage of the draws that they get
+    (words.FAULT_PATTERNS, 34),
+    (words.SYMPTOM_PATTERNS, 26),
+    (words.COMPONENT_PATTERNS, 14),
+    (words.TOOL_PATTERNS, 26),
 )
 
 
@@ -295,13 +295,75 @@ def make_spo():
     triples = [{tuple(line.split("_")) for row in rows for line in row["output"].split("\n")}
                for rows in (train, test)]
     assert triples[0].isdisjoint(held_out) and triples[1] <= held_out, "a held-out combination in training"
-    vocabularies = [{word for head, _, tail in part for word in (head, tail)} for part in triples]
+    vocabularies = [{(word, relation) for head, relation, tail in part for word in (head, tail)} for part in triples]
     unseen = vocabularies[1] - vocabularies[0]
     assert not unseen, f"words of the held-out rows that training never extracts: {sorted(unseen)}"
     return {"spo_0.json": train, "spo_1.json": test}
 
 
-FILE_MAKERS = (make_spo,)
+# ---------------------------------------------------------------- documents and questions
+
+D2Q_INSTRUCTION = "你现在是一个问题生成模型，请根据下面文档生成一个问题，文档："
+MIN_DOCUMENT_CHARS, MAX_DOCUMENT_CHARS = 60, 160
+
+
+def d2q_row(rng):
+    """A made-up document and a question that it answers."""
+    while True:
+        kind = pick(rng, words.DOCUMENT_KINDS)
+        text, question = pick(rng, kind["texts"]), pick(rng, kind["questions"])
+        chosen = {}
+        for name in dict.fromkeys(re.findall(r"{(\w+)}", text)):
+            options = kind[name.rstrip("0123456789")]
+            if isinstance(options[0], int):
+                options = range(options[0], options[1] + 1)
+            chosen[name] = pick(rng, [option for option in options if option not in chosen.values()])
+        text = text.format(**chosen)
+        if MIN_DOCUMENT_CHARS <= len(text) <= MAX_DOCUMENT_CHARS:
+            return {"instruction": D2Q_INSTRUCTION, "input": text, "output": question.format(**chosen)}
+
+
+def make_d2q():
+    """The rows of d2q_0.json and d2q_1.json."""
+    rng, seen = random.Random(2025), set()
+    return {"d2q_0.json": unique_rows(lambda: d2q_row(rng), 400, seen),
+            "d2q_1.json": unique_rows(lambda: d2q_row(rng), 20, seen)}
+
+
+# ---------------------------------------------------------------- advertisements
+
+ADGEN_INSTRUCTION = "你现在是一个广告文案生成模型，请根据下面的商品属性生成一段广告文案，属性："
+MIN_ADVERT_CHARS, MAX_ADVERT_CHARS = 40, 100
+
+
+def adgen_row(rng):
+    """The attributes of an article, and an advertisement that names every one of them."""
+    while True:
+        types, attributes = pick(rng, words.GOODS)
+        attributes = sorted(attributes, key=lambda attribute: rng.random())[:2 + int(rng.random() * 3)]
+        pairs, phrases = [("类型", pick(rng, types))], []
+        for attribute in attributes:
+            details, patterns = words.ATTRIBUTES[attribute]
+            value = pick(rng, tuple(details))
+            pairs.append((attribute, value))
+            phrases.append(pick(rng, patterns).format(value=value, detail=details[value]))
+        advert = pick(rng, words.ADVERT_OPENINGS).format(type=pairs[0][1]) + "，".join(phrases)
+        advert += pick(rng, words.ADVERT_CLOSINGS)
+        if MIN_ADVERT_CHARS <= len(advert) <= MAX_ADVERT_CHARS:
+            attribute_list = "*".join(f"{attribute}#{value}" for attribute, value in pairs)
+            return {"instruction": ADGEN_INSTRUCTION, "input": attribute_list, "output": advert}
+
+
+def make_adgen():
+    """The rows of adgen_0.json and adgen_1.json."""
+    rng, seen = random.Random(2026), set()
+    return {"adgen_0.json": unique_rows(lambda: adgen_row(rng), 400, seen),
+            "adgen_1.json": unique_rows(lambda: adgen_row(rng), 50, seen)}
+
+
+# ---------------------------------------------------------------- command
+
+FILE_MAKERS = (make_spo, make_d2q, make_adgen)
 
 
 def make_files():

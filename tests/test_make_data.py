@@ -2,8 +2,11 @@
 
 import importlib.util
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -100,3 +103,156 @@ def test_a_pattern_match_does_not_solve_the_held_out_rows():
     scores = macro_f1_scores(found, [read_triples(row) for row in rows])
     print(f"\npatterns: macro F1 {scores[0]:.1f} over rows, {scores[1]:.1f} over relations")
     assert 20 < max(scores) < 60, scores
+
+
+# ---------------------------------------------------------------- files
+
+def test_files_are_what_the_generator_writes(tmp_path, capsys):
+    assert make_data.main(["--output_dir", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(NUM_ROWS)
+    for name in NUM_ROWS:
+        assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes(), name
+    assert make_data.main(["--check"]) == 0
+
+    (tmp_path / "d2q_1.json").write_text("{}\n", encoding="utf-8")
+    (tmp_path / "spo_1.json").unlink()
+    capsys.readouterr()
+    assert make_data.main(["--check", "--output_dir", str(tmp_path)]) == 1
+    message = capsys.readouterr().err
+    assert "d2q_1.json" in message and "spo_1.json" in message and "adgen" not in message
+
+
+def test_the_hash_seed_changes_nothing():
+    command = [sys.executable, str(ROOT / "scripts" / "make_data.py"), "--check"]
+    for hash_seed in ("1", "2"):
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": hash_seed})
+
+
+@pytest.mark.parametrize("name", NUM_ROWS)
+def test_rows_are_complete(name):
+    rows = read_rows(name)
+    assert len(rows) == NUM_ROWS[name]
+    for row in rows:
+        assert list(row) == ["instruction", "input", "output"]
+        assert all(isinstance(value, str) and value == value.strip() != "" for value in row.values())
+    assert len({row["instruction"] for row in rows}) == 1
+
+
+@pytest.mark.parametrize("task", ["spo", "d2q", "adgen"])
+def test_no_input_occurs_twice(task):
+    inputs = [row["input"] for part in "01" for row in read_rows(f"{task}_{part}.json")]
+    assert len(set(inputs)) == len(inputs)
+
+
+# ---------------------------------------------------------------- information extraction
+
+def test_spo_instruction_has_a_written_backslash_n():
+    instruction = read_rows("spo_0.json")[0]["instruction"]
+    assert "三元组之间用\\n分割。" in instruction and "\n" not in instruction
+
+
+def test_words_are_not_part_of_each_other():
+    all_words = [word for vocabulary in VOCABULARIES for word in vocabulary]
+    assert all(2 <= len(word) <= 5 for word in all_words)
+    assert not [(a, b) for i, a in enumerate(all_words) for j, b in enumerate(all_words) if i != j and a in b]
+
+
+@pytest.mark.parametrize("name", ["spo_0.json", "spo_1.json"])
+def test_spo_rows_are_within_bounds(name):
+    rows = read_rows(name)
+    num_triples = [len(read_triples(row)) for row in rows]
+    assert all(25 <= len(row["input"]) <= 90 for row in rows)
+    assert 1 <= min(num_triples) and max(num_triples) <= 5 and 2 <= sum(num_triples) / len(rows) <= 3
+    relations = Counter(relation for row in rows for _, relation, _ in read_triples(row))
+    assert set(relations) == set(make_data.RELATIONS)
+    assert min(relations.values()) >= 0.08 * sum(relations.values()), relations
+
+
+@pytest.mark.parametrize("name", ["spo_0.json", "spo_1.json"])
+def test_triples_stand_in_the_text_in_order(name):
+    for row in read_rows(name):
+        text, triples = row["input"], read_triples(row)
+        assert len(set(triples)) == len(triples)
+        places = [(text.index(head), text.index(tail)) for head, _, tail in triples]
+        assert places == sorted(places), row
+        assert all(text.count(word) == 1 for head, _, tail in triples for word in (head, tail)), row
+
+
+def test_held_out_rows_combine_known_words_anew():
+    train, test = ([triple for row in read_rows(name) for triple in read_triples(row)]
+                   for name in ("spo_0.json", "spo_1.json"))
+    held_out = make_data.held_out_combinations()
+    assert set(test) <= held_out and not held_out & set(train)
+    assert {(head, relation) for head, relation, _ in test} <= {(head, relation) for head, relation, _ in train}
+    assert {(relation, tail) for _, relation, tail in test} <= {(relation, tail) for _, relation, tail in train}
+
+
+def test_every_held_out_combination_has_words_that_others_use_alike():
+    held_out = make_data.held_out_combinations()
+    others = make_data.all_combinations() - held_out
+    assert {(head, relation) for head, relation, _ in held_out} <= {(head, relation) for head, relation, _ in others}
+    assert {(relation, tail) for _, relation, tail in held_out} <= {(relation, tail) for _, relation, tail in others}
+
+
+def test_report_mentions_are_exactly_the_words_of_its_text():
+    rng = random.Random(7)
+    for _ in range(300):
+        report = make_data.make_report(rng)
+        mentions = (report.parts, report.faults, report.systems, report.symptoms, report.tools, report.parameters)
+        for found, vocabulary in zip(mentions, VOCABULARIES):
+            assert found == sorted((word for word in vocabulary if word in report.text), key=report.text.index)
+        assert set(report.normal) <= set(report.parts)
+        assert set(report.triples).isdisjoint(report.denied)
+        assert set(report.triples) | set(report.denied) <= make_data.all_combinations()
+
+
+def test_report_avoids_and_obeys_combinations():
+    held_out = make_data.held_out_combinations()
+    for seed in range(100):
+        report = make_data.make_report(random.Random(seed), forbidden=held_out)
+        assert report == make_data.make_report(random.Random(seed), forbidden=held_out)
+        assert held_out.isdisjoint(report.triples + report.denied)
+        report = make_data.make_report(random.Random(seed), only=held_out)
+        assert held_out.issuperset(report.triples + report.denied)
+
+
+def test_every_pattern_can_be_filled_on_both_sides():
+    held_out, rng = make_data.held_out_combinations(), random.Random(3)
+    patterns = [pattern for group, _ in make_data.PATTERN_GROUPS for pattern in group]
+    assert len(set(patterns)) == len(patterns) >= 40
+    for allowed in (held_out, make_data.all_combinations() - held_out):
+        for pattern in patterns:
+            assert make_data.make_report(rng, only=allowed, patterns=[pattern]).triples
+
+
+# ---------------------------------------------------------------- questions and advertisements
+
+@pytest.mark.parametrize("name", ["d2q_0.json", "d2q_1.json"])
+def test_documents_and_questions(name):
+    for row in read_rows(name):
+        assert 60 <= len(row["input"]) <= 160, row
+        assert row["output"].endswith("？") and "{" not in row["input"] + row["output"], row
+
+
+def test_every_document_pattern_can_answer_every_question():
+    for kind in make_data.words.DOCUMENT_KINDS:
+        asked = set(re.findall(r"{(\w+)}", "".join(kind["questions"])))
+        for text in kind["texts"]:
+            assert asked <= set(re.findall(r"{(\w+)}", text)), text
+
+
+@pytest.mark.parametrize("name", ["adgen_0.json", "adgen_1.json"])
+def test_advertisements_name_every_attribute(name):
+    for row in read_rows(name):
+        pairs = [pair.split("#") for pair in row["input"].split("*")]
+        assert pairs[0][0] == "类型" and 3 <= len(pairs) <= 5
+        assert 40 <= len(row["output"]) <= 100, row
+        assert all(value in row["output"] for _, value in pairs), row
+
+
+def test_readme_shows_the_files_as_they_are():
+    readme = (DATA / "README.md").read_text(encoding="utf-8")
+    for name, num_rows in NUM_ROWS.items():
+        assert f"| `{name}` | {num_rows:,} |" in readme
+        first_row = (DATA / name).read_text(encoding="utf-8").splitlines()[0]
+        assert f"`{name}`\n\n```json\n{first_row}\n```\n" in readme, f"the first row of {name}"

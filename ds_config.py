@@ -1,0 +1,91 @@
+"""The DeepSpeed JSON: found, read, checked against the flags, filled in."""
+
+import json
+import os
+
+from modes import read_json
+
+CONFIG_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs")
+
+
+def find_ds_file(name):
+    """Path of `--ds_file`: as given, or inside configs/. ValueError where neither exists."""
+    for path in (name, os.path.join(CONFIG_FOLDER, name)):
+        if os.path.isfile(path):
+            return path
+    known = ", ".join(sorted(os.listdir(CONFIG_FOLDER)))
+    raise ValueError(f"--ds_file {name}: no such file here or in configs/: use one of {known} or give a path")
+
+
+def read_ds_file(name):
+    """The JSON object of `--ds_file`; ValueError that names file and fault."""
+    config = read_json(find_ds_file(name))
+    stage = config.get("zero_optimization", {}).get("stage")
+    if stage not in (2, 3):
+        raise ValueError(f"--ds_file {name}: zero_optimization.stage is {stage}: use 2 or 3")
+    return config
+
+
+def values_of_flags(args, world_size):
+    """{key path in the DeepSpeed JSON: (flag, value)} for everything that flags decide."""
+    batch = args.per_device_train_batch_size
+    accumulation = args.gradient_accumulation_steps
+    return {
+        "train_micro_batch_size_per_gpu": ("--per_device_train_batch_size", batch),
+        "gradient_accumulation_steps": ("--gradient_accumulation_steps", accumulation),
+        "train_batch_size": ("batch size x accumulation x processes", batch * accumulation * world_size),
+        "gradient_clipping": ("--max_grad_norm", args.max_grad_norm),
+        "optimizer.params.lr": ("--learning_rate", args.learning_rate),
+        "optimizer.params.weight_decay": ("--weight_decay", args.weight_decay),
+    }
+
+
+def conflicts(config, args, world_size):
+    """Problems: values that the file and the flags give differently ("auto" and equal values are fine)."""
+    problems = []
+    for path, (flag, value) in values_of_flags(args, world_size).items():
+        found = config
+        for key in path.split("."):
+            found = found.get(key, "auto") if isinstance(found, dict) else "auto"
+        if found != "auto" and found != value:
+            problems.append(
+                f"--ds_file {args.ds_file}: {path} is {found} but {flag} is {value}:"
+                f" give it once (remove it from the file or set it to the same value)"
+            )
+    kind = config.get("optimizer", {}).get("type", "AdamW")
+    if kind not in ("Adam", "AdamW"):
+        problems.append(f"--ds_file {args.ds_file}: optimizer.type {kind}: only AdamW is built: remove the section")
+    if "scheduler" in config:
+        problems.append(f"--ds_file {args.ds_file}: scheduler: use --lr_scheduler_type and --warmup_ratio instead")
+    for precision in ("bf16", "fp16"):
+        wanted = config.get(precision, {}).get("enabled", "auto")
+        if wanted is True and args.precision not in ("auto", precision):
+            problems.append(
+                f"--ds_file {args.ds_file}: {precision}.enabled but --precision is {args.precision}: give it once"
+            )
+    return problems
+
+
+def complete_config(config, args, world_size, precision):
+    """The configuration that DeepSpeed gets: the file, with what the flags decide filled in."""
+    config = json.loads(json.dumps(config))
+    config.pop("optimizer", None)
+    # One engine step is one update, whatever its number of micro-batches (the last one of an epoch may be short),
+    # and the loss is already divided by the tokens of the whole update: DeepSpeed must not divide again.
+    config["train_micro_batch_size_per_gpu"] = args.per_device_train_batch_size
+    config["gradient_accumulation_steps"] = 1
+    config["train_batch_size"] = args.per_device_train_batch_size * world_size
+    config["gradient_clipping"] = args.max_grad_norm
+    config.setdefault("steps_per_print", 2**31)
+    for name in ("bf16", "fp16"):
+        config[name] = {**config.get(name, {}), "enabled": name == precision}
+    if precision == "fp16":
+        config["fp16"] = {"loss_scale": 0, "initial_scale_power": 16, "hysteresis": 2, **config["fp16"]}
+    config["zero_allow_untested_optimizer"] = True
+    config["zero_force_ds_cpu_optimizer"] = False
+    return config
+
+
+def offloads(config):
+    """Does the configuration keep optimizer state in host memory?"""
+    return config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"

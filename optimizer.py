@@ -1,0 +1,68 @@
+"""AdamW over the trained weights, and the learning rate over the updates."""
+
+import math
+import shutil
+
+
+def parameter_groups(model, weight_decay):
+    """Trained parameters in two groups: decayed, and (norms, biases) not."""
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            # ZeRO-3 flattens what it holds, so the dimension is read from the name as well.
+            is_plain = name.endswith(".bias") or "layernorm" in name
+            (plain if is_plain else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def cpu_adam_problem():
+    """Why DeepSpeed's CPU Adam cannot be built here, or None."""
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        return "no C++ compiler (install g++)"
+    if shutil.which("ninja") is None:
+        return "no ninja (pip install ninja)"
+    return None if CPUAdamBuilder().is_compatible(verbose=False) else "DeepSpeed says the op does not fit this machine"
+
+
+def build_optimizer(model, args, offload, device):
+    """(AdamW, its name). DeepSpeed's compiled CPU Adam serves offload on cards where it can be built."""
+    import torch
+
+    groups = parameter_groups(model, args.weight_decay)
+    settings = {"lr": args.learning_rate, "betas": (0.9, 0.95), "eps": 1e-8}
+    wanted = args.optimizer
+    if wanted == "deepspeed_cpu" or (wanted == "auto" and offload and device.type == "cuda"):
+        problem = cpu_adam_problem()
+        if problem is None:
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings), "DeepSpeed CPU AdamW (compiled once)"
+        if wanted == "deepspeed_cpu":
+            raise ValueError(f"--optimizer deepspeed_cpu: {problem}: use --optimizer torch")
+        return torch.optim.AdamW(groups, **settings), f"torch AdamW on the CPU, which is slower ({problem})"
+    return torch.optim.AdamW(groups, **settings), "torch AdamW"
+
+
+def learning_rate_factor(step, num_warmup_steps, num_steps, kind):
+    """Factor on --learning_rate for update `step` (from 0): linear warm-up to 1, then `kind` towards 0."""
+    if step < num_warmup_steps:
+        return (step + 1) / (num_warmup_steps + 1)
+    progress = (step - num_warmup_steps) / max(1, num_steps - num_warmup_steps)
+    if kind == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    if kind == "linear":
+        return max(0.0, 1.0 - progress)
+    return 1.0
+
+
+def build_scheduler(optimizer, args, num_steps):
+    """LambdaLR over the updates; warm-up takes `--warmup_ratio` of them."""
+    from torch.optim.lr_scheduler import LambdaLR
+
+    num_warmup_steps = math.ceil(num_steps * args.warmup_ratio)
+    return LambdaLR(
+        optimizer, lambda step: learning_rate_factor(step, num_warmup_steps, num_steps, args.lr_scheduler_type)
+    )

@@ -1,0 +1,147 @@
+"""Ranks, start and end of the process group, seeds, precision, meters."""
+
+import datetime
+import os
+import random
+import sys
+import time
+
+
+def is_main():
+    """Is this the first process of all hosts? True without a launcher."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def is_local_main():
+    """Is this the first process of its host?"""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
+def world_size():
+    """Number of processes over all hosts."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def print_rank_0(*values, **kwargs):
+    """Print on the first process only."""
+    if is_main():
+        print(*values, **kwargs, flush=True)
+
+
+def fail(problems, prog=None):
+    """End the program with exit code 2 and a line for each problem (a message or a list of them), on rank 0."""
+    prog = prog or os.path.basename(sys.argv[0])
+    for problem in [problems] if isinstance(problems, str) else problems:
+        if is_main():
+            print(f"{prog}: error: {problem}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def prepare_environment():
+    """Settings that must be there before torch is imported: threads per rank, no needless builds, quiet libraries."""
+    local_size = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // local_size)))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if has_nvidia_device() else "cpu")
+
+
+def has_nvidia_device():
+    """Is there an NVIDIA device node? Asked before torch is there."""
+    return any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg"))
+
+
+def choose_device(name):
+    """torch.device for `--device auto|cuda|cpu`; ValueError where CUDA is asked for and absent."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device: check the driver (nvidia-smi) or use --device cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def choose_precision(name, device):
+    """'bf16', 'fp16' or 'fp32' for `--precision`: auto is bf16 where the card has it, fp16 elsewhere, fp32 on CPU."""
+    import torch
+
+    if name != "auto":
+        if name == "fp16" and device.type == "cpu":
+            raise ValueError("--precision fp16: a CPU trains in fp32 or bf16 only: use --precision fp32")
+        return name
+    if device.type == "cpu":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def torch_dtype(precision):
+    """The torch dtype of 'bf16', 'fp16', 'fp32'."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+
+
+def start_distributed(device):
+    """Join the process group (nccl on cards, gloo on CPU); one process without a launcher is a group of one."""
+    import deepspeed
+    import torch
+
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", str(free_port()))
+    if device.type == "cpu":
+        # DeepSpeed would compile a shared-memory all-reduce that only its inference uses.
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed(
+        dist_backend="gloo" if device.type == "cpu" else "nccl",
+        timeout=datetime.timedelta(hours=2),
+        verbose=False,
+    )
+
+
+def free_port():
+    """A TCP port of this machine that nobody listens on now."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def stop_distributed(engine=None):
+    """Leave together and cleanly: gloo's worker thread may abort an interpreter that ends at once."""
+    import torch.distributed as dist
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if dist.is_initialized():
+        dist.barrier()
+        if engine is not None:
+            engine.destroy()
+        dist.destroy_process_group()
+        time.sleep(0.3)
+
+
+def barrier():
+    """Wait for all ranks, where there are several."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
+def set_seed(seed):
+    """Seed Python, numpy and torch; each rank draws its own dropout."""
+    import numpy
+    import torch
+
+    rank = int(os.environ.get("RANK", "0"))
+    random.seed(seed + rank)
+    numpy.random.seed((seed + rank) % 2**32)
+    torch.manual_seed(seed + rank)
