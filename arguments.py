@@ -1,0 +1,335 @@
+"""Every flag of every script, once, with the checks on their combinations."""
+
+import argparse
+import math
+import os
+import re
+
+from data_set import Columns, data_files
+from ds_config import conflicts, read_ds_file
+from modes import MODES, possible_modes
+from tuning import TRAIN_TYPES
+from utils import fail, is_main, world_size
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse whose errors are one line; flags are typed in full, so that none is taken for another."""
+
+    def __init__(self, **kwargs):
+        super().__init__(
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs
+        )
+
+    def error(self, message):
+        fail(f"{message} (see --help)", prog=self.prog)
+
+    def typed(self, argv):
+        """Names of the flags that stand on the command line."""
+        given = {word.split("=")[0] for word in argv}
+        return {action.dest for action in self._actions if given & set(action.option_strings)}
+
+
+def true_or_false(text):
+    """'True' or 'False' in any case; `type=bool` would call every text true."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+
+
+def add_device_flags(parser):
+    """--device and --precision, alike everywhere."""
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: a card if there is one")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "bf16", "fp16", "fp32"),
+        default="auto",
+        help="auto: bf16 where the card has it, fp16 on older cards, fp32 on CPU",
+    )
+    parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher; -1: one process")
+
+
+def add_row_flags(parser):
+    """Names of the fields of a row."""
+    parser.add_argument(
+        "--prompt_column", help="field that holds the whole question; without it instruction + input is the question"
+    )
+    parser.add_argument("--response_column", default="output", help="field that holds the answer")
+
+
+def train_parser():
+    """Flags of train.py. The seed's names and meanings."""
+    parser = OneLineParser(prog="train.py", description="Fine-tune ChatGLM-6B, ChatGLM2-6B or ChatGLM3-6B.")
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--train_path", nargs="+", required=True, help="JSON Lines or JSON array files, or folders of them (*.json[l])"
+    )
+    data.add_argument("--max_len", type=int, default=1024, help="tokens of a row, question and answer; the rest is cut")
+    data.add_argument("--max_src_len", type=int, default=256, help="tokens of the question; the rest is cut")
+    data.add_argument("--is_skip", action="store_true", help="leave out rows that would be cut; off: cut them")
+    add_row_flags(data)
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--model_name_or_path", required=True, help="checkpoint folder, or a hub name such as THUDM/chatglm3-6b")
+    model.add_argument("--mode", choices=MODES, help="model family; left out: read from the checkpoint's config.json")
+    model.add_argument("--train_type", choices=TRAIN_TYPES, default="lora", help="what trains")
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--output_dir", required=True, help="new or empty folder for checkpoints and logs")
+    training.add_argument("--per_device_train_batch_size", type=int, default=1, help="rows of a micro-batch per process")
+    training.add_argument("--gradient_accumulation_steps", type=int, default=1, help="micro-batches of an update; 1: off")
+    training.add_argument("--num_train_epochs", type=int, default=1, help="passes over the rows")
+    training.add_argument("--learning_rate", type=float, default=1e-4, help="highest learning rate of AdamW")
+    training.add_argument("--weight_decay", type=float, default=0.1, help="of AdamW, not on norms and biases; 0: off")
+    training.add_argument("--warmup_ratio", type=float, default=0.1, help="share of the updates that warm up; 0: off")
+    training.add_argument(
+        "--lr_scheduler_type", choices=("cosine", "linear", "constant"), default="cosine", help="after the warm-up"
+    )
+    training.add_argument("--max_grad_norm", type=float, default=1.0, help="clip the global gradient norm; 0: off")
+    training.add_argument(
+        "--optimizer",
+        choices=("auto", "torch", "deepspeed_cpu"),
+        default="auto",
+        help="AdamW of torch, or DeepSpeed's for offload (needs a C++ compiler); auto: the latter for offload on cards",
+    )
+    training.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations to save memory")
+    training.add_argument("--seed", type=int, default=1234, help="of the row order, dropout and new weights")
+    training.add_argument("--ds_file", default="ds_zero2_no_offload.json", help="DeepSpeed JSON: a path or a name in configs/")
+    training.add_argument("--show_loss_step", type=int, default=10, help="updates between log lines")
+    training.add_argument("--save_model_step", type=int, default=0, help="updates between checkpoints; 0: each epoch's end only")
+    add_device_flags(training)
+
+    freeze = parser.add_argument_group("--train_type freeze")
+    freeze.add_argument("--freeze_module_name", default="layers.27.", help="dotted parts of the weights that train, by comma")
+    ptuning = parser.add_argument_group("--train_type ptuning")
+    ptuning.add_argument("--pre_seq_len", type=int, default=16, help="virtual tokens in front of every layer")
+    ptuning.add_argument(
+        "--prefix_projection", type=true_or_false, default=True, metavar="{True,False}", help="two-layer network in front"
+    )
+    lora = parser.add_argument_group("--train_type lora")
+    lora.add_argument("--lora_dim", type=int, default=8, help="rank of the matrices")
+    lora.add_argument("--lora_alpha", type=float, default=30, help="the delta is scaled by lora_alpha / lora_dim")
+    lora.add_argument("--lora_dropout", type=float, default=0.1, help="dropout before the matrices; 0: off")
+    lora.add_argument("--lora_module_name", default="query_key_value", help="linear layers that get matrices, by comma")
+    return parser
+
+
+def parse_train(argv):
+    """Checked flags of train.py; ends with exit code 2 and all problems at once. `args.mode` is filled in."""
+    parser = train_parser()
+    args = parser.parse_args(argv)
+    problems = train_problems(args, parser.typed(argv))
+    if problems:
+        fail(problems, parser.prog)
+    return args
+
+
+def train_problems(args, typed):
+    """Everything that is wrong with the flags and can be known before a weight is read."""
+    problems = range_problems(
+        args,
+        at_least_one="per_device_train_batch_size gradient_accumulation_steps num_train_epochs show_loss_step max_src_len"
+        " max_len pre_seq_len lora_dim",
+        at_least_zero="learning_rate weight_decay max_grad_norm save_model_step lora_alpha seed",
+        share="warmup_ratio lora_dropout",
+    )
+    for name, train_type in TRAIN_TYPES.items():
+        if name != args.train_type:
+            problems += [
+                f"--{flag}: belongs to --train_type {name}, this run is --train_type {args.train_type}: remove one"
+                for flag in train_type.flags
+                if flag in typed
+            ]
+    if args.prompt_column and "instruction" in (args.response_column,):
+        problems.append("--response_column instruction: is part of the question: name the answer's field")
+    problems += collect(data_files, args.train_path, prefix="--train_path ")
+    problems += model_problems(args, "--model_name_or_path", args.model_name_or_path)
+    if args.mode is not None:
+        problems += length_problems(args)
+    if is_main():  # it makes the folder, and may be ahead of the others
+        problems += output_problems(args.output_dir, args.model_name_or_path)
+    try:
+        problems += conflicts(read_ds_file(args.ds_file), args, world_size())
+    except ValueError as error:
+        problems.append(str(error))
+    return problems
+
+
+def collect(function, *values, prefix=""):
+    """The problem that a call raises, as a list."""
+    try:
+        function(*values)
+    except ValueError as error:
+        return [f"{prefix}{error}"]
+    return []
+
+
+def range_problems(args, at_least_one="", at_least_zero="", share=""):
+    """Numbers outside their range."""
+    problems = []
+    for names, rule, good in (
+        (at_least_one, "must be at least 1", lambda value: value >= 1),
+        (at_least_zero, "must be 0 or more", lambda value: value >= 0 and math.isfinite(value)),
+        (share, "must be 0 or more and below 1", lambda value: 0 <= value < 1),
+    ):
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not good(value):
+                problems.append(f"--{name} {value}: {rule}")
+    return problems
+
+
+def length_problems(args):
+    """Does --max_src_len leave room for an answer in --max_len, and for a question?"""
+    reserved = MODES[args.mode].prompt.RESERVED
+    most = args.max_len - reserved - 1
+    least = 16
+    if args.max_len < reserved + 1 + least:
+        return [f"--max_len {args.max_len}: too small for a question and an answer: use at least {reserved + 1 + least}"]
+    if args.max_src_len > most:
+        return [
+            f"--max_src_len {args.max_src_len} leaves no room for an answer in --max_len {args.max_len}:"
+            f" use at most {most} or raise --max_len"
+        ]
+    if args.max_src_len < least:
+        return [f"--max_src_len {args.max_src_len}: leaves nothing of a question: use at least {least}"]
+    return []
+
+
+def model_problems(args, flag, path):
+    """Is there a checkpoint at `path`, and is it of --mode? Fills in a missing args.mode. Hub names are left for later."""
+    if not os.path.isdir(path):
+        if os.path.exists(path):
+            return [f"{flag} {path}: is a file: name the checkpoint's folder"]
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+            return []
+        return [f"{flag} {path}: no such folder: give a checkpoint folder or a hub name such as THUDM/chatglm3-6b"]
+    return folder_problems(args, flag, path)
+
+
+def folder_problems(args, flag, path):
+    """Problems of a local checkpoint folder."""
+    if not os.path.isfile(os.path.join(path, "config.json")):
+        return [f"{flag} {path}: no config.json in it: name a folder with a whole checkpoint"]
+    if not any(os.path.isfile(os.path.join(path, name)) for name in (*WEIGHT_FILES, *INDEX_FILES)):
+        return [
+            f"{flag} {path}: no weights in it (none of {', '.join((*WEIGHT_FILES, *INDEX_FILES))}):"
+            " download them, or merge first if it is an adapter"
+        ]
+    try:
+        names = possible_modes(path)
+    except ValueError as error:
+        return [f"{flag} {error}"]
+    if args.mode is None:
+        if len(names) != 1:
+            found = " or ".join(names) or "none of " + ", ".join(MODES)
+            return [f"--mode: config.json of {path} fits {found}: give --mode"]
+        args.mode = names[0]
+    if args.mode not in names:
+        found = " or ".join(names) or "no family known here"
+        return [f"--mode {args.mode}: config.json of {path} is of {found}: change --mode or {flag}"]
+    return []
+
+
+def output_problems(output_dir, model_path):
+    """The output folder must be new or empty, and not the model's."""
+    if os.path.exists(model_path) and os.path.realpath(output_dir) == os.path.realpath(model_path):
+        return [f"--output_dir {output_dir}: is the model's own folder: choose another"]
+    if os.path.exists(output_dir):
+        if not os.path.isdir(output_dir):
+            return [f"--output_dir {output_dir}: is a file: choose a folder"]
+        if os.listdir(output_dir):
+            return [f"--output_dir {output_dir}: is not empty: choose a new folder, so that no earlier run is lost"]
+    return []
+
+
+def columns_of(args):
+    """The row's field names that the flags give."""
+    return Columns(prompt=args.prompt_column, response=args.response_column)
+
+
+def merge_parser():
+    """Flags of merge_lora.py."""
+    parser = OneLineParser(prog="merge_lora.py", description="Merge a LoRA adapter into its base: a plain checkpoint.")
+    parser.add_argument("--model_dir", required=True, help="a folder that train.py saved with --train_type lora")
+    parser.add_argument("--output_dir", help="new folder; left out: MODEL_DIR-merged")
+    parser.add_argument(
+        "--model_name_or_path", help="base checkpoint, if it has moved since the training; left out: read from run.json"
+    )
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where the check runs")
+    return parser
+
+
+def predict_parser():
+    """Flags of predict.py."""
+    parser = OneLineParser(prog="predict.py", description="Answer rows of a file, one prompt, or a conversation.")
+    parser.add_argument("--model_path", required=True, help="released, merged, adapter or prefix folder, or a hub name")
+    parser.add_argument("--mode", choices=MODES, help="model family; left out: read from the checkpoint")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--test_path", nargs="+", help="rows to answer: JSON Lines or array files, or folders")
+    source.add_argument("--prompt", help="one question")
+    source.add_argument("--interactive", action="store_true", help="talk; an empty line ends, /clear forgets")
+    parser.add_argument("--output_path", help="JSON Lines to write; left out: predictions/MODEL/TEST.jsonl")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
+    parser.add_argument("--batch_size", type=int, default=16, help="rows answered together")
+    parser.add_argument("--max_src_len", type=int, default=1024, help="tokens of the question; the rest is cut")
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="tokens of an answer at most")
+    parser.add_argument("--num_return_sequences", type=int, default=1, help="answers for each row; above 1 needs --do_sample or --num_beams")
+    parser.add_argument("--num_beams", type=int, default=1, help="beam search; 1: off")
+    parser.add_argument("--do_sample", action="store_true", help="draw tokens; off: always the likeliest")
+    parser.add_argument("--temperature", type=float, default=0.8, help="with --do_sample: below 1 is more careful")
+    parser.add_argument("--top_p", type=float, default=0.8, help="with --do_sample: share of probability kept; 1: all")
+    parser.add_argument("--top_k", type=int, default=0, help="with --do_sample: tokens kept; 0: all")
+    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 avoids repetition; 1: off")
+    parser.add_argument("--seed", type=int, default=1234, help="of the draws")
+    add_row_flags(parser)
+    add_device_flags(parser)
+    return parser
+
+
+def parse_predict(argv):
+    """Checked flags of predict.py; ends with exit code 2 and all problems at once."""
+    parser = predict_parser()
+    args = parser.parse_args(argv)
+    typed = parser.typed(argv)
+    problems = range_problems(
+        args,
+        at_least_one="batch_size max_src_len max_new_tokens num_return_sequences num_beams",
+        at_least_zero="top_k seed",
+    )
+    for name in ("temperature", "top_p", "repetition_penalty"):
+        if not getattr(args, name) > 0:
+            problems.append(f"--{name} {getattr(args, name)}: must be above 0")
+    if not args.do_sample:
+        problems += [
+            f"--{name}: needs --do_sample: add it or remove this flag"
+            for name in ("temperature", "top_p", "top_k", "seed")
+            if name in typed
+        ]
+        if args.num_return_sequences > args.num_beams:
+            problems.append(
+                f"--num_return_sequences {args.num_return_sequences}: greedy search has one answer: add --do_sample,"
+                " or --num_beams of as many"
+            )
+    if args.test_path:
+        problems += collect(data_files, args.test_path, prefix="--test_path ")
+        if args.output_path is None:
+            stem = os.path.splitext(os.path.basename(os.path.normpath(args.test_path[0])))[0]
+            args.output_path = os.path.join("predictions", model_label(args.model_path), f"{stem}.jsonl")
+        if is_main() and os.path.exists(args.output_path) and not args.overwrite:
+            problems.append(f"--output_path {args.output_path}: exists: choose another or add --overwrite")
+    elif "output_path" in typed:
+        problems.append(f"--output_path {args.output_path}: belongs to --test_path: remove it")
+    if not os.path.exists(os.path.join(args.model_path, "run.json")):
+        problems += model_problems(args, "--model_path", args.model_path)
+    if problems:
+        fail(problems, parser.prog)
+    return args
+
+
+def model_label(path):
+    """A short name for a model: its folder, with the run's folder in front of a checkpoint's."""
+    parts = [part for part in os.path.normpath(path).split(os.sep) if part not in ("", ".", "..")]
+    return "-".join(parts[-2:]) if parts and re.match(r"epoch-\d+-step-\d+", parts[-1]) else (parts or ["model"])[-1]

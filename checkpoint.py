@@ -1,0 +1,352 @@
+"""What lies on disk: reading and checking checkpoints, saving runs, the run.json beside the weights."""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import zipfile
+from dataclasses import dataclass
+
+from arguments import INDEX_FILES, WEIGHT_FILES, possible_modes
+from modes import MODES, Mode, read_json
+from tuning import ADAPTER_FILE, PREFIX_FILE, TRAIN_TYPES, load_trained
+from utils import is_main
+
+RUN_FILE = "run.json"
+MAX_SHARD_SIZE = "5GB"
+
+
+def resolve_folder(name):
+    """Folder of a checkpoint: a local one as it is, a hub name downloaded into the hub's cache (weights of one format)."""
+    if os.path.isdir(name):
+        return name
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    patterns = ["*.json", "*.model"]
+    try:
+        try:
+            files = HfApi().list_repo_files(name)
+            patterns.append("*.safetensors" if any(f.endswith(".safetensors") for f in files) else "*.bin")
+        except (OfflineModeIsEnabled, LocalEntryNotFoundError):
+            patterns += ["*.safetensors", "*.bin"]
+        return snapshot_download(name, allow_patterns=patterns)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--model_name_or_path {name}: cannot be fetched from the hub ({reason}): give a folder") from None
+
+
+def weight_files(folder):
+    """Names of the weight files: those in an index, else the single file; safetensors before .bin.
+
+    ValueError for a file that is missing or a name that points out of the folder.
+    """
+    for index, single in zip(INDEX_FILES, WEIGHT_FILES):
+        index_path = os.path.join(folder, index)
+        if os.path.isfile(index_path):
+            names = sorted(set(read_json(index_path).get("weight_map", {}).values()))
+            for name in names:
+                if os.path.basename(name) != name:
+                    raise ValueError(f"{index_path}: names {name!r}, outside its folder: do not use this checkpoint")
+                if not os.path.isfile(os.path.join(folder, name)):
+                    raise ValueError(f"{folder}/{name}: missing, but {index} names it: download it again")
+            if names:
+                return names
+        if os.path.isfile(os.path.join(folder, single)):
+            return [single]
+    raise ValueError(f"{folder}: no weights in it (none of {', '.join((*WEIGHT_FILES, *INDEX_FILES))})")
+
+
+def weight_shapes(folder):
+    """{name: (shape, dtype name)} of all weights in a folder, from headers: no weight is read.
+
+    ValueError for a truncated or unreadable file.
+    """
+    shapes = {}
+    for name in weight_files(folder):
+        path = os.path.join(folder, name)
+        shapes.update(safetensors_shapes(path) if name.endswith(".safetensors") else bin_shapes(path))
+    return shapes
+
+
+def safetensors_shapes(path):
+    """Names, shapes and dtypes in one .safetensors file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {
+                key: (tuple(file.get_slice(key).get_shape()), file.get_slice(key).get_dtype()) for key in file.keys()
+            }
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: truncated or not safetensors ({error}): download it again") from None
+
+
+def bin_shapes(path):
+    """Names, shapes and dtypes in one .bin file; nothing but tensors is unpickled."""
+    import pickle
+
+    import torch
+
+    try:
+        state = torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: holds more than tensors, or is truncated ({reason}): do not use it") from None
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise ValueError(f"{path}: truncated or not a weight file ({str(error).splitlines()[0]}): download it again") from None
+    return {key: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for key, t in state.items()}
+
+
+def empty_model(mode, config):
+    """The model without memory: its names and shapes."""
+    import torch
+
+    with torch.device("meta"):
+        return mode.model_class(config)
+
+
+def check_weights(folder, mode, config):
+    """Do the files hold what this model needs? Returns the parameter names; ValueError names the difference.
+
+    A prefix encoder may be missing (training makes it); the released rotary buffers and a stored copy of a tied
+    output layer are allowed.
+    """
+    model = empty_model(mode, config)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = set(model.all_tied_weights_keys)
+    found = weight_shapes(folder)
+    found = {name: value for name, value in found.items() if not name.endswith("inv_freq")}
+    missing = [n for n in wanted if n not in found and n not in tied and "prefix_encoder." not in n]
+    unexpected = [n for n in found if n not in wanted]
+    wrong_shape = [n for n in wanted if n in found and found[n][0] != wanted[n]]
+    integers = [n for n in found if "int" in found[n][1].lower() or found[n][1].startswith(("I", "U"))]
+    if wrong_shape:
+        name = wrong_shape[0]
+        raise ValueError(
+            f"{folder}: {name} has shape {list(found[name][0])}, --mode {mode.name} with this config.json needs"
+            f" {list(wanted[name])}{and_others(wrong_shape)}: the files do not belong together"
+        )
+    if integers:
+        raise ValueError(f"{folder}: {integers[0]} is quantised ({found[integers[0]][1]}): use the fp16 release")
+    if missing:
+        raise ValueError(f"{folder}: {missing[0]} is missing{and_others(missing)}: download the checkpoint again")
+    if unexpected:
+        hint = "it is a prefix encoder's checkpoint" if "prefix_encoder." in unexpected[0] else "wrong --mode or files"
+        raise ValueError(f"{folder}: {unexpected[0]} is not of --mode {mode.name}{and_others(unexpected)}: {hint}")
+    return list(dict(model.named_parameters()))
+
+
+def and_others(names):
+    """' (and 3 others)', or nothing."""
+    return f" (and {len(names) - 1} others)" if len(names) > 1 else ""
+
+
+def read_config(folder, mode, changes=None):
+    """The family's configuration with changed settings; ValueError that names the file for values not supported."""
+    try:
+        return mode.config_class.from_pretrained(folder, **(changes or {}))
+    except (TypeError, OSError) as error:
+        raise ValueError(f"{folder}/config.json: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+
+
+def read_tokenizer(folder, mode, config):
+    """The family's tokenizer; ValueError where it is absent or has other ids than the configuration says."""
+    vocab_name = mode.tokenizer_class.vocab_files_names["vocab_file"]
+    if not os.path.isfile(os.path.join(folder, vocab_name)):
+        raise ValueError(f"{folder}/{vocab_name}: missing: copy it from the release (--mode {mode.name} needs it)")
+    tokenizer = mode.tokenizer_class.from_pretrained(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{folder}: {vocab_name} has {tokenizer.vocab_size} ids but the model only {config.vocab_size}:"
+            " the files are of different releases"
+        )
+    for name in ("bos_token_id", "eos_token_id", "gmask_token_id", "mask_token_id", "pad_token_id"):
+        in_config, in_tokenizer = getattr(config, name, None), getattr(tokenizer, name, None)
+        if mode.name == "glm" and in_config != in_tokenizer:
+            raise ValueError(
+                f"{folder}: {name} is {in_config} in config.json but {in_tokenizer} in {vocab_name}:"
+                " the files are of different releases (v1.0 and v1.1 of ChatGLM-6B have shifted ids)"
+            )
+    return tokenizer
+
+
+def load_base(folder, mode, config, dtype, attn_implementation=None):
+    """A released or whole saved checkpoint as a model in `dtype`. Weights other than a new prefix must all be there."""
+    model, info = mode.model_class.from_pretrained(
+        folder, config=config, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
+    )
+    missing = [name for name in info["missing_keys"] if "prefix_encoder." not in name]
+    if missing or info["unexpected_keys"] or info["mismatched_keys"]:
+        raise ValueError(
+            f"{folder}: missing {missing}, unexpected {info['unexpected_keys']}, wrong {info['mismatched_keys']}"
+        )
+    return model
+
+
+# Saving.
+
+
+def gather_weights(model, names, zero3):
+    """{name: CPU tensor} of the named parameters on rank 0, {} elsewhere. Collective under ZeRO-3."""
+    import deepspeed
+    import torch
+
+    state = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name not in names:
+            continue
+        if zero3:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if is_main():
+                    state[name] = parameter.detach().to("cpu", copy=True)
+        elif is_main():
+            state[name] = parameter.detach().to("cpu", copy=True)
+    assert all(isinstance(tensor, torch.Tensor) for tensor in state.values())
+    return state
+
+
+def save_checkpoint(model, tokenizer, folder, train_type, run, zero3):
+    """Save a run's weights as the table of train types says; `folder` appears whole or not at all. Collective.
+
+    lora: adapter_model.safetensors and adapter_config.json. ptuning: prefix_encoder.safetensors and config.json.
+    freeze and all: a whole checkpoint under the released names. run.json lies beside them all.
+    """
+    whole = train_type.weights == "whole"
+    names = {n for n, p in model.named_parameters(remove_duplicate=False) if whole or p.requires_grad}
+    state = gather_weights(model, names, zero3)
+    if not is_main():
+        return
+    scratch = folder + ".partial"
+    shutil.rmtree(scratch, ignore_errors=True)
+    os.makedirs(scratch)
+    if train_type.weights == "adapter":
+        model.save_pretrained(scratch, state_dict=state)
+        readme = os.path.join(scratch, "README.md")
+        if os.path.exists(readme):
+            os.remove(readme)
+    else:
+        save_config(model.config, scratch, next(iter(state.values())).dtype)
+        if whole:
+            write_weights(state, scratch)
+        else:
+            write_safetensors(state, os.path.join(scratch, PREFIX_FILE))
+    tokenizer.save_pretrained(scratch)
+    write_json(run, os.path.join(scratch, RUN_FILE))
+    os.rename(scratch, folder)
+
+
+def save_config(config, folder, dtype):
+    """config.json with the dtype of the weights beside it."""
+    config.dtype = dtype
+    config.save_pretrained(folder)
+
+
+def write_safetensors(state, path):
+    """One .safetensors file."""
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})
+
+
+def write_weights(state, folder, max_shard_size=MAX_SHARD_SIZE):
+    """model.safetensors, or shards with an index, under the released parameter names."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    split = split_torch_state_dict_into_shards(
+        state, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    for name, keys in split.filename_to_tensors.items():
+        write_safetensors({key: state[key] for key in keys}, os.path.join(folder, name))
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(index, os.path.join(folder, INDEX_FILES[0]))
+
+
+def write_json(value, path):
+    """A JSON file, indented, with Chinese as it is."""
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(value, file, ensure_ascii=False, indent=2)
+        file.write("\n")
+
+
+def describe_run(args, base_folder, precision, **progress):
+    """What run.json says: enough to load the weights and to repeat the run."""
+    packages = ("torch", "transformers", "deepspeed", "peft")
+    is_local = os.path.isdir(args.model_name_or_path)
+    return {
+        "mode": args.mode,
+        "train_type": args.train_type,
+        "weights": TRAIN_TYPES[args.train_type].weights,
+        "base_model": os.path.abspath(base_folder) if is_local else args.model_name_or_path,
+        "precision": precision,
+        **progress,
+        "flags": {name: value for name, value in sorted(vars(args).items()) if name != "local_rank"},
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+# Loading what was saved.
+
+
+@dataclass
+class Opened:
+    """A checkpoint folder understood: its family, where the base weights and its own lie, and its run.json."""
+
+    folder: str
+    mode: Mode
+    base_folder: str
+    weights: str
+    run: dict
+
+    def config(self):
+        """Configuration for the base weights with what was trained on top."""
+        changes = {}
+        if self.weights == "prefix":
+            saved = read_json(os.path.join(self.folder, "config.json"))
+            changes = {key: saved[key] for key in ("pre_seq_len", "prefix_projection")}
+        return read_config(self.base_folder, self.mode, changes)
+
+    def tokenizer(self, config):
+        """The tokenizer saved beside the weights."""
+        return read_tokenizer(self.folder, self.mode, config)
+
+
+def open_checkpoint(path, mode_name=None, base=None):
+    """Understand any folder that we save, a released one, or a hub name; ValueError says what is wrong with it.
+
+    mode_name: the family where the files do not tell. base: where the base model is now, if it has moved.
+    """
+    run_path = os.path.join(path, RUN_FILE)
+    run = read_json(run_path) if os.path.isfile(run_path) else {}
+    folder = path if run else resolve_folder(path)
+    weights = run.get("weights", "whole")
+    file = {"adapter": ADAPTER_FILE, "prefix": PREFIX_FILE}.get(weights)
+    if file and not os.path.isfile(os.path.join(folder, file)):
+        raise ValueError(f"{folder}/{file}: missing, but run.json says it is there: copy the folder again")
+    base_folder = folder if weights == "whole" else resolve_base(base or run["base_model"], run_path)
+    names = [run["mode"]] if run else possible_modes(folder)
+    if mode_name and mode_name not in names:
+        raise ValueError(f"--mode {mode_name}: {path} is of {' or '.join(names) or 'no family known here'}: change it")
+    if not mode_name and len(names) != 1:
+        raise ValueError(f"--mode: {path} can be {' or '.join(names) or 'no family known here'}: give --mode")
+    return Opened(folder, MODES[mode_name or names[0]], base_folder, weights, run)
+
+
+def resolve_base(name, run_path):
+    """Folder of the base model that a run.json names."""
+    if os.path.isabs(name) and not os.path.isdir(name):
+        raise ValueError(f"{run_path}: base model {name} is not there: give its place with --model_name_or_path")
+    return resolve_folder(name)
+
+
+def load_opened(opened, dtype, device):
+    """(model in eval mode on the device, tokenizer) of an opened checkpoint."""
+    config = opened.config()
+    tokenizer = opened.tokenizer(config)
+    check_weights(opened.base_folder, opened.mode, config)
+    model = load_base(opened.base_folder, opened.mode, config, dtype)
+    model = load_trained(model, opened.folder, opened.weights, config)
+    return model.to(device=device, dtype=dtype).eval(), tokenizer
