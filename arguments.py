@@ -39,15 +39,10 @@ def true_or_false(text):
     raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
 
 
-def add_device_flags(parser):
+def add_device_flags(parser, precision="auto: bf16 where the card has it, fp16 on older cards, fp32 on CPU"):
     """--device and --precision, alike everywhere."""
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: a card if there is one")
-    parser.add_argument(
-        "--precision",
-        choices=("auto", "bf16", "fp16", "fp32"),
-        default="auto",
-        help="auto: bf16 where the card has it, fp16 on older cards, fp32 on CPU",
-    )
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help=precision)
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher; -1: one process")
 
 
@@ -258,7 +253,7 @@ def merge_parser():
     parser.add_argument(
         "--model_name_or_path", help="base checkpoint, if it has moved since the training; left out: read from run.json"
     )
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where the check runs")
+    add_device_flags(parser, precision="of the merged weights; auto: the base checkpoint's own")
     return parser
 
 

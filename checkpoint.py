@@ -4,7 +4,9 @@ import importlib.metadata
 import json
 import os
 import shutil
+import sys
 import zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from arguments import INDEX_FILES, WEIGHT_FILES, possible_modes
@@ -175,6 +177,10 @@ def read_tokenizer(folder, mode, config):
 
 def load_base(folder, mode, config, dtype, attn_implementation=None):
     """A released or whole saved checkpoint as a model in `dtype`. Weights other than a new prefix must all be there."""
+    from transformers.utils import logging as transformers_logging
+
+    if not (is_main() and sys.stderr.isatty()):
+        transformers_logging.disable_progress_bar()
     model, info = mode.model_class.from_pretrained(
         folder, config=config, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
     )
@@ -219,23 +225,44 @@ def save_checkpoint(model, tokenizer, folder, train_type, run, zero3):
     state = gather_weights(model, names, zero3)
     if not is_main():
         return
+    with new_folder(folder) as scratch:
+        if train_type.weights == "adapter":
+            model.save_pretrained(scratch, state_dict=state)
+            readme = os.path.join(scratch, "README.md")  # a form to fill in, and nobody did
+            if os.path.exists(readme):
+                os.remove(readme)
+        else:
+            save_config(model.config, scratch, next(iter(state.values())).dtype)
+            if whole:
+                write_weights(state, scratch)
+            else:
+                write_safetensors(state, os.path.join(scratch, PREFIX_FILE))
+        tokenizer.save_pretrained(scratch)
+        write_json(run, os.path.join(scratch, RUN_FILE))
+
+
+@contextmanager
+def new_folder(folder):
+    """A folder to write in that gets its name when all is there: whole or absent."""
+    folder = os.path.normpath(folder)
     scratch = folder + ".partial"
     shutil.rmtree(scratch, ignore_errors=True)
     os.makedirs(scratch)
-    if train_type.weights == "adapter":
-        model.save_pretrained(scratch, state_dict=state)
-        readme = os.path.join(scratch, "README.md")
-        if os.path.exists(readme):
-            os.remove(readme)
-    else:
-        save_config(model.config, scratch, next(iter(state.values())).dtype)
-        if whole:
-            write_weights(state, scratch)
-        else:
-            write_safetensors(state, os.path.join(scratch, PREFIX_FILE))
-    tokenizer.save_pretrained(scratch)
-    write_json(run, os.path.join(scratch, RUN_FILE))
-    os.rename(scratch, folder)
+    try:
+        yield scratch
+        for name in os.listdir(scratch):
+            # safetensors makes files that only their owner may read
+            os.chmod(os.path.join(scratch, name), 0o666 & ~current_umask())
+        os.rename(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def current_umask():
+    """The umask of this process, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def save_config(config, folder, dtype):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 
 from utils import is_main
@@ -23,7 +24,9 @@ class RunLog:
         os.makedirs(output_dir, exist_ok=True)
         self.file = open(os.path.join(output_dir, "train_log.jsonl"), "w", encoding="utf-8", buffering=1)
         self.writer = SummaryWriter(os.path.join(output_dir, "tensorboard"))
-        self.bar = tqdm(total=num_steps, desc="training", unit="step", dynamic_ncols=True)
+        # A log file gets a line now and then instead of ten a second.
+        interval = 0.1 if sys.stderr.isatty() else 10.0
+        self.bar = tqdm(total=num_steps, desc="training", unit="step", dynamic_ncols=True, mininterval=interval)
 
     def advance(self):
         """One update is done."""
@@ -50,7 +53,8 @@ class RunLog:
                 self.writer.add_scalar(name, record[name], step)
         norm = "-" if grad_norm is None else f"{grad_norm:.2f}"
         self.bar.set_postfix_str(
-            f"loss {loss:.4f}, lr {learning_rate:.2e}, grad norm {norm}, {tokens_per_second:,.0f} tokens/s"
+            f"loss {loss:.4f}, lr {learning_rate:.2e}, grad norm {norm}, {tokens_per_second:,.0f} tokens/s",
+            refresh=sys.stderr.isatty(),
         )
 
     def close(self):

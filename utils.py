@@ -5,6 +5,7 @@ import os
 import random
 import sys
 import time
+import warnings
 
 
 def is_main():
@@ -44,6 +45,8 @@ def prepare_environment():
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if has_nvidia_device() else "cpu")
 
 

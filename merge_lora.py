@@ -1,0 +1,98 @@
+"""Merge a LoRA adapter into its base model: a plain checkpoint that any tool for these models reads.
+
+    python merge_lora.py --model_dir output-glm3/epoch-2-step-3900
+
+Base model, rank and mode are read from the run.
+"""
+
+import os
+import sys
+
+from arguments import merge_parser
+from utils import choose_device, fail, prepare_environment, torch_dtype
+
+SAMPLE = "发动机水温高，风扇始终是低速转动，高速档不工作。"
+TOLERANCE = 1e-3  # of the largest logit: adapter and merged model are the same function in float32
+
+
+def main(argv):
+    args = merge_parser().parse_args(argv)
+    prepare_environment()
+    from checkpoint import check_weights, load_base, open_checkpoint
+    from tuning import load_trained
+
+    output_dir = args.output_dir or os.path.normpath(args.model_dir) + "-merged"
+    opened = open_checkpoint(check_arguments(args, output_dir), base=args.model_name_or_path)
+    if opened.weights != "adapter":
+        raise ValueError(f"--model_dir {args.model_dir}: holds {opened.weights} weights: only LoRA adapters are merged")
+    config = opened.config()
+    tokenizer = opened.tokenizer(config)
+    check_weights(opened.base_folder, opened.mode, config)
+    dtype = config.dtype if args.precision == "auto" else torch_dtype(args.precision)
+    device = choose_device(args.device)
+
+    import torch
+
+    # In float32 from end to end: the delta is added before anything is rounded to the checkpoint's precision.
+    model = load_base(opened.base_folder, opened.mode, config, torch.float32)
+    model = load_trained(model, opened.folder, opened.weights, config).to(device).eval()
+    ids = torch.tensor([opened.mode.prompt.encode_prompt(tokenizer, SAMPLE)[0]], device=device)
+    with torch.no_grad():
+        with model.disable_adapter():
+            base_logits = model(input_ids=ids).logits
+        adapter_logits = model(input_ids=ids).logits
+        model = model.merge_and_unload()
+        merged_logits = model(input_ids=ids).logits
+        model = model.to(dtype).float()
+        rounded_logits = model(input_ids=ids).logits
+    check = compare(base_logits, adapter_logits, merged_logits, rounded_logits)
+    run = {**opened.run, "weights": "whole", "merged_from": os.path.abspath(opened.folder), "merge_check": check}
+    write_merged(model.to(dtype), tokenizer, output_dir, run, dtype)
+    print(
+        f"merged and adapter logits differ by at most {check['max_difference']:.2g} in float32 and by"
+        f" {check['max_difference_saved']:.2g} as saved; the adapter moves the base's by {check['adapter_effect']:.2g}"
+        f" (largest logit {check['max_logit']:.3g})"
+    )
+    print(f"saved {output_dir} ({str(dtype).removeprefix('torch.')})")
+
+
+def check_arguments(args, output_dir):
+    """The adapter's folder, if the flags make sense."""
+    if not os.path.isfile(os.path.join(args.model_dir, "run.json")):
+        raise ValueError(f"--model_dir {args.model_dir}: no run.json in it: name a checkpoint folder that train.py saved")
+    if os.path.exists(output_dir):
+        raise ValueError(f"--output_dir {output_dir}: exists: choose a new folder")
+    return args.model_dir
+
+
+def compare(base_logits, adapter_logits, merged_logits, rounded_logits):
+    """Largest differences of logits on the sample; ValueError where the merged model answers differently."""
+    check = {
+        "max_difference": (merged_logits - adapter_logits).abs().max().item(),
+        "max_difference_saved": (rounded_logits - adapter_logits).abs().max().item(),
+        "adapter_effect": (adapter_logits - base_logits).abs().max().item(),
+        "max_logit": adapter_logits.abs().max().item(),
+        "sample": SAMPLE,
+    }
+    if not check["max_difference"] <= TOLERANCE * max(1.0, check["max_logit"]):
+        raise ValueError(f"merged logits differ from the adapter's by {check['max_difference']}: nothing was saved")
+    return check
+
+
+def write_merged(model, tokenizer, output_dir, run, dtype):
+    """The merged checkpoint; its folder appears whole or not at all."""
+    from checkpoint import new_folder, save_config, write_json, write_weights
+
+    state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+    with new_folder(output_dir) as scratch:
+        save_config(model.config, scratch, dtype)
+        write_weights(state, scratch)
+        tokenizer.save_pretrained(scratch)
+        write_json(run, os.path.join(scratch, "run.json"))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        fail(" ".join(str(error).split()))
