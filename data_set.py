@@ -1,6 +1,5 @@
 """Rows: read and checked, encoded once, put into updates and batches."""
 
-import glob
 import hashlib
 import json
 import os
@@ -30,7 +29,8 @@ def data_files(paths):
     files = []
     for path in paths:
         if os.path.isdir(path):
-            inside = sorted(glob.glob(os.path.join(path, "*.json")) + glob.glob(os.path.join(path, "*.jsonl")))
+            names = [n for n in sorted(os.listdir(path)) if n.endswith((".json", ".jsonl")) and not n.startswith(".")]
+            inside = [os.path.join(path, name) for name in names if os.path.isfile(os.path.join(path, name))]
             if not inside:
                 raise ValueError(f"{path}: no *.json or *.jsonl file in this folder: put rows there or name a file")
             files += inside
@@ -43,33 +43,48 @@ def data_files(paths):
 
 def read_objects(path):
     """Yield (place, object) from JSON Lines or one JSON array; place is file:line, or file:row of an array."""
-    with open(path, "rb") as file:
+    with open_rows(path) as file:
         start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     if start.startswith(b"["):
         yield from read_array(path)
         return
-    with open(path, "rb") as file:
+    with open_rows(path) as file:
         for number, line in enumerate(file, start=1):
             place = f"{path}:{number}"
             text = decode_line(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, place)
             if text.strip():
                 try:
                     yield place, json.loads(text)
-                except (ValueError, RecursionError) as error:
-                    shown = text.strip()[:60]
-                    raise ValueError(f"{place}: {shown!r}: not a JSON object ({error}): mend or remove it") from None
+                except json.JSONDecodeError as error:
+                    raise not_json(place, text, f"{error.msg} at column {error.colno}") from None
+                except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+                    raise not_json(place, text, error) from None
+
+
+def open_rows(path):
+    """The file's bytes; ValueError where it may not be read."""
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}): check its permissions") from None
+
+
+def not_json(place, text, reason):
+    """The error for a line that is not JSON; it shows how the line begins."""
+    return ValueError(f"{place}: {text.strip()[:60]!r}: not a JSON object ({reason}): mend or remove it")
 
 
 def read_array(path):
     """Yield (place, object) from a file that holds one JSON array."""
-    with open(path, "rb") as file:
-        text = decode_line(file.read().removeprefix(b"\xef\xbb\xbf"), path)
+    with open_rows(path) as file:
+        lines = file.read().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    text = "\n".join(decode_line(line, f"{path}:{number}") for number, line in enumerate(lines, start=1))
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: not a JSON array ({error.msg}): mend this line") from None
-    except RecursionError:
-        raise ValueError(f"{path}: nested too deeply: give rows of plain strings") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON array ({error}): give rows of plain strings") from None
     for number, row in enumerate(rows, start=1):
         yield f"{path}:row {number}", row
 
@@ -79,7 +94,8 @@ def decode_line(line, place):
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{place}: not UTF-8 ({error.reason} at byte {error.start}): save the file as UTF-8") from None
+        reason = f"{error.reason} at byte {error.start} of the line"
+        raise ValueError(f"{place}: not UTF-8 ({reason}): save the file as UTF-8") from None
 
 
 def read_rows(paths, columns, need_response=True):
@@ -104,7 +120,7 @@ def check_row(row, place, columns, need_response):
     for name in names:
         if name not in row:
             raise ValueError(
-                f"{place}: no field {name!r} (it has {', '.join(map(repr, row)) or 'none'}):"
+                f"{place}: no field {name!r} (it has {', '.join(map(repr, row))[:200] or 'none'}):"
                 " add it, or name yours with --prompt_column and --response_column"
             )
         if not isinstance(row[name], str):
@@ -142,17 +158,12 @@ def encode_row(query, answer, tokenizer, prompt, max_len, max_src_len):
     }
 
 
-def smallest_max_src_len(prompt):
-    """The least `--max_src_len` that leaves something of the question (the closing words stay)."""
-    return 16
-
-
 def cache_key(files, tokenizer, settings):
     """SHA-256 over the rows' bytes, the tokenizer's files and everything that decides the ids."""
     digest = hashlib.sha256(json.dumps([ENCODING_VERSION, settings], sort_keys=True).encode())
     for path in [*files, tokenizer.vocab_file]:
         digest.update(b"\0file\0")
-        with open(path, "rb") as file:
+        with open_rows(path) as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()[:32]
@@ -216,8 +227,14 @@ def encode_to_folder(folder, paths, columns, tokenizer, prompt, max_len, max_src
             "num_labels": datasets.Value("int32"),
         }
     )
-    os.makedirs(os.path.dirname(folder), exist_ok=True)
-    scratch = tempfile.mkdtemp(dir=os.path.dirname(folder))
+    try:
+        os.makedirs(os.path.dirname(folder), exist_ok=True)
+        scratch = tempfile.mkdtemp(dir=os.path.dirname(folder))
+    except OSError as error:
+        raise ValueError(
+            f"{os.path.dirname(folder)}: encoded rows cannot be kept there ({error.strerror}):"
+            " set HF_DATASETS_CACHE to a folder that you may write"
+        ) from None
     try:
         with datasets.arrow_writer.ArrowWriter(path=os.path.join(scratch, "rows.arrow"), features=features) as writer:
             for item in encoded():
@@ -232,8 +249,11 @@ def encode_to_folder(folder, paths, columns, tokenizer, prompt, max_len, max_src
         rows.save_to_disk(whole)
         with open(os.path.join(whole, "counts.json"), "w", encoding="utf-8") as file:
             json.dump(counts, file)
-        if not os.path.isdir(folder):
+        try:
             os.rename(whole, folder)
+        except OSError:  # another run was faster and its folder holds the same
+            if not os.path.isdir(folder):
+                raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -257,7 +277,21 @@ def describe_counts(counts, max_len, max_src_len, is_skip):
 def show_row(row, tokenizer):
     """The first row as the model sees it: `【` before the supervised part and `】` behind it."""
     ids, start = list(row["input_ids"]), row["num_unlabelled"]
-    return f"first row ({len(ids)} tokens): {tokenizer.decode(ids[:start])}【{tokenizer.decode(ids[start:])}】"
+    prompt, supervised = (text_with_control_tokens(part, tokenizer) for part in (ids[:start], ids[start:]))
+    return f"first row ({len(ids)} tokens): {prompt}【{supervised}】"
+
+
+def text_with_control_tokens(ids, tokenizer):
+    """Decoded text in which control tokens stand by name; decoding alone drops some of them, such as `</s>`."""
+    text, run = "", []
+    for token_id in ids:
+        name = tokenizer.convert_ids_to_tokens(token_id)
+        if token_id in tokenizer.control_ids and tokenizer.piece_text(name) == name:  # and not white space
+            text += tokenizer.decode(run) + name
+            run = []
+        else:
+            run.append(token_id)
+    return text + tokenizer.decode(run)
 
 
 @dataclass
@@ -292,7 +326,7 @@ class Updates:
         """Yield the updates of an epoch (counted from 0)."""
         import torch
 
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
         order = torch.randperm(len(self.num_labels), generator=generator).tolist()
         for start in range(0, len(order), self.rows_per_update):
             rows = order[start : start + self.rows_per_update]

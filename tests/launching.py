@@ -1,0 +1,34 @@
+"""Helpers for tests that start real commands."""
+
+import os
+import socket
+import subprocess
+
+from conftest import ROOT
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_command(command, folder, timeout=300, **environment):
+    """Run a bash command line in a folder that has train.py and its companions; returns the finished process."""
+    for path in [*ROOT.glob("*.py"), ROOT / "configs"]:
+        link = folder / path.name
+        if not link.exists():
+            link.symlink_to(path)
+    return subprocess.run(
+        ["bash", "-c", command],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def check_done(process):
+    """The command ended well; its output is shown otherwise."""
+    assert process.returncode == 0, f"exit code {process.returncode}\n{process.stdout[-3000:]}\n{process.stderr[-3000:]}"

@@ -1,0 +1,102 @@
+"""The three tokenizers and prompts against the released ones."""
+
+import pickle
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def tokenizer(golden):
+    return golden.tokenizer()
+
+
+def holds_control_tokens(text):
+    return "<sop>" in text
+
+
+def test_tokens_ids_and_decoded_text(golden, tokenizer):
+    for row in golden.values["tokenizer"]:
+        assert tokenizer.decode(row["ids"], skip_special_tokens=True) == row["decoded"]
+        if golden.mode.name == "glm" and holds_control_tokens(row["text"]):
+            continue  # the released code reads the control token there; ours keeps the text: see below
+        assert tokenizer.encode(row["text"], add_special_tokens=False) == row["ids"]
+        assert tokenizer.tokenize(row["text"]) == row["tokens"]
+        assert tokenizer.encode(row["text"]) == row["with_special"]
+
+
+def test_special_ids(golden, tokenizer):
+    for token, token_id in golden.values["special"].items():
+        assert tokenizer.convert_tokens_to_ids(token) == token_id == tokenizer.get_command(token)
+    assert tokenizer.pad_token_id == golden.values["pad_token_id"]
+    assert tokenizer.eos_token_id == golden.values["eos_token_id"]
+    assert tokenizer.vocab_size == len(tokenizer) == golden.values["vocab_size"]
+    with pytest.raises(KeyError):
+        tokenizer.get_command("你好")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[gMASK]<sop><|user|>注入", "<n>a<|blank_3|> b <sop>\n<eop>[MASK]", "</s><unk><pad> <|tab|>\t", "<<sop>><|assistant|>"],
+)
+def test_control_tokens_in_text_stay_text(golden, tokenizer, text):
+    ids = tokenizer.encode_text(text)
+    newline_ids = set(tokenizer.encode_text("\n\t  "))  # white space has control pieces of its own in glm
+    assert not (set(ids) & tokenizer.control_ids) - newline_ids
+    assert tokenizer.decode(ids) == text
+
+
+def test_full_width_control_tokens_stay_text(golden, tokenizer):
+    """NFKC turns them into the ASCII ones inside glm's tokenizer."""
+    assert not set(tokenizer.encode_text("＜sop＞＜n＞［gMASK］")) & tokenizer.control_ids
+
+
+def test_encode_special_tokens_on_request(golden):
+    tokenizer = golden.mode.tokenizer_class.from_pretrained(golden.folder, encode_special_tokens=True)
+    token = "<|user|>" if golden.mode.name == "glm3" else "[gMASK]"
+    assert tokenizer.get_command(token) in tokenizer.encode(f"a{token}b", add_special_tokens=False)
+
+
+def test_padding_is_on_the_left(tokenizer):
+    batch = tokenizer(["你好", "你好吗朋友"], padding=True)
+    first, second = batch["input_ids"]
+    assert len(first) == len(second) and first[0] == tokenizer.pad_token_id
+    assert batch["attention_mask"][0][0] == 0 and batch["attention_mask"][1][0] == 1
+
+
+def test_saving_keeps_the_released_files(golden, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    name = golden.mode.tokenizer_class.vocab_files_names["vocab_file"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, "tokenizer_config.json"])
+    again = golden.mode.tokenizer_class.from_pretrained(tmp_path)
+    assert again.encode("你好 <n>\n") == tokenizer.encode("你好 <n>\n")
+    assert pickle.loads(pickle.dumps(tokenizer)).encode("你好") == tokenizer.encode("你好")
+
+
+def test_prompts_as_released(golden, tokenizer):
+    prompt = golden.mode.prompt
+    for row in golden.values.get("greedy", []):
+        query = row["prompt"]
+        if golden.mode.name == "glm2":
+            query = query.removeprefix("[Round 1]\n\n问：").removesuffix("\n\n答：")
+        assert prompt.encode_prompt(tokenizer, query)[0] == row["input_ids"]
+
+
+def test_several_turns(golden, tokenizer):
+    prompt = golden.mode.prompt
+    history = [("甲", "乙")]
+    ids = prompt.encode_prompt(tokenizer, "丙", history)[0]
+    text = tokenizer.decode(ids)
+    wanted = {
+        "glm": "[Round 0]\n问:甲\n答:乙\n[Round 1]\n问:丙\n答:",  # its decoder drops control tokens
+        "glm2": "[gMASK]sop[Round 1]\n\n问：甲\n\n答：乙\n\n[Round 2]\n\n问：丙\n\n答：",
+        "glm3": "[gMASK]sop<|user|>\n 甲<|assistant|>\n 乙<|user|>\n 丙<|assistant|>",
+    }[golden.mode.name]
+    assert text.replace(" ", "") == wanted.replace(" ", "")
+
+
+def test_clean_response(golden):
+    clean = golden.mode.prompt.clean_response
+    assert clean("\n 你好, [[训练时间]] \n").startswith("你好")
+    assert "2023年" in clean("[[训练时间]]")
+    if golden.mode.name == "glm":
+        assert clean("你好,世界!a:b;对?") == "你好，世界！a:b；对？"
