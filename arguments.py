@@ -5,14 +5,12 @@ import math
 import os
 import re
 
+from checkpoint import INDEX_FILES, WEIGHT_FILES
 from data_set import Columns, data_files
 from ds_config import conflicts, read_ds_file
 from modes import MODES, possible_modes
 from tuning import TRAIN_TYPES
 from utils import fail, is_main, world_size
-
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -328,3 +326,23 @@ def model_label(path):
     """A short name for a model: its folder, with the run's folder in front of a checkpoint's."""
     parts = [part for part in os.path.normpath(path).split(os.sep) if part not in ("", ".", "..")]
     return "-".join(parts[-2:]) if parts and re.match(r"epoch-\d+-step-\d+", parts[-1]) else (parts or ["model"])[-1]
+
+
+def score_parser():
+    """Flags of score.py."""
+    parser = OneLineParser(prog="score.py", description="Score predictions against their references.")
+    parser.add_argument(
+        "--predictions",
+        nargs="+",
+        required=True,
+        help="JSON Lines files, one object with a prediction and a reference per line; several are shown side by side",
+    )
+    parser.add_argument("--output_path", help="JSON for the scores of one file; left out: FILE with .scores.json behind")
+    parser.add_argument(
+        "--prediction_column",
+        default="prediction",
+        help="key of the prediction: a string, or a list of strings of which the first is scored; its plural is read"
+        " where a row has no such key",
+    )
+    parser.add_argument("--reference_column", default="output", help="key of the reference, a string")
+    return parser

@@ -9,12 +9,13 @@ import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from arguments import INDEX_FILES, WEIGHT_FILES, possible_modes
-from modes import MODES, Mode, read_json
+from modes import MODES, Mode, possible_modes, read_json
 from tuning import ADAPTER_FILE, PREFIX_FILE, TRAIN_TYPES, load_trained
 from utils import is_main
 
 RUN_FILE = "run.json"
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 MAX_SHARD_SIZE = "5GB"
 
 
@@ -167,7 +168,7 @@ def read_tokenizer(folder, mode, config):
         )
     for name in ("bos_token_id", "eos_token_id", "gmask_token_id", "mask_token_id", "pad_token_id"):
         in_config, in_tokenizer = getattr(config, name, None), getattr(tokenizer, name, None)
-        if mode.name == "glm" and in_config != in_tokenizer:
+        if None not in (in_config, in_tokenizer) and in_config != in_tokenizer:
             raise ValueError(
                 f"{folder}: {name} is {in_config} in config.json but {in_tokenizer} in {vocab_name}:"
                 " the files are of different releases (v1.0 and v1.1 of ChatGLM-6B have shifted ids)"

@@ -112,10 +112,16 @@ def read_rows(paths, columns, need_response=True):
         raise ValueError(f"{' '.join(paths)}: no row in it: give at least one")
 
 
+def json_type(value):
+    """What JSON calls the value, with its article."""
+    names = {dict: "an object", list: "an array", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
 def check_row(row, place, columns, need_response):
     """One checked row."""
     if not isinstance(row, dict):
-        raise ValueError(f"{place}: a {type(row).__name__}, not an object: a row is {{...}} with string fields")
+        raise ValueError(f"{place}: {json_type(row)}, not an object: a row is {{...}} with string fields")
     names = [*columns.sources, columns.response] if need_response else list(columns.sources)
     for name in names:
         if name not in row:
@@ -124,7 +130,7 @@ def check_row(row, place, columns, need_response):
                 " add it, or name yours with --prompt_column and --response_column"
             )
         if not isinstance(row[name], str):
-            raise ValueError(f"{place}: field {name!r} is a {type(row[name]).__name__}: it must be a string")
+            raise ValueError(f"{place}: field {name!r} is {json_type(row[name])}: it must be a string")
         try:
             row[name].encode("utf-8")
         except UnicodeEncodeError:

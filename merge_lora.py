@@ -9,6 +9,16 @@ import os
 import sys
 
 from arguments import merge_parser
+from checkpoint import (
+    check_weights,
+    load_base,
+    new_folder,
+    open_checkpoint,
+    save_config,
+    write_json,
+    write_weights,
+)
+from tuning import load_trained
 from utils import choose_device, fail, prepare_environment, torch_dtype
 
 SAMPLE = "发动机水温高，风扇始终是低速转动，高速档不工作。"
@@ -18,9 +28,6 @@ TOLERANCE = 1e-3  # of the largest logit: adapter and merged model are the same 
 def main(argv):
     args = merge_parser().parse_args(argv)
     prepare_environment()
-    from checkpoint import check_weights, load_base, open_checkpoint
-    from tuning import load_trained
-
     output_dir = args.output_dir or os.path.normpath(args.model_dir) + "-merged"
     opened = open_checkpoint(check_arguments(args, output_dir), base=args.model_name_or_path)
     if opened.weights != "adapter":
@@ -81,8 +88,6 @@ def compare(base_logits, adapter_logits, merged_logits, rounded_logits):
 
 def write_merged(model, tokenizer, output_dir, run, dtype):
     """The merged checkpoint; its folder appears whole or not at all."""
-    from checkpoint import new_folder, save_config, write_json, write_weights
-
     state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
     with new_folder(output_dir) as scratch:
         save_config(model.config, scratch, dtype)

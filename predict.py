@@ -13,6 +13,7 @@ import sys
 import time
 
 from arguments import columns_of, parse_predict
+from checkpoint import load_opened, open_checkpoint
 from data_set import read_rows
 from utils import (
     barrier,
@@ -34,8 +35,6 @@ def main(argv):
     args = parse_predict(argv)
     rows = list(read_rows(args.test_path, columns_of(args), need_response=False)) if args.test_path else []
     prepare_environment()
-    from checkpoint import load_opened, open_checkpoint
-
     opened = open_checkpoint(args.model_path, args.mode)
     device = choose_device(args.device)
     precision = choose_precision(args.precision, device)

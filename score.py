@@ -7,7 +7,6 @@ numbers, with how each was computed, as JSON beside the predictions. Needs no ac
 model: the deep learning libraries are not imported, the text libraries only once a row is scored.
 """
 
-import argparse
 import functools
 import importlib.metadata
 import json
@@ -18,6 +17,9 @@ import sys
 import warnings
 from pathlib import Path
 from typing import NamedTuple
+
+from arguments import score_parser
+from utils import fail
 
 # metric: (line in the table, sentence in the JSON file). The order is that of the output.
 METRICS = {
@@ -405,54 +407,8 @@ def format_table(reports: list[dict]) -> str:
     return "\n".join(lines)
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, like the other errors of the command."""
-
-    def error(self, message):
-        self.exit(2, f"error: {message}: see {self.prog} --help\n")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(description="Score predictions against their references.", allow_abbrev=False)
-    parser.add_argument(
-        "--predictions",
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help="JSON Lines files, one object with a prediction and a reference per line; several are shown side by side "
-        "(required)",
-    )
-    parser.add_argument(
-        "--output_path",
-        metavar="PATH",
-        help="JSON file for the scores of a single FILE, replaced if it exists (default: FILE with its suffix replaced "
-        "by .scores.json; it cannot be switched off)",
-    )
-    parser.add_argument(
-        "--prediction_column",
-        default="prediction",
-        metavar="NAME",
-        help="key of the prediction, a string, or a list of strings of which the first is scored; where a row has no "
-        "such key its plural NAMEs is read (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--reference_column",
-        default="output",
-        metavar="NAME",
-        help="key of the reference, a string (default: %(default)s)",
-    )
-    return parser
-
-
-def report_problems(problems: list[ValueError]) -> int:
-    """Print each problem on a line of its own and return the exit code."""
-    for error in problems:
-        print("error: " + " ".join(str(error).splitlines()), file=sys.stderr)
-    return 2
-
-
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    args = score_parser().parse_args(argv)
 
     # Everything that can be refused is refused here, all at once, before a row is scored.
     problems, inputs = [], {}
@@ -469,7 +425,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         problems.append(error)
     if problems:
-        return report_problems(problems)
+        fail([str(error) for error in problems], "score.py")
 
     reports = {}
     for path, rows in inputs.items():
@@ -487,7 +443,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         write_reports({output: reports[path] for output, path in outputs.items()})
     except ValueError as error:
-        return report_problems([error])
+        fail(str(error), "score.py")
     print(format_table([reports[path] for path in args.predictions]))
     return 0
 

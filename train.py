@@ -8,10 +8,21 @@ import os
 import sys
 import time
 
-from arguments import columns_of, parse_train
+from arguments import columns_of, folder_problems, length_problems, parse_train
+from checkpoint import (
+    check_weights,
+    describe_run,
+    load_base,
+    read_config,
+    read_tokenizer,
+    resolve_folder,
+    save_checkpoint,
+)
 from data_set import Updates, collate, describe_counts, load_rows, show_row
 from ds_config import complete_config, offloads, read_ds_file
 from modes import MODES
+from optimizer import build_optimizer, build_scheduler
+from run_log import RunLog
 from tuning import TRAIN_TYPES, count_parameters
 from utils import (
     barrier,
@@ -37,11 +48,6 @@ def main(argv):
     import torch
     import torch.distributed as dist
     from transformers.integrations import HfDeepSpeedConfig
-
-    from checkpoint import check_weights, describe_run, load_base, read_config, read_tokenizer, resolve_folder
-    from checkpoint import save_checkpoint
-    from optimizer import build_optimizer, build_scheduler
-    from run_log import RunLog
 
     device = choose_device(args.device)
     precision = choose_precision(args.precision, device)
@@ -153,8 +159,6 @@ def main(argv):
 
 def complete_mode(args, folder):
     """Check what a hub name left open until its config.json was there."""
-    from arguments import folder_problems, length_problems
-
     if problems := folder_problems(args, "--model_name_or_path", folder) + length_problems(args):
         fail(problems)
 

@@ -34,7 +34,7 @@ def fail(problems, prog=None):
     prog = prog or os.path.basename(sys.argv[0])
     for problem in [problems] if isinstance(problems, str) else problems:
         if is_main():
-            print(f"{prog}: error: {problem}", file=sys.stderr, flush=True)
+            print(f"{prog}: error: {' '.join(str(problem).splitlines())}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 

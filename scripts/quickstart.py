@@ -1,0 +1,152 @@
+"""The main job on an embedded default: tiny base, fine-tuning through the launcher, merge, prediction, scores, a table.
+
+    bash scripts/quickstart.sh
+
+Every step is a command that is printed before it runs; a step whose command, inputs and result are there already is
+not run again. Nothing here is special to the tiny model: put a real checkpoint into the commands that it prints.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from modes import MODES  # noqa: E402
+from tuning import TRAIN_TYPES  # noqa: E402
+from utils import has_nvidia_device  # noqa: E402
+
+# Learning rates and sizes that suit a base of some million weights; a 6B model wants the README's.
+FLAGS = {
+    "lora": "--lora_dim 16 --lora_alpha 64 --lora_dropout 0.0 --learning_rate 2e-3"
+    " --lora_module_name query_key_value,dense,dense_h_to_4h,dense_4h_to_h",
+    "ptuning": "--pre_seq_len 16 --prefix_projection True --learning_rate 2e-3",
+    "freeze": "--freeze_module_name layers.2.,layers.3. --learning_rate 1e-3",
+    "all": "--learning_rate 1e-3",
+}
+COMMON = (
+    "--max_len 256 --max_src_len 192 --per_device_train_batch_size 16 --gradient_accumulation_steps 1"
+    " --num_train_epochs 6 --warmup_ratio 0.1 --seed 1234 --show_loss_step 10 --ds_file ds_zero2_no_offload.json"
+)
+METRICS = ("f1", "rougeL", "bleu4")
+
+
+class Steps:
+    """Runs commands once: each leaves a stamp with its command, its inputs' hash and its seconds."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.commands = []
+        self.seconds = 0.0
+        folder.mkdir(parents=True, exist_ok=True)
+        self.environment = dict(os.environ)
+        if not has_nvidia_device():
+            self.environment["DS_ACCELERATOR"] = "cpu"
+
+    def run(self, name, command, inputs, result):
+        """Run a command line unless `result` is there from the same command and inputs."""
+        self.commands.append(command)
+        stamp_path = self.folder / f"{name}.stamp.json"
+        key = hashlib.sha256(command.encode())
+        for path in inputs:
+            key.update(Path(path).read_bytes())
+        key = key.hexdigest()
+        if stamp_path.exists() and Path(result).exists():
+            stamp = json.loads(stamp_path.read_text())
+            if stamp["key"] == key:
+                self.seconds += stamp["seconds"]
+                print(f"\n== {name}: as before, {result}", flush=True)
+                return
+        if Path(result).is_dir() and name != "base":
+            raise SystemExit(f"quickstart: error: {result} is of other settings: remove or rename {self.folder} first")
+        print(f"\n== {name}\n$ {command}", flush=True)
+        started = time.time()
+        process = subprocess.run(shlex.split(command), cwd=ROOT, env=self.command_environment(command))
+        if process.returncode:
+            raise SystemExit(process.returncode)
+        seconds = time.time() - started
+        self.seconds += seconds
+        stamp_path.write_text(json.dumps({"key": key, "seconds": seconds}))
+
+    def command_environment(self, command):
+        """The launcher takes the first card alone: one process is best for a model this small."""
+        if command.startswith("deepspeed "):
+            return {**self.environment, "CUDA_VISIBLE_DEVICES": "0"}
+        return self.environment
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mode", choices=MODES, default="glm3")
+    parser.add_argument("--train_type", choices=TRAIN_TYPES, default="lora")
+    args = parser.parse_args()
+
+    base = f"output/base-{args.mode}"
+    folder = f"output/quickstart-{args.mode}-{args.train_type}"
+    rows, held_out = "data/spo_0.json", "data/spo_1.json"
+    os.chdir(ROOT)
+    steps = Steps(Path(folder))
+    sources = [f"scripts/{name}.py" for name in ("make_base", "make_data", "data_words")]
+    steps.run("base", f"python scripts/make_base.py --mode {args.mode} --output_dir {base}", sources, base)
+    before = f"{folder}/before.jsonl"
+    weights = [str(path) for path in sorted(Path(base).glob("*.safetensors"))]
+    predict = f"python predict.py --test_path {held_out} --max_new_tokens 128 --batch_size 25 --overwrite"
+    steps.run("before", f"{predict} --model_path {base} --output_path {before}", [*weights, held_out], before)
+
+    command = (
+        f"deepspeed --master_port 29500 train.py --train_path {rows} --model_name_or_path {base} --mode {args.mode}"
+        f" --train_type {args.train_type} {COMMON} {FLAGS[args.train_type]} --output_dir {folder}/train"
+    )
+    steps.run("train", command, [*weights, rows], f"{folder}/train")
+    trained = newest_checkpoint(Path(folder) / "train")
+    model = trained
+    if TRAIN_TYPES[args.train_type].weights == "adapter":
+        model = f"{folder}/merged"
+        command = f"python merge_lora.py --model_dir {trained} --output_dir {model}"
+        steps.run("merge", command, [*weights, f"{trained}/adapter_model.safetensors"], model)
+    after = f"{folder}/after.jsonl"
+    inputs = [*map(str, sorted(Path(model).glob("*.safetensors"))), held_out]
+    steps.run("after", f"{predict} --model_path {model} --output_path {after}", inputs, after)
+    scores = f"{folder}/after.scores.json"
+    steps.run("score", f"python score.py --predictions {before} {after}", [before, after], scores)
+
+    summary = {name: read_metrics(f"{folder}/{name}.scores.json") for name in ("before", "after")}
+    summary["seconds"] = round(steps.seconds, 1)
+    Path(folder, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print_summary(args, folder, steps, summary)
+
+
+def newest_checkpoint(folder):
+    """The checkpoint of the last step in a run's folder."""
+    found = [path for path in folder.glob("epoch-*-step-*") if (path / "run.json").exists()]
+    return str(max(found, key=lambda path: int(path.name.rsplit("-", 1)[1])))
+
+
+def read_metrics(path):
+    """The table's metrics out of a score file."""
+    metrics = json.loads(Path(path).read_text(encoding="utf-8"))["metrics"]
+    return {name: round(metrics[name], 2) for name in METRICS}
+
+
+def print_summary(args, folder, steps, summary):
+    """The table, where the picture is, and the commands to take along."""
+    names = {"f1": "triple F1", "rougeL": "ROUGE-L", "bleu4": "BLEU-4"}
+    print(f"\n{args.mode}, {args.train_type}, 50 held-out rows of data/spo_1.json")
+    print(f"{'':12}{'before':>10}{'after':>10}")
+    for name, title in names.items():
+        print(f"{title:12}{summary['before'][name]:>10.2f}{summary['after'][name]:>10.2f}")
+    print(f"\nloss curve: {folder}/train/loss.png")
+    print(f"figures:    {folder}/summary.json ({summary['seconds']:.0f} s in all)")
+    print("\nThe commands, in order; put your checkpoint and rows in their places:")
+    for command in steps.commands:
+        print(f"  {command}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+# Sourced by the other scripts: a Python 3.10 or newer with the pinned packages, in .venv unless one is active.
+#   source scripts/setup.sh [requirements file]
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+requirements=${1:-requirements.txt}
+
+find_python() {
+    local name
+    for name in python3.13 python3.12 python3.11 python3.10 python3 python; do
+        if command -v "$name" >/dev/null && "$name" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            echo "$name"
+            return
+        fi
+    done
+    echo "error: no Python 3.10 or newer with venv found: install one (for example: apt install python3-venv)" >&2
+    return 1
+}
+
+if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
+    if [ ! -x .venv/bin/python ]; then
+        python=$(find_python) || exit 2
+        echo "making .venv with $("$python" --version)"
+        "$python" -m venv .venv || exit 2
+    fi
+    source .venv/bin/activate
+fi
+
+# Installed once for each state of the requirements files.
+stamp="$(python -c 'import sys; print(sys.prefix)')/.chatglm-$(cat requirements*.txt "$requirements" | cksum | cut -d' ' -f1)-$(basename "$requirements" .txt)"
+if [ ! -e "$stamp" ]; then
+    echo "installing $requirements"
+    python -m pip install --quiet --disable-pip-version-check -r "$requirements" || exit 2
+    touch "$stamp"
+fi

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Several hosts. Needs the same clone, environment, data and model folder on all of them, ssh without a password, and
+# a hostfile with a line for each: "HOST slots=NUMBER_OF_CARDS".
+#   HOSTFILE=hostfile MODEL=ChatGLM3-6B/ bash scripts/train_hosts.sh [more flags of train.py]
+set -euo pipefail
+HOSTFILE=${HOSTFILE:-hostfile}
+MODEL=${MODEL:-ChatGLM3-6B/}
+MODE=${MODE:-glm3}
+TRAIN_TYPE=${TRAIN_TYPE:-all}
+TRAIN_PATH=${TRAIN_PATH:-data/spo_0.json}
+OUTPUT=${OUTPUT:-output-$MODE-$TRAIN_TYPE}
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+[ -f "$HOSTFILE" ] || { echo "error: HOSTFILE=$HOSTFILE: no such file: write a line \"HOST slots=CARDS\" for each host" >&2; exit 2; }
+
+deepspeed --hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29500}" train.py \
+    --train_path "$TRAIN_PATH" --model_name_or_path "$MODEL" --mode "$MODE" --train_type "$TRAIN_TYPE" \
+    --max_len 1560 --max_src_len 1024 \
+    --per_device_train_batch_size 1 --gradient_accumulation_steps 4 --num_train_epochs 2 \
+    --learning_rate 1e-4 --weight_decay 0.1 --warmup_ratio 0.1 --seed 1234 \
+    --ds_file "${DS_FILE:-ds_zero3_no_offload.json}" --gradient_checkpointing \
+    --show_loss_step 10 --output_dir "$OUTPUT" "$@"

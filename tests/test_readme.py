@@ -1,0 +1,115 @@
+"""Every command in the two READMEs and every script is run or parsed."""
+
+import os
+import re
+import shlex
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+import arguments
+
+from ds_config import read_ds_file
+from modes import MODES
+from tuning import TRAIN_TYPES
+
+READMES = ("README.md", "README_zh.md")
+PARSERS = {
+    "train.py": arguments.train_parser,
+    "predict.py": arguments.predict_parser,
+    "merge_lora.py": arguments.merge_parser,
+    "score.py": arguments.score_parser,
+}
+
+
+def commands(name):
+    """Lines of the ```bash blocks, continued lines joined, comments cut."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for block in re.findall(r"```bash\n(.*?)```", text, re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            if words := shlex.split(line, comments=True):
+                yield words
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_commands_parse(name):
+    seen = set()
+    for words in commands(name):
+        script = next(word for word in words if word.endswith((".py", ".sh")))
+        seen.add(script)
+        assert (ROOT / script).exists(), words
+        if script in PARSERS:
+            PARSERS[script]().parse_args(words[words.index(script) + 1 :])
+    assert seen >= {*PARSERS, "scripts/quickstart.sh", "scripts/test.sh"}
+
+
+def test_both_languages_say_the_same():
+    english, chinese = (list(commands(name)) for name in READMES)
+    assert english == chinese
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in READMES]
+    for pattern in (r"^#+ ", r"^\|", r"`--[\w_]+", r"```text\n.*?```"):
+        flags = re.M | re.S
+        found = [re.findall(pattern, text, flags) for text in texts]
+        assert sorted(found[0]) == sorted(found[1]), pattern
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_flags_and_files_in_the_text_exist(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    known = {option for parser in PARSERS.values() for action in parser()._actions for option in action.option_strings}
+    known |= {"--master_port", "--lora_"}
+    assert set(re.findall(r"--[a-z_]+", text)) <= known
+    for path in re.findall(r"`((?:scripts|data|configs)/[\w./]+|\w+\.py|ds_\w+\.json)`", text):
+        assert (ROOT / path).exists() or (ROOT / "configs" / path).exists(), path
+    for choice in (*MODES, *TRAIN_TYPES):
+        assert f"--mode {choice}" in text or f"--train_type {choice}" in text
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda p: p.name)
+def test_configs(path):
+    config = read_ds_file(path.name)
+    assert f"zero{config['zero_optimization']['stage']}" in path.name
+    assert ("offload_optimizer" in config["zero_optimization"]) == ("no_offload" not in path.name)
+
+
+@pytest.mark.parametrize("path", sorted([*(ROOT / "scripts").glob("*.sh"), ROOT / ".ci" / "run"]), ids=lambda p: p.name)
+def test_shell_scripts_parse(path):
+    assert subprocess.run(["bash", "-n", str(path)], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["train_one_card.sh", "train_four_cards.sh", "train_hosts.sh"])
+@pytest.mark.parametrize("mode", MODES)
+def test_launchers(name, mode, tmp_path):
+    """What the launcher scripts start is a command line that train.py takes."""
+    stub = tmp_path / "deepspeed"
+    stub.write_text('#!/bin/bash\necho "CARDS=$CUDA_VISIBLE_DEVICES"\nprintf "%s\\n" "$@"\n')
+    stub.chmod(0o755)
+    (tmp_path / "hostfile").write_text("worker-1 slots=4\n")
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "MODE": mode,
+        "MODEL": "some/model",
+        "HOSTFILE": str(tmp_path / "hostfile"),
+    }
+    process = subprocess.run(
+        ["bash", str(ROOT / "scripts" / name), "--seed", "7"], env=environment, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    cards, *words = process.stdout.splitlines()
+    args = arguments.train_parser().parse_args(words[words.index("train.py") + 1 :])
+    assert args.mode == mode and args.seed == 7 and args.model_name_or_path == "some/model"
+    read_ds_file(args.ds_file)
+    if name == "train_four_cards.sh":
+        assert cards == "CARDS=0,1,2,3" and ("offload.json" in args.ds_file)
+        assert ("no_offload" not in args.ds_file) == (mode == "glm")
+
+
+def test_help_texts_name_every_flag():
+    """Each flag has a help text; --help needs neither torch nor a model."""
+    for script, parser in PARSERS.items():
+        assert all(action.help for action in parser()._actions), script
+        code = f"import sys; import {script.removesuffix('.py')}; assert 'torch' not in sys.modules"
+        process = subprocess.run(["python", "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr
