@@ -20,20 +20,21 @@ MAX_SHARD_SIZE = "5GB"
 
 
 def resolve_folder(name):
-    """Folder of a checkpoint: a local one as it is, a hub name downloaded into the hub's cache (weights of one format)."""
+    """Folder of a checkpoint: a local one as it is, a hub name from the hub's cache, which is filled if need be.
+
+    Where a repository has its weights in two formats, only the safetensors are fetched.
+    """
     if os.path.isdir(name):
         return name
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.model"]
+    patterns = ["*.json", "*.model", "*.safetensors"]
     try:
-        try:
-            files = HfApi().list_repo_files(name)
-            patterns.append("*.safetensors" if any(f.endswith(".safetensors") for f in files) else "*.bin")
-        except (OfflineModeIsEnabled, LocalEntryNotFoundError):
-            patterns += ["*.safetensors", "*.bin"]
-        return snapshot_download(name, allow_patterns=patterns)
+        folder = snapshot_download(name, allow_patterns=patterns)
+        if not any(file.endswith(".safetensors") for file in os.listdir(folder)):
+            folder = snapshot_download(name, allow_patterns=[*patterns, "*.bin"])
+        return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"--model_name_or_path {name}: cannot be fetched from the hub ({reason}): give a folder") from None

@@ -30,11 +30,17 @@ def print_rank_0(*values, **kwargs):
 
 
 def fail(problems, prog=None):
-    """End the program with exit code 2 and a line for each problem (a message or a list of them), on rank 0."""
+    """End the program with exit code 2 and a line for each problem (a message or a list of them).
+
+    All ranks usually find the same: the first one speaks. Another waits until the launcher has ended it, and speaks
+    only if the fault is its own.
+    """
     prog = prog or os.path.basename(sys.argv[0])
+    if not is_main():
+        time.sleep(5)
+        prog = f"{prog}: rank {os.environ['RANK']}"
     for problem in [problems] if isinstance(problems, str) else problems:
-        if is_main():
-            print(f"{prog}: error: {' '.join(str(problem).splitlines())}", file=sys.stderr, flush=True)
+        print(f"{prog}: error: {' '.join(str(problem).splitlines())}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -46,7 +52,9 @@ def prepare_environment():
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    # Deprecation notes between the libraries, of no use to a reader of the training log.
+    for place in ("torch.distributed", "transformers"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=place.replace(".", r"\."))
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if has_nvidia_device() else "cpu")
 
 
@@ -101,6 +109,7 @@ def start_distributed(device):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         torch.cuda.set_device(device)
+    deepspeed.utils.logger.setLevel("WARNING")
     deepspeed.init_distributed(
         dist_backend="gloo" if device.type == "cpu" else "nccl",
         timeout=datetime.timedelta(hours=2),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import GOLDEN_FOLDERS
 
 PREFIXES = ["prefix_projection", "prefix_embedding"]
 
@@ -257,3 +258,25 @@ def test_saved_checkpoint_has_released_names(golden, tmp_path):
     again = golden.mode.model_class.from_pretrained(tmp_path, dtype=torch.float16)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
+
+
+def test_hub_name_is_read_from_the_hub_cache(golden, tmp_path, monkeypatch):
+    """The layout that a download leaves; nothing is fetched."""
+    import huggingface_hub.constants
+
+    from checkpoint import check_weights, resolve_folder
+
+    snapshot = tmp_path / "models--THUDM--some-model" / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--THUDM--some-model" / "refs").mkdir()
+    (tmp_path / "models--THUDM--some-model" / "refs" / "main").write_text("0123abc")
+    for path in GOLDEN_FOLDERS[golden.mode.name].iterdir():
+        (snapshot / path.name).symlink_to(path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    folder = resolve_folder("THUDM/some-model")
+    assert folder == str(snapshot)
+    (snapshot / "golden.safetensors").unlink()  # not a weight file of the model
+    assert check_weights(resolve_folder("THUDM/some-model"), golden.mode, golden.config())
+    with pytest.raises(ValueError, match="THUDM/other: cannot be fetched from the hub"):
+        resolve_folder("THUDM/other")

@@ -1,0 +1,132 @@
+"""predict.py and merge_lora.py on small checkpoints, inside this process."""
+
+import builtins
+import json
+
+import pytest
+import torch
+from conftest import GOLDEN_FOLDERS, ROOT
+from launching import check_done, free_port, run_command
+
+import merge_lora
+import predict
+from checkpoint import describe_run, save_checkpoint
+from tuning import TRAIN_TYPES
+
+
+def write_rows(path, num_rows=5):
+    rows = (ROOT / "data" / "spo_1.json").read_text(encoding="utf-8").splitlines()[:num_rows]
+    path.write_text("\n".join(rows), encoding="utf-8")
+    return str(path)
+
+
+def answers(model, test_path, output_path, *flags):
+    arguments = ["--model_path", str(model), "--test_path", test_path, "--output_path", str(output_path)]
+    predict.main([*arguments, "--max_new_tokens", "8", *flags])
+    return [json.loads(line) for line in output_path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def adapter(golden, tmp_path_factory):
+    """A saved LoRA adapter with a visible effect."""
+    from types import SimpleNamespace
+
+    torch.manual_seed(0)
+    args = SimpleNamespace(
+        mode=golden.mode.name,
+        train_type="lora",
+        model_name_or_path=golden.folder,
+        lora_dim=4,
+        lora_alpha=16,
+        lora_dropout=0.0,
+        lora_module_name="query_key_value,dense_4h_to_h",
+    )
+    model = TRAIN_TYPES["lora"].prepare(golden.model(), args)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    folder = tmp_path_factory.mktemp("run") / "epoch-1-step-1"
+    run = describe_run(args, golden.folder, "fp32", epoch=1, step=1)
+    save_checkpoint(model, golden.tokenizer(), str(folder), TRAIN_TYPES["lora"], run, zero3=False)
+    return folder
+
+
+def test_a_batch_answers_like_single_rows(golden, tmp_path):
+    rows = write_rows(tmp_path / "rows.json")
+    single = answers(golden.folder, rows, tmp_path / "one.jsonl", "--batch_size", "1")
+    batch = answers(golden.folder, rows, tmp_path / "batch.jsonl", "--batch_size", "4")
+    assert single == batch
+    assert [line["index"] for line in batch] == list(range(5))
+    assert set(batch[0]) == {"index", "query", "output", "prediction", "stopped"}
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_several_sampled_answers_repeat_with_the_seed(golden, tmp_path):
+    rows = write_rows(tmp_path / "rows.json", 2)
+    flags = ["--do_sample", "--num_return_sequences", "3", "--temperature", "1.5", "--top_p", "1.0", "--seed"]
+    first, again, other = (
+        answers(golden.folder, rows, tmp_path / f"{i}.jsonl", *flags, seed) for i, seed in enumerate(["5", "5", "6"])
+    )
+    assert first == again != other
+    assert all(len(line["predictions"]) == 3 == len(line["stopped"]) for line in first)
+
+
+def test_merged_model_answers_like_the_adapter(golden, adapter, tmp_path, capsys):
+    rows = write_rows(tmp_path / "rows.json")
+    merged = tmp_path / "merged"
+    merge_lora.main(["--model_dir", str(adapter), "--output_dir", str(merged), "--precision", "fp32"])
+    assert "differ by at most" in capsys.readouterr().out
+    files = {path.name for path in merged.iterdir()}
+    assert {"config.json", "model.safetensors", "run.json", "tokenizer_config.json"} < files and len(files) == 5
+    base = answers(golden.folder, rows, tmp_path / "base.jsonl")
+    from_adapter = answers(adapter, rows, tmp_path / "adapter.jsonl")
+    from_merged = answers(merged, rows, tmp_path / "merged.jsonl")
+    assert from_adapter == from_merged != base
+    check = json.loads((merged / "run.json").read_text())["merge_check"]
+    assert check["max_difference"] < 1e-4 * check["max_logit"] < check["adapter_effect"]
+
+
+def test_merge_keeps_the_base_precision(golden, adapter, tmp_path):
+    from checkpoint import weight_shapes
+
+    merge_lora.main(["--model_dir", str(adapter), "--output_dir", str(tmp_path / "merged")])
+    assert {dtype for _, dtype in weight_shapes(str(tmp_path / "merged")).values()} == {"F16"}
+
+
+def test_prompt_and_conversation(golden, capsys, monkeypatch):
+    common = ["--model_path", golden.folder, "--max_new_tokens", "4"]
+    predict.main([*common, "--prompt", "你好"])
+    alone = capsys.readouterr().out.strip()
+    lines = iter(["你好", "再见", "/clear", "你好", ""])
+    monkeypatch.setattr(builtins, "input", lambda prompt: next(lines))
+    predict.main([*common, "--interactive"])
+    said = capsys.readouterr().out
+    assert said.count(alone) >= 2, "the first turn, and again after /clear"
+
+
+def test_default_output_is_named_after_model_and_rows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = write_rows(tmp_path / "rows.json", 1)
+    predict.main(["--model_path", str(GOLDEN_FOLDERS["glm2"]), "--test_path", rows, "--max_new_tokens", "2"])
+    assert (tmp_path / "predictions" / "glm2" / "rows.jsonl").exists()
+
+
+def test_rows_without_answers_are_predicted(tmp_path):
+    (tmp_path / "rows.json").write_text('[{"instruction": "说", "input": "你好"}]', encoding="utf-8")
+    [line] = answers(GOLDEN_FOLDERS["glm3"], str(tmp_path / "rows.json"), tmp_path / "p.jsonl")
+    assert "output" not in line and isinstance(line["prediction"], str)
+
+
+@pytest.mark.launch
+def test_two_processes_answer_like_one(tmp_path):
+    rows = write_rows(tmp_path / "rows.json", 7)
+    model = GOLDEN_FOLDERS["glm"]
+    alone = answers(model, rows, tmp_path / "one.jsonl", "--batch_size", "2")
+    process = run_command(
+        f"deepspeed --num_accelerators 2 --master_port {free_port()} predict.py --model_path {model}"
+        f" --test_path {rows} --output_path two.jsonl --max_new_tokens 8 --batch_size 2",
+        tmp_path,
+    )
+    check_done(process)
+    assert [json.loads(line) for line in (tmp_path / "two.jsonl").read_text(encoding="utf-8").splitlines()] == alone
+    assert not list(tmp_path.glob("*.partial"))
