@@ -13,6 +13,9 @@ from tuning import TRAIN_TYPES
 from utils import fail, is_main, world_size
 
 
+LEAST_SRC_LEN = 16  # tokens: the words around the question, and something of it
+
+
 class OneLineParser(argparse.ArgumentParser):
     """argparse whose errors are one line; flags are typed in full, so that none is taken for another."""
 
@@ -50,6 +53,13 @@ def add_row_flags(parser):
         "--prompt_column", help="field that holds the whole question; without it instruction + input is the question"
     )
     parser.add_argument("--response_column", default="output", help="field that holds the answer")
+
+
+def add_base_flag(parser):
+    """Where the base model of an adapter or a prefix encoder is now."""
+    parser.add_argument(
+        "--model_name_or_path", help="base checkpoint, if it has moved since the training; left out: read from run.json"
+    )
 
 
 def train_parser():
@@ -125,8 +135,9 @@ def train_problems(args, typed):
         args,
         at_least_one="per_device_train_batch_size gradient_accumulation_steps num_train_epochs show_loss_step max_src_len"
         " max_len pre_seq_len lora_dim",
-        at_least_zero="learning_rate weight_decay max_grad_norm save_model_step lora_alpha seed",
+        at_least_zero="learning_rate weight_decay max_grad_norm save_model_step lora_alpha",
         share="warmup_ratio lora_dropout",
+        seed="seed",
     )
     for name, train_type in TRAIN_TYPES.items():
         if name != args.train_type:
@@ -135,11 +146,11 @@ def train_problems(args, typed):
                 for flag in train_type.flags
                 if flag in typed
             ]
-    if args.prompt_column and "instruction" in (args.response_column,):
-        problems.append("--response_column instruction: is part of the question: name the answer's field")
+    if args.response_column in columns_of(args).sources:
+        problems.append(f"--response_column {args.response_column}: is part of the question: name the answer's field")
     problems += collect(data_files, args.train_path, prefix="--train_path ")
     problems += model_problems(args, "--model_name_or_path", args.model_name_or_path)
-    if args.mode is not None:
+    if args.mode is not None and min(args.max_len, args.max_src_len) >= 1:
         problems += length_problems(args)
     if is_main():  # it makes the folder, and may be ahead of the others
         problems += output_problems(args.output_dir, args.model_name_or_path)
@@ -159,13 +170,14 @@ def collect(function, *values, prefix=""):
     return []
 
 
-def range_problems(args, at_least_one="", at_least_zero="", share=""):
+def range_problems(args, at_least_one="", at_least_zero="", share="", seed=""):
     """Numbers outside their range."""
     problems = []
     for names, rule, good in (
         (at_least_one, "must be at least 1", lambda value: value >= 1),
         (at_least_zero, "must be 0 or more", lambda value: value >= 0 and math.isfinite(value)),
         (share, "must be 0 or more and below 1", lambda value: 0 <= value < 1),
+        (seed, f"must be from 0 to {2**32 - 1}", lambda value: 0 <= value < 2**32),
     ):
         for name in names.split():
             value = getattr(args, name)
@@ -178,7 +190,7 @@ def length_problems(args):
     """Does --max_src_len leave room for an answer in --max_len, and for a question?"""
     reserved = MODES[args.mode].prompt.RESERVED
     most = args.max_len - reserved - 1
-    least = 16
+    least = LEAST_SRC_LEN
     if args.max_len < reserved + 1 + least:
         return [f"--max_len {args.max_len}: too small for a question and an answer: use at least {reserved + 1 + least}"]
     if args.max_src_len > most:
@@ -235,7 +247,22 @@ def output_problems(output_dir, model_path):
             return [f"--output_dir {output_dir}: is a file: choose a folder"]
         if os.listdir(output_dir):
             return [f"--output_dir {output_dir}: is not empty: choose a new folder, so that no earlier run is lost"]
-    return []
+    problem = place_problem("--output_dir", output_dir)
+    return [problem] if problem else []
+
+
+def place_problem(flag, path):
+    """Why nothing can be made at `path`, or None: the nearest folder that exists must be one to write in."""
+    if not path:
+        return f"{flag} '': is empty: name a place"
+    parent = os.path.abspath(path)
+    while not os.path.lexists(parent):
+        parent = os.path.dirname(parent)
+    if not os.path.isdir(parent) and parent != os.path.abspath(path):
+        return f"{flag} {path}: {parent} is a file: choose another place"
+    if not os.access(parent, os.W_OK):
+        return f"{flag} {path}: {parent} is read-only: choose another place"
+    return None
 
 
 def columns_of(args):
@@ -248,9 +275,7 @@ def merge_parser():
     parser = OneLineParser(prog="merge_lora.py", description="Merge a LoRA adapter into its base: a plain checkpoint.")
     parser.add_argument("--model_dir", required=True, help="a folder that train.py saved with --train_type lora")
     parser.add_argument("--output_dir", help="new folder; left out: MODEL_DIR-merged")
-    parser.add_argument(
-        "--model_name_or_path", help="base checkpoint, if it has moved since the training; left out: read from run.json"
-    )
+    add_base_flag(parser)
     add_device_flags(parser, precision="of the merged weights; auto: the base checkpoint's own")
     return parser
 
@@ -260,6 +285,7 @@ def predict_parser():
     parser = OneLineParser(prog="predict.py", description="Answer rows of a file, one prompt, or a conversation.")
     parser.add_argument("--model_path", required=True, help="released, merged, adapter or prefix folder, or a hub name")
     parser.add_argument("--mode", choices=MODES, help="model family; left out: read from the checkpoint")
+    add_base_flag(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--test_path", nargs="+", help="rows to answer: JSON Lines or array files, or folders")
     source.add_argument("--prompt", help="one question")
@@ -289,19 +315,24 @@ def parse_predict(argv):
     typed = parser.typed(argv)
     problems = range_problems(
         args,
-        at_least_one="batch_size max_src_len max_new_tokens num_return_sequences num_beams",
-        at_least_zero="top_k seed",
+        at_least_one="batch_size max_new_tokens num_return_sequences num_beams",
+        at_least_zero="top_k",
+        seed="seed",
     )
-    for name in ("temperature", "top_p", "repetition_penalty"):
-        if not getattr(args, name) > 0:
-            problems.append(f"--{name} {getattr(args, name)}: must be above 0")
+    if args.max_src_len < LEAST_SRC_LEN:
+        problems.append(f"--max_src_len {args.max_src_len}: leaves nothing of a question: use at least {LEAST_SRC_LEN}")
+    for name in ("temperature", "repetition_penalty"):
+        if not 0 < getattr(args, name) < math.inf:
+            problems.append(f"--{name} {getattr(args, name)}: must be above 0 and finite")
+    if not 0 < args.top_p <= 1:
+        problems.append(f"--top_p {args.top_p}: must be above 0 and at most 1")
     if not args.do_sample:
         problems += [
             f"--{name}: needs --do_sample: add it or remove this flag"
             for name in ("temperature", "top_p", "top_k", "seed")
             if name in typed
         ]
-        if args.num_return_sequences > args.num_beams:
+        if args.num_return_sequences > max(1, args.num_beams):
             problems.append(
                 f"--num_return_sequences {args.num_return_sequences}: greedy search has one answer: add --do_sample,"
                 " or --num_beams of as many"
@@ -311,15 +342,34 @@ def parse_predict(argv):
         if args.output_path is None:
             stem = os.path.splitext(os.path.basename(os.path.normpath(args.test_path[0])))[0]
             args.output_path = os.path.join("predictions", model_label(args.model_path), f"{stem}.jsonl")
-        if is_main() and os.path.exists(args.output_path) and not args.overwrite:
-            problems.append(f"--output_path {args.output_path}: exists: choose another or add --overwrite")
-    elif "output_path" in typed:
-        problems.append(f"--output_path {args.output_path}: belongs to --test_path: remove it")
+        if is_main():
+            problems += output_file_problems(args)
+    else:
+        problems += [
+            f"--{name}: belongs to --test_path: remove it"
+            for name in ("overwrite", "batch_size", "prompt_column", "response_column")
+            if name in typed
+        ]
+        if args.output_path is not None:
+            problems.append(f"--output_path {args.output_path}: belongs to --test_path: remove it")
     if not os.path.exists(os.path.join(args.model_path, "run.json")):
         problems += model_problems(args, "--model_path", args.model_path)
     if problems:
         fail(problems, parser.prog)
     return args
+
+
+def output_file_problems(args):
+    """Is --output_path a file that may be written?"""
+    path = args.output_path
+    if os.path.isdir(path):
+        return [f"--output_path {path}: is a folder: name a file"]
+    if any(os.path.exists(path) and os.path.samefile(path, source) for source in args.test_path if os.path.exists(source)):
+        return [f"--output_path {path}: is the input: choose another file"]
+    if os.path.exists(path) and not args.overwrite:
+        return [f"--output_path {path}: exists: choose another or add --overwrite"]
+    problem = place_problem("--output_path", path)
+    return [problem] if problem else []
 
 
 def model_label(path):

@@ -19,7 +19,7 @@ INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 MAX_SHARD_SIZE = "5GB"
 
 
-def resolve_folder(name):
+def resolve_folder(name, flag="--model_name_or_path"):
     """Folder of a checkpoint: a local one as it is, a hub name from the hub's cache, which is filled if need be.
 
     Where a repository has its weights in two formats, only the safetensors are fetched.
@@ -35,9 +35,9 @@ def resolve_folder(name):
         if not any(file.endswith(".safetensors") for file in os.listdir(folder)):
             folder = snapshot_download(name, allow_patterns=[*patterns, "*.bin"])
         return folder
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"--model_name_or_path {name}: cannot be fetched from the hub ({reason}): give a folder") from None
+        raise ValueError(f"{flag} {name}: cannot be fetched from the hub ({reason}): give a folder") from None
 
 
 def weight_files(folder):
@@ -48,7 +48,10 @@ def weight_files(folder):
     for index, single in zip(INDEX_FILES, WEIGHT_FILES):
         index_path = os.path.join(folder, index)
         if os.path.isfile(index_path):
-            names = sorted(set(read_json(index_path).get("weight_map", {}).values()))
+            weight_map = read_json(index_path).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise ValueError(f"{index_path}: weight_map is not a table of file names: download it again")
+            names = sorted(set(weight_map.values()))
             for name in names:
                 if os.path.basename(name) != name:
                     raise ValueError(f"{index_path}: names {name!r}, outside its folder: do not use this checkpoint")
@@ -94,11 +97,16 @@ def bin_shapes(path):
 
     try:
         state = torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: holds more than tensors, or is truncated ({reason}): do not use it") from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: truncated or not a weight file ({str(error).splitlines()[0]}): download it again") from None
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path}: holds more than tensors, or is no weight file: it is not read, since that could run code of"
+            " others: do not use it"
+        ) from None
+    except Exception as error:  # bytes that are no weights make the reader fail in many ways
+        reason = f"{type(error).__name__} while reading"
+        raise ValueError(f"{path}: truncated or not a weight file ({reason}): download it again") from None
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise ValueError(f"{path}: not a weight file (not a plain table of tensors): download it again")
     return {key: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for key, t in state.items()}
 
 
@@ -110,18 +118,20 @@ def empty_model(mode, config):
         return mode.model_class(config)
 
 
-def check_weights(folder, mode, config):
+def check_weights(folder, mode, config, new_prefix=False):
     """Do the files hold what this model needs? Returns the parameter names; ValueError names the difference.
 
-    A prefix encoder may be missing (training makes it); the released rotary buffers and a stored copy of a tied
-    output layer are allowed.
+    The released rotary buffers and a stored copy of a tied output layer are allowed, and with `new_prefix` a missing
+    prefix encoder (training makes it, or it lies elsewhere).
     """
     model = empty_model(mode, config)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = set(model.all_tied_weights_keys)
     found = weight_shapes(folder)
     found = {name: value for name, value in found.items() if not name.endswith("inv_freq")}
-    missing = [n for n in wanted if n not in found and n not in tied and "prefix_encoder." not in n]
+    missing = [n for n in wanted if n not in found and n not in tied]
+    if new_prefix:
+        missing = [n for n in missing if "prefix_encoder." not in n]
     unexpected = [n for n in found if n not in wanted]
     wrong_shape = [n for n in wanted if n in found and found[n][0] != wanted[n]]
     integers = [n for n in found if "int" in found[n][1].lower() or found[n][1].startswith(("I", "U"))]
@@ -148,12 +158,14 @@ def and_others(names):
 
 def read_config(folder, mode, changes=None):
     """The family's configuration with changed settings; ValueError that names the file for values not supported."""
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+        raise ValueError(f"{folder}: no config.json in it: name a folder with a whole checkpoint")
     try:
         return mode.config_class.from_pretrained(folder, **(changes or {}))
-    except (TypeError, OSError) as error:
+    except (TypeError, AttributeError, OSError) as error:
         raise ValueError(f"{folder}/config.json: {error}") from None
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
+        raise ValueError(f"{folder}/{str(error).removeprefix('/')}") from None
 
 
 def read_tokenizer(folder, mode, config):
@@ -334,8 +346,12 @@ class Opened:
         """Configuration for the base weights with what was trained on top."""
         changes = {}
         if self.weights == "prefix":
-            saved = read_json(os.path.join(self.folder, "config.json"))
-            changes = {key: saved[key] for key in ("pre_seq_len", "prefix_projection")}
+            path = os.path.join(self.folder, "config.json")
+            saved = read_json(path)
+            for key in ("pre_seq_len", "prefix_projection"):
+                if saved.get(key) is None:
+                    raise ValueError(f"{path}: has no {key}, which the prefix encoder needs: copy the folder again")
+                changes[key] = saved[key]
         return read_config(self.base_folder, self.mode, changes)
 
     def tokenizer(self, config):
@@ -343,39 +359,74 @@ class Opened:
         return read_tokenizer(self.folder, self.mode, config)
 
 
-def open_checkpoint(path, mode_name=None, base=None):
+def open_checkpoint(path, mode_name=None, base=None, flag="--model_path"):
     """Understand any folder that we save, a released one, or a hub name; ValueError says what is wrong with it.
 
     mode_name: the family where the files do not tell. base: where the base model is now, if it has moved.
     """
     run_path = os.path.join(path, RUN_FILE)
-    run = read_json(run_path) if os.path.isfile(run_path) else {}
-    folder = path if run else resolve_folder(path)
+    run = read_run(run_path) if os.path.isfile(run_path) else {}
+    folder = path if run else resolve_folder(path, flag)
     weights = run.get("weights", "whole")
     file = {"adapter": ADAPTER_FILE, "prefix": PREFIX_FILE}.get(weights)
     if file and not os.path.isfile(os.path.join(folder, file)):
         raise ValueError(f"{folder}/{file}: missing, but run.json says it is there: copy the folder again")
-    base_folder = folder if weights == "whole" else resolve_base(base or run["base_model"], run_path)
     names = [run["mode"]] if run else possible_modes(folder)
     if mode_name and mode_name not in names:
         raise ValueError(f"--mode {mode_name}: {path} is of {' or '.join(names) or 'no family known here'}: change it")
     if not mode_name and len(names) != 1:
         raise ValueError(f"--mode: {path} can be {' or '.join(names) or 'no family known here'}: give --mode")
+    base_folder = folder if weights == "whole" else resolve_base(run, run_path, base)
     return Opened(folder, MODES[mode_name or names[0]], base_folder, weights, run)
 
 
-def resolve_base(name, run_path):
-    """Folder of the base model that a run.json names."""
-    if os.path.isabs(name) and not os.path.isdir(name):
-        raise ValueError(f"{run_path}: base model {name} is not there: give its place with --model_name_or_path")
-    return resolve_folder(name)
+def read_run(path):
+    """A run.json with what loading needs; ValueError names what is not in it."""
+    run = read_json(path)
+    known = {"mode": list(MODES), "weights": sorted({train_type.weights for train_type in TRAIN_TYPES.values()})}
+    for key, choices in known.items():
+        if run.get(key) not in choices:
+            raise ValueError(f"{path}: {key} is {run.get(key)!r}: it must be one of {', '.join(choices)}")
+    if run["weights"] != "whole" and not isinstance(run.get("base_model"), str):
+        raise ValueError(f"{path}: base_model is {run.get('base_model')!r}: it must name the base checkpoint")
+    return run
+
+
+def resolve_base(run, run_path, given):
+    """Folder of the base model: the one given by flag, else the one that run.json names; of the run's family."""
+    name = given or run["base_model"]
+    said = f"--model_name_or_path {name}" if given else f"{run_path}: base model {name}"
+    if not os.path.isdir(name) and (os.path.isabs(name) or os.path.exists(name)):
+        if given:
+            raise ValueError(f"{said}: no such folder: give the base model's folder")
+        raise ValueError(f"{said} is not there: give its place with --model_name_or_path")
+    folder = resolve_folder(name)
+    weight_files(folder)
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+        raise ValueError(f"{folder}: no config.json in it: name the base model's folder")
+    modes = possible_modes(folder)
+    if run["mode"] not in modes:
+        raise ValueError(
+            f"{said} is of {' or '.join(modes) or 'no family known here'}, but the run is of {run['mode']}:"
+            " give the model that was fine-tuned"
+        )
+    return folder
+
+
+def load_base_and_trained(opened, config, dtype):
+    """The base model in `dtype` with the trained weights on it, checked before they are read."""
+    check_weights(opened.base_folder, opened.mode, config, new_prefix=opened.weights == "prefix")
+    trained_file = {"adapter": ADAPTER_FILE, "prefix": PREFIX_FILE}.get(opened.weights)
+    if opened.weights == "adapter" and not os.path.isfile(os.path.join(opened.folder, "adapter_config.json")):
+        raise ValueError(f"{opened.folder}/adapter_config.json: missing: copy the folder again")
+    shapes = safetensors_shapes(os.path.join(opened.folder, trained_file)) if trained_file else {}
+    model = load_base(opened.base_folder, opened.mode, config, dtype)
+    return load_trained(model, opened.folder, opened.weights, {name: shape for name, (shape, _) in shapes.items()})
 
 
 def load_opened(opened, dtype, device):
     """(model in eval mode on the device, tokenizer) of an opened checkpoint."""
     config = opened.config()
     tokenizer = opened.tokenizer(config)
-    check_weights(opened.base_folder, opened.mode, config)
-    model = load_base(opened.base_folder, opened.mode, config, dtype)
-    model = load_trained(model, opened.folder, opened.weights, config)
+    model = load_base_and_trained(opened, config, dtype)
     return model.to(device=device, dtype=dtype).eval(), tokenizer

@@ -4,7 +4,9 @@ import json
 import os
 
 from modes import read_json
+from optimizer import ADAM
 
+SECTIONS = ("bf16", "fp16", "optimizer", "optimizer.params")
 CONFIG_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs")
 
 
@@ -20,9 +22,21 @@ def find_ds_file(name):
 def read_ds_file(name):
     """The JSON object of `--ds_file`; ValueError that names file and fault."""
     config = read_json(find_ds_file(name))
+    for path in ("zero_optimization", "zero_optimization.offload_optimizer", "zero_optimization.offload_param") + SECTIONS:
+        if not isinstance(value_at(config, path, {}), dict):
+            raise ValueError(f"--ds_file {name}: {path} is {value_at(config, path)!r}: it must be a section {{...}}")
     stage = config.get("zero_optimization", {}).get("stage")
     if stage not in (2, 3):
         raise ValueError(f"--ds_file {name}: zero_optimization.stage is {stage}: use 2 or 3")
+    return config
+
+
+def value_at(config, path, default="auto"):
+    """The value at a dotted path of the JSON; `default` where a part of the path is absent."""
+    for key in path.split("."):
+        if not isinstance(config, dict) or key not in config:
+            return default
+        config = config[key]
     return config
 
 
@@ -44,26 +58,41 @@ def conflicts(config, args, world_size):
     """Problems: values that the file and the flags give differently ("auto" and equal values are fine)."""
     problems = []
     for path, (flag, value) in values_of_flags(args, world_size).items():
-        found = config
-        for key in path.split("."):
-            found = found.get(key, "auto") if isinstance(found, dict) else "auto"
+        found = value_at(config, path)
         if found != "auto" and found != value:
             problems.append(
                 f"--ds_file {args.ds_file}: {path} is {found} but {flag} is {value}:"
                 f" give it once (remove it from the file or set it to the same value)"
             )
-    kind = config.get("optimizer", {}).get("type", "AdamW")
+    kind = value_at(config, "optimizer.type", "AdamW")
     if kind not in ("Adam", "AdamW"):
         problems.append(f"--ds_file {args.ds_file}: optimizer.type {kind}: only AdamW is built: remove the section")
+    for name, value in value_at(config, "optimizer.params", {}).items():
+        if f"optimizer.params.{name}" not in values_of_flags(args, world_size) and ADAM.get(name, value) != value:
+            problems.append(
+                f"--ds_file {args.ds_file}: optimizer.params.{name} is {value}: it is always {ADAM[name]}: remove it"
+            )
     if "scheduler" in config:
         problems.append(f"--ds_file {args.ds_file}: scheduler: use --lr_scheduler_type and --warmup_ratio instead")
     for precision in ("bf16", "fp16"):
-        wanted = config.get(precision, {}).get("enabled", "auto")
-        if wanted is True and args.precision not in ("auto", precision):
+        enabled = value_at(config, f"{precision}.enabled")
+        if enabled not in ("auto", args.precision == precision) and args.precision != "auto":
             problems.append(
-                f"--ds_file {args.ds_file}: {precision}.enabled but --precision is {args.precision}: give it once"
+                f"--ds_file {args.ds_file}: {precision}.enabled is {enabled} but --precision is {args.precision}:"
+                " give it once"
             )
+    if value_at(config, "bf16.enabled") is True is value_at(config, "fp16.enabled"):
+        problems.append(f"--ds_file {args.ds_file}: bf16.enabled and fp16.enabled: choose one")
     return problems
+
+
+def wanted_precision(config, precision):
+    """--precision, or where that is auto the one that the file switches on."""
+    if precision == "auto":
+        for name in ("bf16", "fp16"):
+            if value_at(config, f"{name}.enabled") is True:
+                return name
+    return precision
 
 
 def complete_config(config, args, world_size, precision):
@@ -88,4 +117,4 @@ def complete_config(config, args, world_size, precision):
 
 def offloads(config):
     """Does the configuration keep optimizer state in host memory?"""
-    return config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    return value_at(config, "zero_optimization.offload_optimizer.device", "none") != "none"

@@ -8,17 +8,15 @@ Base model, rank and mode are read from the run.
 import os
 import sys
 
-from arguments import merge_parser
+from arguments import merge_parser, place_problem
 from checkpoint import (
-    check_weights,
-    load_base,
+    load_base_and_trained,
     new_folder,
     open_checkpoint,
     save_config,
     write_json,
     write_weights,
 )
-from tuning import load_trained
 from utils import choose_device, fail, prepare_environment, torch_dtype
 
 SAMPLE = "发动机水温高，风扇始终是低速转动，高速档不工作。"
@@ -29,20 +27,18 @@ def main(argv):
     args = merge_parser().parse_args(argv)
     prepare_environment()
     output_dir = args.output_dir or os.path.normpath(args.model_dir) + "-merged"
-    opened = open_checkpoint(check_arguments(args, output_dir), base=args.model_name_or_path)
+    opened = open_checkpoint(check_arguments(args, output_dir), base=args.model_name_or_path, flag="--model_dir")
     if opened.weights != "adapter":
         raise ValueError(f"--model_dir {args.model_dir}: holds {opened.weights} weights: only LoRA adapters are merged")
     config = opened.config()
     tokenizer = opened.tokenizer(config)
-    check_weights(opened.base_folder, opened.mode, config)
     dtype = config.dtype if args.precision == "auto" else torch_dtype(args.precision)
     device = choose_device(args.device)
 
     import torch
 
     # In float32 from end to end: the delta is added before anything is rounded to the checkpoint's precision.
-    model = load_base(opened.base_folder, opened.mode, config, torch.float32)
-    model = load_trained(model, opened.folder, opened.weights, config).to(device).eval()
+    model = load_base_and_trained(opened, config, torch.float32).to(device).eval()
     ids = torch.tensor([opened.mode.prompt.encode_prompt(tokenizer, SAMPLE)[0]], device=device)
     with torch.no_grad():
         with model.disable_adapter():
@@ -69,6 +65,8 @@ def check_arguments(args, output_dir):
         raise ValueError(f"--model_dir {args.model_dir}: no run.json in it: name a checkpoint folder that train.py saved")
     if os.path.exists(output_dir):
         raise ValueError(f"--output_dir {output_dir}: exists: choose a new folder")
+    if problem := place_problem("--output_dir", output_dir):
+        raise ValueError(problem)
     return args.model_dir
 
 

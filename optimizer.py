@@ -3,6 +3,8 @@
 import math
 import shutil
 
+ADAM = {"betas": [0.9, 0.95], "eps": 1e-8}  # what no flag changes
+
 
 def parameter_groups(model, weight_decay):
     """Trained parameters in two groups: decayed, and (norms, biases) not."""
@@ -32,7 +34,7 @@ def build_optimizer(model, args, offload, device):
     import torch
 
     groups = parameter_groups(model, args.weight_decay)
-    settings = {"lr": args.learning_rate, "betas": (0.9, 0.95), "eps": 1e-8}
+    settings = {"lr": args.learning_rate, **ADAM}
     wanted = args.optimizer
     if wanted == "deepspeed_cpu" or (wanted == "auto" and offload and device.type == "cuda"):
         problem = cpu_adam_problem()

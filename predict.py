@@ -35,7 +35,7 @@ def main(argv):
     args = parse_predict(argv)
     rows = list(read_rows(args.test_path, columns_of(args), need_response=False)) if args.test_path else []
     prepare_environment()
-    opened = open_checkpoint(args.model_path, args.mode)
+    opened = open_checkpoint(args.model_path, args.mode, base=args.model_name_or_path)
     device = choose_device(args.device)
     precision = choose_precision(args.precision, device)
     if world_size() > 1:

@@ -19,7 +19,7 @@ from checkpoint import (
     save_checkpoint,
 )
 from data_set import Updates, collate, describe_counts, load_rows, show_row
-from ds_config import complete_config, offloads, read_ds_file
+from ds_config import complete_config, offloads, read_ds_file, wanted_precision
 from modes import MODES
 from optimizer import build_optimizer, build_scheduler
 from run_log import RunLog
@@ -50,7 +50,8 @@ def main(argv):
     from transformers.integrations import HfDeepSpeedConfig
 
     device = choose_device(args.device)
-    precision = choose_precision(args.precision, device)
+    ds_config = read_ds_file(args.ds_file)
+    precision = choose_precision(wanted_precision(ds_config, args.precision), device)
     dtype = torch_dtype(precision)
     start_distributed(device)
     rank, world = dist.get_rank(), world_size()
@@ -61,7 +62,7 @@ def main(argv):
     complete_mode(args, folder)
     mode, train_type = MODES[args.mode], TRAIN_TYPES[args.train_type]
     config = read_config(folder, mode, train_type.config_changes(args))
-    names = check_weights(folder, mode, config)
+    names = check_weights(folder, mode, config, new_prefix=train_type.weights == "prefix")
     if problems := train_type.problems(names, args):
         fail(problems)
     tokenizer = read_tokenizer(folder, mode, config)
@@ -84,7 +85,7 @@ def main(argv):
     num_steps = len(updates) * args.num_train_epochs
 
     # Model: under ZeRO-3 the weights are split over the ranks while they load.
-    ds_config = complete_config(read_ds_file(args.ds_file), args, world, precision)
+    ds_config = complete_config(ds_config, args, world, precision)
     zero3 = ds_config["zero_optimization"]["stage"] == 3
     keep_alive = HfDeepSpeedConfig(ds_config) if zero3 else None  # noqa: F841, transformers looks it up
     model = load_base(folder, mode, config, dtype)
@@ -159,7 +160,7 @@ def main(argv):
 
 def complete_mode(args, folder):
     """Check what a hub name left open until its config.json was there."""
-    if problems := folder_problems(args, "--model_name_or_path", folder) + length_problems(args):
+    if problems := folder_problems(args, "--model_name_or_path", folder) or length_problems(args):
         fail(problems)
 
 

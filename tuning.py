@@ -163,22 +163,36 @@ def count_parameters(model):
     return trained, total
 
 
-def load_trained(model, folder, weights, config):
+def load_trained(model, folder, weights, shapes):
     """Put saved adapter or prefix weights onto a loaded base model; whole checkpoints are returned as they are.
 
-    `weights` is the table's kind. ValueError names what is missing or does not fit.
+    `weights` is the table's kind, `shapes` {name: shape} of the saved file. ValueError names what is missing or does
+    not fit.
     """
     if weights == "adapter":
-        from peft import PeftModel
-
-        return PeftModel.from_pretrained(model, folder)
-    if weights == "prefix":
+        from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
         from safetensors.torch import load_file
 
-        state = load_file(os.path.join(folder, PREFIX_FILE))
+        config = PeftConfig.from_pretrained(folder)
+        config.inference_mode = True
+        model = get_peft_model(model, config, autocast_adapter_dtype=False)
+        wanted = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
+        check_shapes(wanted, shapes, os.path.join(folder, ADAPTER_FILE))
+        set_peft_model_state_dict(model, load_file(os.path.join(folder, ADAPTER_FILE)))
+    elif weights == "prefix":
+        from safetensors.torch import load_file
+
         wanted = {n: tuple(p.shape) for n, p in model.named_parameters() if "prefix_encoder." in n}
-        found = {n: tuple(t.shape) for n, t in state.items()}
-        if wanted != found:
-            raise ValueError(f"{folder}/{PREFIX_FILE}: holds {found}, this configuration needs {wanted}")
-        model.load_state_dict(state, strict=False)
+        check_shapes(wanted, shapes, os.path.join(folder, PREFIX_FILE))
+        model.load_state_dict(load_file(os.path.join(folder, PREFIX_FILE)), strict=False)
     return model
+
+
+def check_shapes(wanted, found, path):
+    """ValueError that names the first difference between {name: shape} tables."""
+    for name in [*wanted, *found]:
+        if wanted.get(name) != found.get(name):
+            raise ValueError(
+                f"{path}: {name} has shape {found.get(name, 'missing')}, the base model needs"
+                f" {wanted.get(name, 'no such weight')}: it is of another base model or of other settings"
+            )

@@ -8,6 +8,8 @@ from glm_common.tokenization import SentencePieceTokenizer
 MAX_BLANKS = 80  # longest run of spaces with a piece of its own
 BLANKS = re.compile(f" {{2,{MAX_BLANKS}}}")
 WHITE_SPACE = {"<n>": "\n", "<|tab|>": "\t"} | {f"<|blank_{k}|>": " " * k for k in range(2, MAX_BLANKS + 1)}
+# The model file's normaliser (nmt_nfkc) drops these, so they could hide a marker from a search: `<`, 0x01, `sop>`.
+DROPPED = dict.fromkeys([*range(0x1, 0x9), 0xB, *range(0xE, 0x20), 0x7F, 0x8F, 0x9F])
 MARKERS = re.compile(r"\[[gs]?MASK\]|<(sop|eop|ENC|dBLOCK|pad|unused_\d+)>")
 
 
@@ -51,7 +53,7 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
         return super().is_control_piece(token_id) or bool(MARKERS.fullmatch(piece) or piece in WHITE_SPACE)
 
     def normalise(self, text):
-        return unicodedata.normalize("NFKC", text)
+        return unicodedata.normalize("NFKC", text.translate(DROPPED))
 
     def encode_plain(self, text, reader):
         """Newline to `<n>`, tab to `<|tab|>`, runs of 2 to 80 spaces to `<|blank_k|>`, the longest first."""

@@ -1,5 +1,7 @@
 """What the families' configurations check and save alike."""
 
+import dataclasses
+
 from transformers import PreTrainedConfig
 
 
@@ -17,6 +19,12 @@ class ChatGLMConfigBase(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if type(field.default) in (int, float) and not isinstance(value, (int, float, list)):
+                raise ValueError(
+                    f"config.json: {field.name} = {value!r}: must be a number, {field.default} in the release"
+                )
         for name, value in self.fixed_values.items():
             if getattr(self, name, value) != value:
                 raise ValueError(f"config.json: {name} = {getattr(self, name)}: only {value} is supported, as released")
