@@ -337,6 +337,8 @@ def parse_predict(argv):
                 f"--num_return_sequences {args.num_return_sequences}: greedy search has one answer: add --do_sample,"
                 " or --num_beams of as many"
             )
+    if args.prompt is not None and not args.prompt.strip():
+        problems.append(f"--prompt {args.prompt!r}: is empty: ask something")
     if args.test_path:
         problems += collect(data_files, args.test_path, prefix="--test_path ")
         if args.output_path is None:

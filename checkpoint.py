@@ -41,26 +41,27 @@ def resolve_folder(name, flag="--model_name_or_path"):
 
 
 def weight_files(folder):
-    """Names of the weight files: those in an index, else the single file; safetensors before .bin.
+    """Names of the weight files: the single file, else those in an index; safetensors before .bin.
 
     ValueError for a file that is missing or a name that points out of the folder.
     """
-    for index, single in zip(INDEX_FILES, WEIGHT_FILES):
-        index_path = os.path.join(folder, index)
-        if os.path.isfile(index_path):
-            weight_map = read_json(index_path).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-                raise ValueError(f"{index_path}: weight_map is not a table of file names: download it again")
-            names = sorted(set(weight_map.values()))
-            for name in names:
-                if os.path.basename(name) != name:
-                    raise ValueError(f"{index_path}: names {name!r}, outside its folder: do not use this checkpoint")
-                if not os.path.isfile(os.path.join(folder, name)):
-                    raise ValueError(f"{folder}/{name}: missing, but {index} names it: download it again")
-            if names:
-                return names
+    for single, index in zip(WEIGHT_FILES, INDEX_FILES):  # the order in which transformers looks
         if os.path.isfile(os.path.join(folder, single)):
             return [single]
+        index_path = os.path.join(folder, index)
+        if not os.path.isfile(index_path):
+            continue
+        weight_map = read_json(index_path).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError(f"{index_path}: weight_map is not a table of file names: download it again")
+        names = sorted(set(weight_map.values()))
+        for name in names:
+            if os.path.basename(name) != name:
+                raise ValueError(f"{index_path}: names {name!r}, outside its folder: do not use this checkpoint")
+            if not os.path.isfile(os.path.join(folder, name)):
+                raise ValueError(f"{folder}/{name}: missing, but {index} names it: download it again")
+        if names:
+            return names
     raise ValueError(f"{folder}: no weights in it (none of {', '.join((*WEIGHT_FILES, *INDEX_FILES))})")
 
 

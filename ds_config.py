@@ -68,10 +68,9 @@ def conflicts(config, args, world_size):
     if kind not in ("Adam", "AdamW"):
         problems.append(f"--ds_file {args.ds_file}: optimizer.type {kind}: only AdamW is built: remove the section")
     for name, value in value_at(config, "optimizer.params", {}).items():
-        if f"optimizer.params.{name}" not in values_of_flags(args, world_size) and ADAM.get(name, value) != value:
-            problems.append(
-                f"--ds_file {args.ds_file}: optimizer.params.{name} is {value}: it is always {ADAM[name]}: remove it"
-            )
+        if f"optimizer.params.{name}" not in values_of_flags(args, world_size) and ADAM.get(name) != value:
+            rule = f"it is always {ADAM[name]}" if name in ADAM else "train.py builds AdamW itself (--optimizer)"
+            problems.append(f"--ds_file {args.ds_file}: optimizer.params.{name} is {value}: {rule}: remove it")
     if "scheduler" in config:
         problems.append(f"--ds_file {args.ds_file}: scheduler: use --lr_scheduler_type and --warmup_ratio instead")
     for precision in ("bf16", "fp16"):

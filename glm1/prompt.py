@@ -2,6 +2,8 @@
 
 import re
 
+from glm_common.prompt import cut_question, fit_turns, num_tail_ids
+
 RESERVED = 3  # ids of a row that are neither source nor answer: [gMASK] <sop> <eop>
 SUPERVISED_PROMPT_IDS = 1  # the row is trained from <sop> on
 PROMPT_TAIL = "\n答："
@@ -19,13 +21,12 @@ def query_text(query, history=()):
 
 
 def encode_prompt(tokenizer, query, history=(), max_src_len=None):
-    """(ids of the generation prompt, number of source ids cut away); the tail that closes the prompt stays."""
-    ids = tokenizer.encode_text(query_text(query, history))
-    num_cut = 0
-    if max_src_len is not None and len(ids) > max_src_len:
-        tail = len(tokenizer.encode_text("x" + PROMPT_TAIL)) - len(tokenizer.encode_text("x"))
-        num_cut = len(ids) - max_src_len
-        ids = ids[: max_src_len - tail] + ids[-tail:]
+    """(ids of the generation prompt, number of ids of the question cut away).
+
+    The oldest turns give way first, then the end of the question; the words that close the prompt stay.
+    """
+    ids = fit_turns(lambda turns: tokenizer.encode_text(query_text(query, turns)), history, max_src_len)
+    ids, num_cut = cut_question(ids, max_src_len, num_tail_ids(tokenizer, PROMPT_TAIL))
     return ids + [tokenizer.get_command("[gMASK]"), tokenizer.get_command("<sop>")], num_cut
 
 

@@ -1,5 +1,7 @@
 """Prompt of ChatGLM3-6B, for training and prediction alike: `[gMASK] sop`, then messages that open with a role."""
 
+from glm_common.prompt import cut_question, fit_turns
+
 RESERVED = 6  # ids of a row that are neither source nor answer: [gMASK] sop <|assistant|> `▁` `\n` </s>
 SUPERVISED_PROMPT_IDS = 1  # the row is trained from <|assistant|> on
 
@@ -10,15 +12,16 @@ def message_ids(tokenizer, role, text):
 
 
 def encode_prompt(tokenizer, query, history=(), max_src_len=None):
-    """(ids of the generation prompt, number of source ids cut away). history: earlier (query, answer) pairs."""
-    ids = []
-    for earlier_query, answer in history:
-        ids += message_ids(tokenizer, "user", earlier_query) + message_ids(tokenizer, "assistant", answer)
-    ids += message_ids(tokenizer, "user", query)
-    num_cut = 0
-    if max_src_len is not None and len(ids) > max_src_len:
-        num_cut = len(ids) - max_src_len
-        ids = ids[:max_src_len]
+    """(ids of the generation prompt, number of ids of the question cut away). history: earlier (query, answer) pairs.
+
+    The oldest turns give way first, then the end of the question.
+    """
+
+    def messages(turns):
+        said = [pair for turn in turns for pair in zip(("user", "assistant"), turn)] + [("user", query)]
+        return [token_id for role, text in said for token_id in message_ids(tokenizer, role, text)]
+
+    ids, num_cut = cut_question(fit_turns(messages, history, max_src_len), max_src_len, num_tail=0)
     start = [tokenizer.get_command("[gMASK]"), tokenizer.get_command("sop")]
     return start + ids + [tokenizer.get_command("<|assistant|>")], num_cut
 

@@ -100,3 +100,12 @@ def test_clean_response(golden):
     assert "2023年" in clean("[[训练时间]]")
     if golden.mode.name == "glm":
         assert clean("你好,世界!a:b;对?") == "你好，世界！a:b；对？"
+
+
+def test_oldest_turns_give_way(golden, tokenizer):
+    prompt = golden.mode.prompt
+    history = [("水" * 40, "风" * 40), ("甲", "乙")]
+    with_newest = prompt.encode_prompt(tokenizer, "丙", history[1:])
+    assert prompt.encode_prompt(tokenizer, "丙", history, max_src_len=60) == with_newest
+    alone, num_cut = prompt.encode_prompt(tokenizer, "丙" * 200, history, max_src_len=48)
+    assert (alone, num_cut) == prompt.encode_prompt(tokenizer, "丙" * 200, max_src_len=48) and num_cut > 100
