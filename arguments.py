@@ -44,7 +44,7 @@ def add_device_flags(parser, precision="auto: bf16 where the card has it, fp16 o
     """--device and --precision, alike everywhere."""
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: a card if there is one")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help=precision)
-    parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher; -1: one process")
+    parser.add_argument("--local_rank", type=int, default=-1, help="given by some launchers; the LOCAL_RANK variable decides")
 
 
 def add_row_flags(parser):
@@ -277,6 +277,7 @@ def merge_parser():
     parser.add_argument("--output_dir", help="new folder; left out: MODEL_DIR-merged")
     add_base_flag(parser)
     add_device_flags(parser, precision="of the merged weights; auto: the base checkpoint's own")
+    parser.set_defaults(device="cpu")  # it merges in float32, which not every card has room for
     return parser
 
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from modes import MODES, Mode, possible_modes, read_json
@@ -75,6 +75,15 @@ def weight_shapes(folder):
         path = os.path.join(folder, name)
         shapes.update(safetensors_shapes(path) if name.endswith(".safetensors") else bin_shapes(path))
     return shapes
+
+
+def saved_dtype(folder):
+    """torch dtype of the weights in a folder, float32 where they differ."""
+    import torch
+
+    names = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+    found = {names.get(dtype, dtype) for _, dtype in weight_shapes(folder).values()}
+    return getattr(torch, found.pop()) if len(found) == 1 else torch.float32
 
 
 def safetensors_shapes(path):
@@ -213,19 +222,13 @@ def load_base(folder, mode, config, dtype, attn_implementation=None):
 def gather_weights(model, names, zero3):
     """{name: CPU tensor} of the named parameters on rank 0, {} elsewhere. Collective under ZeRO-3."""
     import deepspeed
-    import torch
 
     state = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name not in names:
-            continue
-        if zero3:
-            with deepspeed.zero.GatheredParameters([parameter]):
+        if name in names:
+            with deepspeed.zero.GatheredParameters([parameter]) if zero3 else nullcontext():
                 if is_main():
                     state[name] = parameter.detach().to("cpu", copy=True)
-        elif is_main():
-            state[name] = parameter.detach().to("cpu", copy=True)
-    assert all(isinstance(tensor, torch.Tensor) for tensor in state.values())
     return state
 
 

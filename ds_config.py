@@ -71,6 +71,10 @@ def conflicts(config, args, world_size):
         if f"optimizer.params.{name}" not in values_of_flags(args, world_size) and ADAM.get(name) != value:
             rule = f"it is always {ADAM[name]}" if name in ADAM else "train.py builds AdamW itself (--optimizer)"
             problems.append(f"--ds_file {args.ds_file}: optimizer.params.{name} is {value}: {rule}: remove it")
+    if value_at(config, "zero_force_ds_cpu_optimizer", False) is True:
+        problems.append(f"--ds_file {args.ds_file}: zero_force_ds_cpu_optimizer: use --optimizer deepspeed_cpu instead")
+    if args.optimizer == "deepspeed_cpu" and not offloads(config):
+        problems.append("--optimizer deepspeed_cpu: is for offload: choose an _offload --ds_file or --optimizer torch")
     if "scheduler" in config:
         problems.append(f"--ds_file {args.ds_file}: scheduler: use --lr_scheduler_type and --warmup_ratio instead")
     for precision in ("bf16", "fp16"):
@@ -109,6 +113,8 @@ def complete_config(config, args, world_size, precision):
         config[name] = {**config.get(name, {}), "enabled": name == precision}
     if precision == "fp16":
         config["fp16"] = {"loss_scale": 0, "initial_scale_power": 16, "hysteresis": 2, **config["fp16"]}
+    # Gradients of many micro-batches are added up in float32 whatever the model's precision.
+    config["data_types"] = {"grad_accum_dtype": "fp32", **config.get("data_types", {})}
     config["zero_allow_untested_optimizer"] = True
     config["zero_force_ds_cpu_optimizer"] = False
     return config

@@ -14,6 +14,7 @@ from checkpoint import (
     new_folder,
     open_checkpoint,
     save_config,
+    saved_dtype,
     write_json,
     write_weights,
 )
@@ -25,14 +26,14 @@ TOLERANCE = 1e-3  # of the largest logit: adapter and merged model are the same 
 
 def main(argv):
     args = merge_parser().parse_args(argv)
-    prepare_environment()
+    prepare_environment(args.device)
     output_dir = args.output_dir or os.path.normpath(args.model_dir) + "-merged"
     opened = open_checkpoint(check_arguments(args, output_dir), base=args.model_name_or_path, flag="--model_dir")
     if opened.weights != "adapter":
         raise ValueError(f"--model_dir {args.model_dir}: holds {opened.weights} weights: only LoRA adapters are merged")
     config = opened.config()
     tokenizer = opened.tokenizer(config)
-    dtype = config.dtype if args.precision == "auto" else torch_dtype(args.precision)
+    dtype = saved_dtype(opened.base_folder) if args.precision == "auto" else torch_dtype(args.precision)
     device = choose_device(args.device)
 
     import torch

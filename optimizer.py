@@ -11,7 +11,7 @@ def parameter_groups(model, weight_decay):
     decayed, plain = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            # ZeRO-3 flattens what it holds, so the dimension is read from the name as well.
+            # By name: ZeRO-3 flattens what it holds, so the dimension does not tell.
             is_plain = name.endswith(".bias") or "layernorm" in name
             (plain if is_plain else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -19,33 +19,45 @@ def parameter_groups(model, weight_decay):
 
 
 def cpu_adam_problem():
-    """Why DeepSpeed's CPU Adam cannot be built here, or None."""
+    """Why DeepSpeed's CPU Adam cannot be built here, or None. Builds it (once for a machine)."""
     from deepspeed.ops.op_builder import CPUAdamBuilder
 
     if shutil.which("c++") is None and shutil.which("g++") is None:
         return "no C++ compiler (install g++)"
     if shutil.which("ninja") is None:
         return "no ninja (pip install ninja)"
-    return None if CPUAdamBuilder().is_compatible(verbose=False) else "DeepSpeed says the op does not fit this machine"
+    try:
+        CPUAdamBuilder().load(verbose=False)
+    except Exception as error:  # whatever a compiler can get wrong
+        return f"it does not build: {type(error).__name__}"
+    return None
 
 
-def build_optimizer(model, args, offload, device):
-    """(AdamW, its name). DeepSpeed's compiled CPU Adam serves offload on cards where it can be built."""
-    import torch
+def choose_adam(wanted, offload, device):
+    """(use DeepSpeed's compiled CPU Adam?, what to call it) for `--optimizer`; asked before weights are read.
 
-    groups = parameter_groups(model, args.weight_decay)
-    settings = {"lr": args.learning_rate, **ADAM}
-    wanted = args.optimizer
+    auto: the compiled one where optimizer state is offloaded from a card and it can be built.
+    """
     if wanted == "deepspeed_cpu" or (wanted == "auto" and offload and device.type == "cuda"):
         problem = cpu_adam_problem()
         if problem is None:
-            from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-            return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings), "DeepSpeed CPU AdamW (compiled once)"
+            return True, "DeepSpeed CPU AdamW"
         if wanted == "deepspeed_cpu":
             raise ValueError(f"--optimizer deepspeed_cpu: {problem}: use --optimizer torch")
-        return torch.optim.AdamW(groups, **settings), f"torch AdamW on the CPU, which is slower ({problem})"
-    return torch.optim.AdamW(groups, **settings), "torch AdamW"
+        return False, f"torch AdamW on the CPU, slower than DeepSpeed's ({problem})"
+    return False, "torch AdamW"
+
+
+def build_optimizer(model, args, is_compiled=False):
+    """AdamW over the trained weights: torch's, or DeepSpeed's compiled one for the CPU."""
+    groups = parameter_groups(model, args.weight_decay)
+    if is_compiled:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, lr=args.learning_rate, adamw_mode=True, **ADAM)
+    from torch.optim import AdamW
+
+    return AdamW(groups, lr=args.learning_rate, **ADAM)
 
 
 def learning_rate_factor(step, num_warmup_steps, num_steps, kind):

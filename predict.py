@@ -33,8 +33,10 @@ from utils import (
 
 def main(argv):
     args = parse_predict(argv)
+    if world_size() > 1 and not args.test_path:
+        fail("--prompt and --interactive: are for one process: start it with python, not with the launcher")
     rows = list(read_rows(args.test_path, columns_of(args), need_response=False)) if args.test_path else []
-    prepare_environment()
+    prepare_environment(args.device)
     opened = open_checkpoint(args.model_path, args.mode, base=args.model_name_or_path)
     device = choose_device(args.device)
     precision = choose_precision(args.precision, device)

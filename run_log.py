@@ -1,6 +1,7 @@
 """What a run shows and keeps: progress bar, train_log.jsonl, TensorBoard, loss.png. On rank 0 only."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -34,9 +35,13 @@ class RunLog:
             self.bar.update()
 
     def record(self, step, epoch, loss, learning_rate, grad_norm, tokens_per_second):
-        """Show and keep one line of figures. loss: per supervised token; grad_norm: before clipping."""
+        """Show and keep one line of figures. loss: per supervised token; grad_norm: before clipping.
+
+        What is not finite is kept as null: JSON has no other word for it.
+        """
         if not self.enabled:
             return
+        loss, grad_norm = (value if value is not None and math.isfinite(value) else None for value in (loss, grad_norm))
         record = {
             "step": step,
             "epoch": epoch,
@@ -51,9 +56,10 @@ class RunLog:
         for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second"):
             if record[name] is not None:
                 self.writer.add_scalar(name, record[name], step)
-        norm = "-" if grad_norm is None else f"{grad_norm:.2f}"
+        norm = "not finite" if grad_norm is None else f"{grad_norm:.2f}"
+        shown = "not finite" if loss is None else f"{loss:.4f}"
         self.bar.set_postfix_str(
-            f"loss {loss:.4f}, lr {learning_rate:.2e}, grad norm {norm}, {tokens_per_second:,.0f} tokens/s",
+            f"loss {shown}, lr {learning_rate:.2e}, grad norm {norm}, {tokens_per_second:,.0f} tokens/s",
             refresh=sys.stderr.isatty(),
         )
 
@@ -77,7 +83,7 @@ def draw_loss(records, path):
 
     figure, axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     steps = [record["step"] for record in records]
-    axis.plot(steps, [record["loss"] for record in records], color="tab:blue", marker=".", label="loss")
+    axis.plot(steps, [math.nan if record["loss"] is None else record["loss"] for record in records], color="tab:blue", marker=".", label="loss")
     axis.set_xlabel("update")
     axis.set_ylabel("loss per supervised token")
     axis.set_ylim(bottom=0)

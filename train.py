@@ -21,7 +21,7 @@ from checkpoint import (
 from data_set import Updates, collate, describe_counts, load_rows, show_row
 from ds_config import complete_config, offloads, read_ds_file, wanted_precision
 from modes import MODES
-from optimizer import build_optimizer, build_scheduler
+from optimizer import build_optimizer, build_scheduler, choose_adam
 from run_log import RunLog
 from tuning import TRAIN_TYPES, count_parameters
 from utils import (
@@ -43,7 +43,7 @@ from utils import (
 def main(argv):
     # Flags, and everything that they alone can get wrong.
     args = parse_train(argv)
-    prepare_environment()
+    prepare_environment(args.device)
     import deepspeed
     import torch
     import torch.distributed as dist
@@ -66,6 +66,10 @@ def main(argv):
     if problems := train_type.problems(names, args):
         fail(problems)
     tokenizer = read_tokenizer(folder, mode, config)
+    is_compiled, optimizer_name = choose_adam(args.optimizer, offloads(ds_config), device)
+    window = getattr(config, "max_sequence_length", None) or config.seq_length
+    if args.max_len > window:
+        fail(f"--max_len {args.max_len}: the model's window is {window} tokens: use at most {window}")
 
     # Rows: the first process of a host encodes them, the others read its cache.
     if not is_local_main():
@@ -96,7 +100,7 @@ def main(argv):
     print_rank_0(f"{args.train_type}: {trained:,} of {total:,} weights train ({trained / total:.4%})")
 
     # Engine.
-    optimizer, optimizer_name = build_optimizer(model, args, offloads(ds_config), device)
+    optimizer = build_optimizer(model, args, is_compiled)
     scheduler = build_scheduler(optimizer, args, num_steps)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config)
     print_rank_0(
@@ -114,7 +118,7 @@ def main(argv):
 
     # The loop. A step is one optimizer update.
     log = RunLog(args.output_dir, num_steps)
-    step = 0
+    step = num_applied = 0
     window_loss, window_labels, window_tokens, window_start = torch.zeros((), device=device), 0, 0, time.time()
     engine.train()
     for epoch in range(args.num_train_epochs):
@@ -128,10 +132,11 @@ def main(argv):
                 loss = engine(**batch, num_items_in_batch=update.num_labels / world).loss
                 engine.backward(loss, scale_wrt_gas=False)
                 window_loss += loss.detach() * (update.num_labels / world)
-                window_tokens += batch["input_ids"].numel()
+                window_tokens += sum(len(rows[n]["input_ids"]) for n in row_numbers)
             rate = scheduler.get_last_lr()[0]
             engine.step()
             step += 1
+            num_applied += engine.was_step_applied()
             window_labels += update.num_labels
             log.advance()
 
@@ -155,6 +160,10 @@ def main(argv):
 
     log.close()
     stop_distributed(engine)
+    if num_applied < step:
+        print_rank_0(f"{step - num_applied} of {step} updates were left out: their gradients were not finite")
+    if num_applied == 0:
+        fail("no update was applied, every gradient was infinite or NaN: check the base weights, or use --precision bf16")
     print_rank_0(f"done: {step} updates, {args.output_dir}")
 
 

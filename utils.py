@@ -1,4 +1,4 @@
-"""Ranks, start and end of the process group, seeds, precision, meters."""
+"""Ranks, start and end of the process group, devices, precision, seeds."""
 
 import datetime
 import os
@@ -44,8 +44,11 @@ def fail(problems, prog=None):
     sys.exit(2)
 
 
-def prepare_environment():
-    """Settings that must be there before torch is imported: threads per rank, no needless builds, quiet libraries."""
+def prepare_environment(device="auto"):
+    """Settings that must be there before the libraries start: threads per rank, the accelerator, quiet libraries.
+
+    device: the flag `--device`.
+    """
     local_size = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // local_size)))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -55,21 +58,20 @@ def prepare_environment():
     # Deprecation notes between the libraries, of no use to a reader of the training log.
     for place in ("torch.distributed", "transformers"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=place.replace(".", r"\."))
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if has_nvidia_device() else "cpu")
-
-
-def has_nvidia_device():
-    """Is there an NVIDIA device node? Asked before torch is there."""
-    return any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg"))
+    os.environ["DS_ACCELERATOR"] = choose_device(device).type  # DeepSpeed would guess for itself
 
 
 def choose_device(name):
-    """torch.device for `--device auto|cuda|cpu`; ValueError where CUDA is asked for and absent."""
+    """torch.device for `--device auto|cuda|cpu`; ValueError where CUDA is asked for and absent.
+
+    auto is the card of this rank, unless there is none or DS_ACCELERATOR=cpu is set.
+    """
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device: check the driver (nvidia-smi) or use --device cpu")
-    if name == "cpu" or not torch.cuda.is_available():
+    wants_cpu = name == "cpu" or (name == "auto" and os.environ.get("DS_ACCELERATOR") == "cpu")
+    if wants_cpu or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 

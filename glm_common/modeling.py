@@ -7,6 +7,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from glm_common.loss import labelled_loss
+from glm_common.prefix import PrefixEncoder
 
 
 class ChatGLMPreTrainedModel(PreTrainedModel):
@@ -21,7 +22,9 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$", r"rotary_pos_emb\.inv_freq$"]
 
     def _init_weights(self, module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if isinstance(module, PrefixEncoder):  # called after its parts, so this is what they keep
+            module.reset_parameters()
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
             init.normal_(module.weight, mean=0.0, std=0.02)
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from transformers import initialization as init
 
 
 class PrefixEncoder(nn.Module):
@@ -22,6 +23,14 @@ class PrefixEncoder(nn.Module):
         if projection:
             self.trans = nn.Sequential(nn.Linear(embedding_size, hidden_size), nn.Tanh(), nn.Linear(hidden_size, width))
         self.dropout = nn.Dropout(0.1)
+
+    def reset_parameters(self):
+        """New weights as the released code makes them: torch's own for an embedding and for linear layers."""
+        init.normal_(self.embedding.weight)
+        for layer in (self.trans[0], self.trans[2]) if self.trans is not None else ():
+            bound = layer.in_features**-0.5
+            init.uniform_(layer.weight, -bound, bound)
+            init.uniform_(layer.bias, -bound, bound)
 
     def forward(self, batch_size, dtype):
         """Returns (2 num_layers, B, heads, P, D): slot 2i is layer i's key, 2i + 1 its value, without rotary angles."""

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from modes import MODES  # noqa: E402
 from tuning import TRAIN_TYPES  # noqa: E402
-from utils import has_nvidia_device  # noqa: E402
+from utils import free_port  # noqa: E402
 
 # Learning rates and sizes that suit a base of some million weights; a 6B model wants the README's.
 FLAGS = {
@@ -46,8 +47,6 @@ class Steps:
         self.seconds = 0.0
         folder.mkdir(parents=True, exist_ok=True)
         self.environment = dict(os.environ)
-        if not has_nvidia_device():
-            self.environment["DS_ACCELERATOR"] = "cpu"
 
     def run(self, name, command, inputs, result):
         """Run a command line unless `result` is there from the same command and inputs."""
@@ -63,11 +62,14 @@ class Steps:
                 self.seconds += stamp["seconds"]
                 print(f"\n== {name}: as before, {result}", flush=True)
                 return
+        if Path(result).is_dir() and not stamp_path.exists():
+            shutil.rmtree(result)  # of a run that was broken off
         if Path(result).is_dir() and name != "base":
             raise SystemExit(f"quickstart: error: {result} is of other settings: remove or rename {self.folder} first")
         print(f"\n== {name}\n$ {command}", flush=True)
         started = time.time()
-        process = subprocess.run(shlex.split(command), cwd=ROOT, env=self.command_environment(command))
+        words = shlex.split(command.replace("--master_port 29500", f"--master_port {free_port()}"))
+        process = subprocess.run(words, cwd=ROOT, env=self.command_environment(command))
         if process.returncode:
             raise SystemExit(process.returncode)
         seconds = time.time() - started

@@ -138,3 +138,47 @@ def test_one_process_without_the_launcher(tmp_path):
     check_done(process)
     assert "bf16" in process.stdout
     assert load_file(tmp_path / "out" / "epoch-1-step-3" / "adapter_model.safetensors")
+
+
+def test_loss_and_gradient_norm_do_not_depend_on_the_split(tmp_path):
+    """train.py's own loop: one process with accumulation, and two without, take the same steps."""
+    rows = (ROOT / "data" / "spo_0.json").read_text(encoding="utf-8").splitlines()[:7]
+    (tmp_path / "rows.json").write_text("\n".join(rows), encoding="utf-8")
+    logs = []
+    for name, start, split in (
+        ("one", "python", "--per_device_train_batch_size 1 --gradient_accumulation_steps 4"),
+        (
+            "two",
+            f"deepspeed --num_accelerators 2 --master_port {free_port()}",
+            "--per_device_train_batch_size 2 --gradient_accumulation_steps 1",
+        ),
+    ):
+        process = run_command(
+            f"{start} train.py --train_path rows.json --model_name_or_path {GOLDEN_FOLDERS['glm2']} --train_type all"
+            f" --max_len 300 --max_src_len 200 --num_train_epochs 2 --show_loss_step 1 --output_dir {name} {split}",
+            tmp_path,
+        )
+        check_done(process)
+        logs.append(read_lines(tmp_path / name / "train_log.jsonl"))
+    assert len(logs[0]) == len(logs[1]) == 4
+    for one, two in zip(*logs):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
+
+
+def test_a_run_that_cannot_train_says_so(tmp_path):
+    """A base with a NaN: no update is ever applied, and the command does not end as if all were well."""
+    import shutil
+
+    from safetensors.torch import save_file
+
+    rows = (ROOT / "data" / "spo_0.json").read_text(encoding="utf-8").splitlines()[:2]
+    (tmp_path / "rows.json").write_text("\n".join(rows), encoding="utf-8")
+    shutil.copytree(GOLDEN_FOLDERS["glm3"], tmp_path / "base", ignore=shutil.ignore_patterns("*.bin", "*.index.json", "golden*"))
+    state = MODES["glm3"].model_class.from_pretrained(GOLDEN_FOLDERS["glm3"]).state_dict()
+    state["transformer.encoder.layers.0.mlp.dense_4h_to_h.weight"][0, 0] = math.nan
+    save_file(state, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    process = run_command("python train.py --train_path rows.json --model_name_or_path base --output_dir out", tmp_path)
+    assert process.returncode == 2
+    assert "no update was applied" in process.stderr and "Traceback" not in process.stderr
+    assert all(line["loss"] is None for line in read_lines(tmp_path / "out" / "train_log.jsonl"))

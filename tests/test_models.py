@@ -118,8 +118,11 @@ def test_gradient_checkpointing_changes_nothing(golden, with_prefix):
 
 
 def test_ten_adamw_losses(golden):
-    """Ten steps of full fine-tuning. The last loss of the causal families hangs on the order of float32 sums: a
-    float64 run of the same steps is 5e-3 and more away from any float32 run there, so it is compared to 1e-2."""
+    """Ten steps of full fine-tuning, on one thread, so that sums have one order.
+
+    glm3's run is chaotic towards its end: in float64 the last loss is 5e-3 from the reference and in float32 it moves
+    by more than 1e-4 with the order of sums, so its last one is compared to 1e-2.
+    """
     settings = golden.values["adamw_losses"]
     model = golden.model().train()
     optimizer = torch.optim.AdamW(
@@ -130,6 +133,8 @@ def test_ten_adamw_losses(golden):
         weight_decay=settings["weight_decay"],
     )
     losses = []
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     for _ in settings["losses"]:
         loss = model(golden.tensors["train.input_ids"], labels=golden.tensors["train.labels"]).loss
         losses.append(loss.item())
@@ -137,9 +142,10 @@ def test_ten_adamw_losses(golden):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings["clip"])
         optimizer.step()
+    torch.set_num_threads(num_threads)
     differences = [abs(a - b) for a, b in zip(losses, settings["losses"], strict=True)]
     assert max(differences[:-1]) < 1e-4
-    assert differences[-1] < (1e-4 if golden.mode.name == "glm" else 1e-2)
+    assert differences[-1] < (1e-2 if golden.mode.name == "glm3" else 1e-4)
 
 
 def test_greedy_tokens(golden):

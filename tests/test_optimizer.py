@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ds_config import complete_config, conflicts, offloads, read_ds_file
-from optimizer import build_optimizer, build_scheduler, learning_rate_factor, parameter_groups
+from optimizer import build_optimizer, build_scheduler, choose_adam, learning_rate_factor, parameter_groups
 
 
 def flags(**changes):
@@ -39,7 +39,7 @@ def test_learning_rate(kind):
 
 
 def test_scheduler_sets_every_update():
-    optimizer, _ = build_optimizer(torch.nn.Linear(2, 2), flags(), offload=False, device=torch.device("cpu"))
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), flags())
     scheduler = build_scheduler(optimizer, flags(), num_steps=10)
     rates = []
     for _ in range(10):
@@ -68,6 +68,23 @@ def test_flags_and_file_agree():
     [problem] = conflicts({**config, "optimizer": {"type": "AdamW", "params": {"lr": 1.0}}}, flags(), 2)
     assert "--learning_rate" in problem
     assert conflicts({**config, "fp16": {"enabled": True}}, flags(precision="bf16"), 2)
+
+
+def test_choice_of_adam():
+    cpu, card = torch.device("cpu"), torch.device("cuda")
+    assert choose_adam("auto", True, cpu) == choose_adam("torch", True, card) == (False, "torch AdamW")
+    assert choose_adam("auto", False, card) == (False, "torch AdamW")
+
+
+def test_without_a_compiler(monkeypatch):
+    """Offload goes on with torch's AdamW and says so; asking for the compiled one is refused."""
+    monkeypatch.setenv("PATH", "")
+    is_compiled, name = choose_adam("auto", True, torch.device("cuda"))
+    assert not is_compiled and "no C++ compiler" in name
+    with pytest.raises(ValueError, match="--optimizer deepspeed_cpu: no C.. compiler .*: use --optimizer torch"):
+        choose_adam("deepspeed_cpu", True, torch.device("cpu"))
+    [problem] = conflicts(read_ds_file("ds_zero2_no_offload.json"), flags(optimizer="deepspeed_cpu"), 1)
+    assert "is for offload" in problem
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])

@@ -12,7 +12,7 @@ from arguments import train_parser
 from modes import MODES, possible_modes
 from tuning import TRAIN_TYPES, count_parameters, matches
 
-# A file may import those of lower numbers alone.
+# A file may import those of its own level and below.
 LEVELS = [
     {"glm_common", "glm1", "glm2", "glm3"},
     {"utils", "modes"},

@@ -10,7 +10,7 @@ import deepspeed
 import torch
 
 from data_set import Columns, Updates, collate, encode_row, read_rows
-from ds_config import complete_config, offloads, read_ds_file
+from ds_config import complete_config, read_ds_file
 from modes import MODES
 from optimizer import build_optimizer
 from tuning import TRAIN_TYPES
@@ -35,7 +35,7 @@ def main(mode_name, folder, rows_path, output_dir):
             config = complete_config(read_ds_file(ds_file), args, world, "fp32")
             model = mode.model_class.from_pretrained(folder, dtype=torch.float32)
             model = TRAIN_TYPES["all"].prepare(model, args)
-            optimizer, _ = build_optimizer(model, args, offloads(config), device)
+            optimizer = build_optimizer(model, args)
             engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
             engine.train()
             [update] = Updates(num_labels, batch_size, accumulation, rank, world, seed=1).epoch(0)
