@@ -23,17 +23,17 @@ from modes import MODES  # noqa: E402
 from tuning import TRAIN_TYPES  # noqa: E402
 from utils import free_port  # noqa: E402
 
-# Learning rates and sizes that suit a base of some million weights; a 6B model wants the README's.
+# Learning rates, sizes and epochs that suit a base of some million weights; a 6B model wants the README's.
 FLAGS = {
-    "lora": "--lora_dim 16 --lora_alpha 64 --lora_dropout 0.0 --learning_rate 2e-3"
+    "lora": "--lora_dim 16 --lora_alpha 32 --lora_dropout 0.0 --learning_rate 3e-3 --num_train_epochs 4"
     " --lora_module_name query_key_value,dense,dense_h_to_4h,dense_4h_to_h",
-    "ptuning": "--pre_seq_len 16 --prefix_projection True --learning_rate 2e-3",
-    "freeze": "--freeze_module_name layers.2.,layers.3. --learning_rate 1e-3",
-    "all": "--learning_rate 1e-3",
+    "ptuning": "--pre_seq_len 32 --prefix_projection True --learning_rate 1e-2 --num_train_epochs 6",
+    "freeze": "--freeze_module_name layers.2.,layers.3. --learning_rate 1e-3 --num_train_epochs 4",
+    "all": "--learning_rate 5e-4 --num_train_epochs 4",
 }
 COMMON = (
     "--max_len 256 --max_src_len 192 --per_device_train_batch_size 16 --gradient_accumulation_steps 1"
-    " --num_train_epochs 6 --warmup_ratio 0.1 --seed 1234 --show_loss_step 10 --ds_file ds_zero2_no_offload.json"
+    " --warmup_ratio 0.1 --seed 1234 --show_loss_step 10 --ds_file ds_zero2_no_offload.json"
 )
 METRICS = ("f1", "rougeL", "bleu4")
 
