@@ -12,7 +12,6 @@ from modes import MODES, possible_modes
 from tuning import TRAIN_TYPES
 from utils import fail, is_main, world_size
 
-
 LEAST_SRC_LEN = 16  # tokens: the words around the question, and something of it
 
 
@@ -20,9 +19,7 @@ class OneLineParser(argparse.ArgumentParser):
     """argparse whose errors are one line; flags are typed in full, so that none is taken for another."""
 
     def __init__(self, **kwargs):
-        super().__init__(
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs
-        )
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message):
         fail(f"{message} (see --help)", prog=self.prog)
@@ -34,7 +31,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def true_or_false(text):
-    """'True' or 'False' in any case; `type=bool` would call every text true."""
+    """'True' or 'False' in any case; `bool` as a type would call every text true."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
@@ -42,9 +39,13 @@ def true_or_false(text):
 
 def add_device_flags(parser, precision="auto: bf16 where the card has it, fp16 on older cards, fp32 on CPU"):
     """--device and --precision, alike everywhere."""
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: a card if there is one")
+    parser.add_argument(
+        "--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: a card if there is one"
+    )
     parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help=precision)
-    parser.add_argument("--local_rank", type=int, default=-1, help="given by some launchers; the LOCAL_RANK variable decides")
+    parser.add_argument(
+        "--local_rank", type=int, default=-1, help="given by some launchers; the LOCAL_RANK variable decides"
+    )
 
 
 def add_row_flags(parser):
@@ -75,14 +76,20 @@ def train_parser():
     add_row_flags(data)
 
     model = parser.add_argument_group("model")
-    model.add_argument("--model_name_or_path", required=True, help="checkpoint folder, or a hub name such as THUDM/chatglm3-6b")
+    model.add_argument(
+        "--model_name_or_path", required=True, help="checkpoint folder, or a hub name such as THUDM/chatglm3-6b"
+    )
     model.add_argument("--mode", choices=MODES, help="model family; left out: read from the checkpoint's config.json")
     model.add_argument("--train_type", choices=TRAIN_TYPES, default="lora", help="what trains")
 
     training = parser.add_argument_group("training")
     training.add_argument("--output_dir", required=True, help="new or empty folder for checkpoints and logs")
-    training.add_argument("--per_device_train_batch_size", type=int, default=1, help="rows of a micro-batch per process")
-    training.add_argument("--gradient_accumulation_steps", type=int, default=1, help="micro-batches of an update; 1: off")
+    training.add_argument(
+        "--per_device_train_batch_size", type=int, default=1, help="rows of a micro-batch per process"
+    )
+    training.add_argument(
+        "--gradient_accumulation_steps", type=int, default=1, help="micro-batches of an update; 1: off"
+    )
     training.add_argument("--num_train_epochs", type=int, default=1, help="passes over the rows")
     training.add_argument("--learning_rate", type=float, default=1e-4, help="highest learning rate of AdamW")
     training.add_argument("--weight_decay", type=float, default=0.1, help="of AdamW, not on norms and biases; 0: off")
@@ -99,17 +106,27 @@ def train_parser():
     )
     training.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations to save memory")
     training.add_argument("--seed", type=int, default=1234, help="of the row order, dropout and new weights")
-    training.add_argument("--ds_file", default="ds_zero2_no_offload.json", help="DeepSpeed JSON: a path or a name in configs/")
+    training.add_argument(
+        "--ds_file", default="ds_zero2_no_offload.json", help="DeepSpeed JSON: a path or a name in configs/"
+    )
     training.add_argument("--show_loss_step", type=int, default=10, help="updates between log lines")
-    training.add_argument("--save_model_step", type=int, default=0, help="updates between checkpoints; 0: each epoch's end only")
+    training.add_argument(
+        "--save_model_step", type=int, default=0, help="updates between checkpoints; 0: each epoch's end only"
+    )
     add_device_flags(training)
 
     freeze = parser.add_argument_group("--train_type freeze")
-    freeze.add_argument("--freeze_module_name", default="layers.27.", help="dotted parts of the weights that train, by comma")
+    freeze.add_argument(
+        "--freeze_module_name", default="layers.27.", help="dotted parts of the weights that train, by comma"
+    )
     ptuning = parser.add_argument_group("--train_type ptuning")
     ptuning.add_argument("--pre_seq_len", type=int, default=16, help="virtual tokens in front of every layer")
     ptuning.add_argument(
-        "--prefix_projection", type=true_or_false, default=True, metavar="{True,False}", help="two-layer network in front"
+        "--prefix_projection",
+        type=true_or_false,
+        default=True,
+        metavar="{True,False}",
+        help="two-layer network in front",
     )
     lora = parser.add_argument_group("--train_type lora")
     lora.add_argument("--lora_dim", type=int, default=8, help="rank of the matrices")
@@ -133,8 +150,8 @@ def train_problems(args, typed):
     """Everything that is wrong with the flags and can be known before a weight is read."""
     problems = range_problems(
         args,
-        at_least_one="per_device_train_batch_size gradient_accumulation_steps num_train_epochs show_loss_step max_src_len"
-        " max_len pre_seq_len lora_dim",
+        at_least_one="per_device_train_batch_size gradient_accumulation_steps num_train_epochs show_loss_step"
+        " max_src_len max_len pre_seq_len lora_dim",
         at_least_zero="learning_rate weight_decay max_grad_norm save_model_step lora_alpha",
         share="warmup_ratio lora_dropout",
         seed="seed",
@@ -192,7 +209,9 @@ def length_problems(args):
     most = args.max_len - reserved - 1
     least = LEAST_SRC_LEN
     if args.max_len < reserved + 1 + least:
-        return [f"--max_len {args.max_len}: too small for a question and an answer: use at least {reserved + 1 + least}"]
+        return [
+            f"--max_len {args.max_len}: too small for a question and an answer: use at least {reserved + 1 + least}"
+        ]
     if args.max_src_len > most:
         return [
             f"--max_src_len {args.max_src_len} leaves no room for an answer in --max_len {args.max_len}:"
@@ -204,7 +223,7 @@ def length_problems(args):
 
 
 def model_problems(args, flag, path):
-    """Is there a checkpoint at `path`, and is it of --mode? Fills in a missing args.mode. Hub names are left for later."""
+    """Is there a checkpoint at `path`, and is it of --mode? Fills in a missing args.mode; hub names come later."""
     if not os.path.isdir(path):
         if os.path.exists(path):
             return [f"{flag} {path}: is a file: name the checkpoint's folder"]
@@ -296,7 +315,12 @@ def predict_parser():
     parser.add_argument("--batch_size", type=int, default=16, help="rows answered together")
     parser.add_argument("--max_src_len", type=int, default=1024, help="tokens of the question; the rest is cut")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="tokens of an answer at most")
-    parser.add_argument("--num_return_sequences", type=int, default=1, help="answers for each row; above 1 needs --do_sample or --num_beams")
+    parser.add_argument(
+        "--num_return_sequences",
+        type=int,
+        default=1,
+        help="answers for each row; above 1 needs --do_sample or --num_beams",
+    )
     parser.add_argument("--num_beams", type=int, default=1, help="beam search; 1: off")
     parser.add_argument("--do_sample", action="store_true", help="draw tokens; off: always the likeliest")
     parser.add_argument("--temperature", type=float, default=0.8, help="with --do_sample: below 1 is more careful")
@@ -367,7 +391,9 @@ def output_file_problems(args):
     path = args.output_path
     if os.path.isdir(path):
         return [f"--output_path {path}: is a folder: name a file"]
-    if any(os.path.exists(path) and os.path.samefile(path, source) for source in args.test_path if os.path.exists(source)):
+    if any(
+        os.path.exists(path) and os.path.samefile(path, source) for source in args.test_path if os.path.exists(source)
+    ):
         return [f"--output_path {path}: is the input: choose another file"]
     if os.path.exists(path) and not args.overwrite:
         return [f"--output_path {path}: exists: choose another or add --overwrite"]
@@ -390,7 +416,9 @@ def score_parser():
         required=True,
         help="JSON Lines files, one object with a prediction and a reference per line; several are shown side by side",
     )
-    parser.add_argument("--output_path", help="JSON for the scores of one file; left out: FILE with .scores.json behind")
+    parser.add_argument(
+        "--output_path", help="JSON for the scores of one file; left out: FILE with .scores.json behind"
+    )
     parser.add_argument(
         "--prediction_column",
         default="prediction",

@@ -22,7 +22,11 @@ def find_ds_file(name):
 def read_ds_file(name):
     """The JSON object of `--ds_file`; ValueError that names file and fault."""
     config = read_json(find_ds_file(name))
-    for path in ("zero_optimization", "zero_optimization.offload_optimizer", "zero_optimization.offload_param") + SECTIONS:
+    for path in (
+        "zero_optimization",
+        "zero_optimization.offload_optimizer",
+        "zero_optimization.offload_param",
+    ) + SECTIONS:
         if not isinstance(value_at(config, path, {}), dict):
             raise ValueError(f"--ds_file {name}: {path} is {value_at(config, path)!r}: it must be a section {{...}}")
     stage = config.get("zero_optimization", {}).get("stage")

@@ -25,6 +25,7 @@ TOLERANCE = 1e-3  # of the largest logit: adapter and merged model are the same 
 
 
 def main(argv):
+    """Merge, check, save."""
     args = merge_parser().parse_args(argv)
     prepare_environment(args.device)
     output_dir = args.output_dir or os.path.normpath(args.model_dir) + "-merged"
@@ -63,7 +64,9 @@ def main(argv):
 def check_arguments(args, output_dir):
     """The adapter's folder, if the flags make sense."""
     if not os.path.isfile(os.path.join(args.model_dir, "run.json")):
-        raise ValueError(f"--model_dir {args.model_dir}: no run.json in it: name a checkpoint folder that train.py saved")
+        raise ValueError(
+            f"--model_dir {args.model_dir}: no run.json in it: name a checkpoint folder that train.py saved"
+        )
     if os.path.exists(output_dir):
         raise ValueError(f"--output_dir {output_dir}: exists: choose a new folder")
     if problem := place_problem("--output_dir", output_dir):

@@ -32,6 +32,7 @@ from utils import (
 
 
 def main(argv):
+    """Answer rows, a prompt or a person."""
     args = parse_predict(argv)
     if world_size() > 1 and not args.test_path:
         fail("--prompt and --interactive: are for one process: start it with python, not with the launcher")

@@ -83,7 +83,13 @@ def draw_loss(records, path):
 
     figure, axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     steps = [record["step"] for record in records]
-    axis.plot(steps, [math.nan if record["loss"] is None else record["loss"] for record in records], color="tab:blue", marker=".", label="loss")
+    axis.plot(
+        steps,
+        [math.nan if record["loss"] is None else record["loss"] for record in records],
+        color="tab:blue",
+        marker=".",
+        label="loss",
+    )
     axis.set_xlabel("update")
     axis.set_ylabel("loss per supervised token")
     axis.set_ylim(bottom=0)

@@ -408,6 +408,7 @@ def format_table(reports: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Score the files, print the table, write the JSON files; returns the exit code."""
     args = score_parser().parse_args(argv)
 
     # Everything that can be refused is refused here, all at once, before a row is scored.

@@ -41,6 +41,7 @@ from utils import (
 
 
 def main(argv):
+    """Train: from the flags to the saved weights."""
     # Flags, and everything that they alone can get wrong.
     args = parse_train(argv)
     prepare_environment(args.device)
@@ -84,7 +85,12 @@ def main(argv):
     print_rank_0(describe_counts(counts, args.max_len, args.max_src_len, args.is_skip))
     print_rank_0(show_row(rows[0], tokenizer))
     updates = Updates(
-        rows["num_labels"][:], args.per_device_train_batch_size, args.gradient_accumulation_steps, rank, world, args.seed
+        rows["num_labels"][:],
+        args.per_device_train_batch_size,
+        args.gradient_accumulation_steps,
+        rank,
+        world,
+        args.seed,
     )
     num_steps = len(updates) * args.num_train_epochs
 
@@ -111,7 +117,9 @@ def main(argv):
     def save(epoch, step):
         """Write the trained weights; all ranks take part."""
         path = os.path.join(args.output_dir, f"epoch-{epoch + 1}-step-{step}")
-        run = describe_run(args, folder, precision, epoch=epoch + 1, step=step, trained_weights=trained, all_weights=total)
+        run = describe_run(
+            args, folder, precision, epoch=epoch + 1, step=step, trained_weights=trained, all_weights=total
+        )
         save_checkpoint(engine.module, tokenizer, path, train_type, run, zero3)
         barrier()
         print_rank_0(f"\nsaved {path}")
@@ -124,7 +132,8 @@ def main(argv):
     for epoch in range(args.num_train_epochs):
         for update in updates.epoch(epoch):
             for i, row_numbers in enumerate(update.micro_batches):
-                batch = collate([rows[n] for n in row_numbers], config.pad_token_id)
+                micro_batch = [rows[n] for n in row_numbers]
+                batch = collate(micro_batch, config.pad_token_id)
                 batch = {name: tensor.to(device) for name, tensor in batch.items()}
                 engine.set_gradient_accumulation_boundary(i == len(update.micro_batches) - 1)
                 # The sum over this batch's supervised tokens, divided by those of the whole update. Gradients are
@@ -132,7 +141,7 @@ def main(argv):
                 loss = engine(**batch, num_items_in_batch=update.num_labels / world).loss
                 engine.backward(loss, scale_wrt_gas=False)
                 window_loss += loss.detach() * (update.num_labels / world)
-                window_tokens += sum(len(rows[n]["input_ids"]) for n in row_numbers)
+                window_tokens += sum(len(row["input_ids"]) for row in micro_batch)
             rate = scheduler.get_last_lr()[0]
             engine.step()
             step += 1
@@ -163,7 +172,9 @@ def main(argv):
     if num_applied < step:
         print_rank_0(f"{step - num_applied} of {step} updates were left out: their gradients were not finite")
     if num_applied == 0:
-        fail("no update was applied, every gradient was infinite or NaN: check the base weights, or use --precision bf16")
+        fail(
+            "no update was applied, every gradient was infinite or NaN: check the base weights, or use --precision bf16"
+        )
     print_rank_0(f"done: {step} updates, {args.output_dir}")
 
 

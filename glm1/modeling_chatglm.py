@@ -131,7 +131,7 @@ class ChatGLMModel(ChatGLMBackbone):
         self.word_embeddings = value
 
     def prompt_layout(self, input_ids, attention_mask):
-        """Per row (B,): index of the first `<sop>` (all tokens are context without one), index of its mask, left padding.
+        """Per row (B,): index of the first `<sop>` (without one all is context), index of its mask, left padding.
 
         The mask is `[gMASK]`, or `[MASK]` where there is no gMASK.
         """
@@ -195,7 +195,14 @@ class ChatGLMModel(ChatGLMBackbone):
             table for row in (0, 1) for table in rotary_angles(position_ids[:, row], rotary_size, hidden_states.dtype)
         ]
         return self.run_layers(
-            self.layers, self.final_layernorm, hidden_states, mask, rotary, prefix, past_key_values, output_hidden_states
+            self.layers,
+            self.final_layernorm,
+            hidden_states,
+            mask,
+            rotary,
+            prefix,
+            past_key_values,
+            output_hidden_states,
         )
 
 

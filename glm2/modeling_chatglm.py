@@ -161,7 +161,7 @@ class ChatGLMModel(ChatGLMBackbone):
         inputs_embeds=None,
         output_hidden_states=False,
     ):
-        """input_ids (B, L) or inputs_embeds (B, L, H); position_ids (B, L), counted from the first real token if None."""
+        """input_ids (B, L) or inputs_embeds (B, L, H); position_ids (B, L), from the first real token if None."""
         hidden_states = self.embedding.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         batch, length, _ = hidden_states.shape
         num_past = past_key_values.get_seq_length() if past_key_values is not None else 0

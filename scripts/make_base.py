@@ -29,10 +29,11 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # for a call from any folder
 import make_data  # noqa: E402
+
 from arguments import OneLineParser  # noqa: E402
 from data_set import collate, encode_row  # noqa: E402
 from modes import MODES, read_json  # noqa: E402
-from utils import fail  # noqa: E402
+from utils import fail, prepare_environment  # noqa: E402
 
 # Hidden size, layers, key/value heads (glm2 and glm3), inner sizes (gated: glm2 and glm3; plain: glm).
 SIZE = dict(hidden=192, layers=4, groups=2, gated=512, plain=768)
@@ -353,6 +354,7 @@ def make_base(args):
     if check_output(output_dir, settings):
         print(f"{args.output_dir}: holds this base already, nothing to do")
         return
+    prepare_environment()
     started = time.time()
     os.makedirs(os.path.dirname(output_dir), exist_ok=True)
     scratch = tempfile.mkdtemp(prefix=".base-", dir=os.path.dirname(output_dir))

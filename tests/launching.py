@@ -31,4 +31,6 @@ def run_command(command, folder, timeout=300, **environment):
 
 def check_done(process):
     """The command ended well; its output is shown otherwise."""
-    assert process.returncode == 0, f"exit code {process.returncode}\n{process.stdout[-3000:]}\n{process.stderr[-3000:]}"
+    assert process.returncode == 0, (
+        f"exit code {process.returncode}\n{process.stdout[-3000:]}\n{process.stderr[-3000:]}"
+    )

@@ -5,17 +5,10 @@ The released ones through train.py, those that train.py saved through predict.py
 
 import json
 import pickle
-import shutil
 import warnings
 
 import pytest
 import torch
-from safetensors.torch import save_file
-
-import arguments
-import checkpoint
-import tuning
-from modes import MODES
 from refusing import (
     FOLDERS,
     NO_CHANGE,
@@ -32,6 +25,12 @@ from refusing import (
     weight_map,
     without,
 )
+from safetensors.torch import save_file
+
+import arguments
+import checkpoint
+import tuning
+from modes import MODES
 
 # ---------------------------------------------------------------- released folders
 

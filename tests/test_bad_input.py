@@ -8,9 +8,6 @@ import subprocess
 import sys
 
 import pytest
-
-import arguments
-import data_set
 from refusing import (
     FOLDERS,
     NO_CHANGE,
@@ -28,6 +25,9 @@ from refusing import (
     put,
     row,
 )
+
+import arguments
+import data_set
 
 
 def test_good_input_is_not_refused(here):

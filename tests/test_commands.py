@@ -45,9 +45,14 @@ def models(tmp_path_factory):
 
 
 def test_all_commands_are_here():
-    modes_and_types = {(args.mode, args.train_type) for args in map(lambda c: train_parser().parse_args(parts(c)[1]), COMMANDS)}
+    modes_and_types = {
+        (args.mode, args.train_type) for args in map(lambda c: train_parser().parse_args(parts(c)[1]), COMMANDS)
+    }
     assert len(COMMANDS) == 21 and len(modes_and_types) == 12
-    assert len({(a.mode, a.train_type) for a in (train_parser().parse_args(parts(c)[1]) for c in COMMANDS if is_run(c))}) == 12
+    assert (
+        len({(a.mode, a.train_type) for a in (train_parser().parse_args(parts(c)[1]) for c in COMMANDS if is_run(c))})
+        == 12
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=range(1, len(COMMANDS) + 1))
@@ -68,9 +73,7 @@ def test_command_runs_as_written(command, models, tmp_path):
     for path in models.iterdir():
         (tmp_path / path.name).symlink_to(path)
     num_cards = 4 if "0,1,2,3" in command else 1
-    process = run_command(
-        command.replace(PORT, f"--master_port {free_port()} "), tmp_path, LOCAL_SIZE=str(num_cards)
-    )
+    process = run_command(command.replace(PORT, f"--master_port {free_port()} "), tmp_path, LOCAL_SIZE=str(num_cards))
     check_done(process)
     args = train_parser().parse_args(parts(command)[1])
     [log] = tmp_path.glob("output-glm*/train_log.jsonl")

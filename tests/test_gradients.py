@@ -10,7 +10,10 @@ from launching import check_done, free_port, run_command
 from data_set import Columns, Updates, collate, encode_row, read_rows
 from modes import MODES
 
-FILES = {"glm": "ds_zero3_no_offload.json,ds_zero2_offload.json", "glm3": "ds_zero2_no_offload.json,ds_zero3_offload.json"}
+FILES = {
+    "glm": "ds_zero3_no_offload.json,ds_zero2_offload.json",
+    "glm3": "ds_zero2_no_offload.json,ds_zero3_offload.json",
+}
 NUM_ROWS = 11  # of the 12 that an update takes: one process has an empty place
 
 
@@ -27,7 +30,9 @@ def whole_batch(mode, path):
     """Loss and gradients of all rows in one batch on one process, in plain torch."""
     folder = GOLDEN_FOLDERS[mode.name]
     tokenizer = mode.tokenizer_class.from_pretrained(folder)
-    rows = [encode_row(r["query"], r["answer"], tokenizer, mode.prompt, 300, 200) for r in read_rows([str(path)], Columns())]
+    rows = [
+        encode_row(r["query"], r["answer"], tokenizer, mode.prompt, 300, 200) for r in read_rows([str(path)], Columns())
+    ]
     model = mode.model_class.from_pretrained(folder, dtype=torch.float32).train()
     batch = collate(rows, 0)
     loss = model(**batch).loss

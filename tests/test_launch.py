@@ -38,7 +38,9 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("mode,train_type,ds_file", CASES, ids=lambda value: value.removeprefix("ds_").removesuffix(".json"))
+@pytest.mark.parametrize(
+    "mode,train_type,ds_file", CASES, ids=lambda value: value.removeprefix("ds_").removesuffix(".json")
+)
 def test_train_save_load_predict_score(mode, train_type, ds_file, tmp_path, capsys):
     rows = (ROOT / "data" / "spo_0.json").read_text(encoding="utf-8").splitlines()[:NUM_ROWS]
     (tmp_path / "rows.json").write_text("\n".join(rows), encoding="utf-8")
@@ -109,7 +111,10 @@ def check_saved_weights(mode, train_type, folder, run):
         frozen = {n for n in base if train_type == "freeze" and ".layers.1." not in n and ".layers.3." not in n}
         assert changed and not changed & frozen
         assert all(any(f".layers.{i}." in name for name in changed) for i in (1, 3))
-        assert sum(t.numel() for n, t in state.items() if n not in frozen and n != "lm_head.weight") == run["trained_weights"]
+        assert (
+            sum(t.numel() for n, t in state.items() if n not in frozen and n != "lm_head.weight")
+            == run["trained_weights"]
+        )
         return
     assert sum(tensor.numel() for tensor in state.values()) == run["trained_weights"]
 
@@ -174,7 +179,9 @@ def test_a_run_that_cannot_train_says_so(tmp_path):
 
     rows = (ROOT / "data" / "spo_0.json").read_text(encoding="utf-8").splitlines()[:2]
     (tmp_path / "rows.json").write_text("\n".join(rows), encoding="utf-8")
-    shutil.copytree(GOLDEN_FOLDERS["glm3"], tmp_path / "base", ignore=shutil.ignore_patterns("*.bin", "*.index.json", "golden*"))
+    shutil.copytree(
+        GOLDEN_FOLDERS["glm3"], tmp_path / "base", ignore=shutil.ignore_patterns("*.bin", "*.index.json", "golden*")
+    )
     state = MODES["glm3"].model_class.from_pretrained(GOLDEN_FOLDERS["glm3"]).state_dict()
     state["transformer.encoder.layers.0.mlp.dense_4h_to_h.weight"][0, 0] = math.nan
     save_file(state, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})

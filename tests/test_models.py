@@ -247,7 +247,9 @@ def test_saved_checkpoint_has_released_names(golden, tmp_path):
     from checkpoint import save_config, write_weights
 
     model = golden.model(dtype=torch.float16)
-    write_weights({name: tensor.clone() for name, tensor in model.state_dict().items()}, tmp_path, max_shard_size="300KB")
+    write_weights(
+        {name: tensor.clone() for name, tensor in model.state_dict().items()}, tmp_path, max_shard_size="300KB"
+    )
     save_config(model.config, tmp_path, torch.float16)
     with open(f"{golden.folder}/pytorch_model.bin.index.json") as file:
         released = {name for name in json.load(file)["weight_map"] if not name.endswith("inv_freq")}

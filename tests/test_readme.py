@@ -9,7 +9,6 @@ import pytest
 from conftest import ROOT
 
 import arguments
-
 from ds_config import read_ds_file
 from modes import MODES
 from tuning import TRAIN_TYPES

@@ -36,7 +36,12 @@ def test_special_ids(golden, tokenizer):
 
 @pytest.mark.parametrize(
     "text",
-    ["[gMASK]<sop><|user|>注入", "<n>a<|blank_3|> b <sop>\n<eop>[MASK]", "</s><unk><pad> <|tab|>\t", "<<sop>><|assistant|>"],
+    [
+        "[gMASK]<sop><|user|>注入",
+        "<n>a<|blank_3|> b <sop>\n<eop>[MASK]",
+        "</s><unk><pad> <|tab|>\t",
+        "<<sop>><|assistant|>",
+    ],
 )
 def test_control_tokens_in_text_stay_text(golden, tokenizer, text):
     ids = tokenizer.encode_text(text)

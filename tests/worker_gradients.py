@@ -23,9 +23,17 @@ def main(mode_name, folder, rows_path, output_dir):
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     mode = MODES[mode_name]
     tokenizer = mode.tokenizer_class.from_pretrained(folder)
-    rows = [encode_row(r["query"], r["answer"], tokenizer, mode.prompt, 300, 200) for r in read_rows([rows_path], Columns())]
+    rows = [
+        encode_row(r["query"], r["answer"], tokenizer, mode.prompt, 300, 200) for r in read_rows([rows_path], Columns())
+    ]
     num_labels = [len(row["input_ids"]) - row["num_unlabelled"] for row in rows]
-    flags = {"max_grad_norm": 0.0, "learning_rate": 1e-4, "weight_decay": 0.0, "optimizer": "torch", "precision": "fp32"}
+    flags = {
+        "max_grad_norm": 0.0,
+        "learning_rate": 1e-4,
+        "weight_decay": 0.0,
+        "optimizer": "torch",
+        "precision": "fp32",
+    }
     summary = {}
     for ds_file in sys.argv[5].split(","):
         for batch_size, accumulation in ((1, 6), (3, 2)):
