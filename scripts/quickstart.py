@@ -62,9 +62,10 @@ class Steps:
                 self.seconds += stamp["seconds"]
                 print(f"\n== {name}: as before, {result}", flush=True)
                 return
-        if Path(result).is_dir() and not stamp_path.exists():
+        is_own = self.folder in Path(result).parents  # the base serves other quickstarts too, and looks after itself
+        if is_own and Path(result).is_dir() and not stamp_path.exists():
             shutil.rmtree(result)  # of a run that was broken off
-        if Path(result).is_dir() and name != "base":
+        if is_own and Path(result).is_dir():
             raise SystemExit(f"quickstart: error: {result} is of other settings: remove or rename {self.folder} first")
         print(f"\n== {name}\n$ {command}", flush=True)
         started = time.time()
