@@ -108,7 +108,7 @@ class Answerer:
         answers = []
         for new_ids in output[:, length:].tolist():
             end = next((i for i, token_id in enumerate(new_ids) if token_id in stop_ids), len(new_ids))
-            text = self.prompt.clean_response(self.tokenizer.decode(new_ids[:end], skip_special_tokens=True))
+            text = self.prompt.clean_response(self.tokenizer.decode_text(new_ids[:end]))
             answers.append((text, end < len(new_ids)))
         n = self.num_return_sequences
         return [

@@ -64,6 +64,10 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
             ids += self.encode_plain(normal[start:end], self.inner_reader)
         return ids
 
+    def decode_text(self, ids):
+        """Text of ids, control tokens left out: the reverse of `encode_text`."""
+        return self.decode([i for i in ids if i not in self.id_to_token], skip_special_tokens=True)
+
     @property
     def inner_reader(self):
         """A reader for the middle of a text: it puts no space in front. Made when first needed."""

@@ -114,3 +114,9 @@ def test_oldest_turns_give_way(golden, tokenizer):
     assert prompt.encode_prompt(tokenizer, "丙", history, max_src_len=60) == with_newest
     alone, num_cut = prompt.encode_prompt(tokenizer, "丙" * 200, history, max_src_len=48)
     assert (alone, num_cut) == prompt.encode_prompt(tokenizer, "丙" * 200, max_src_len=48) and num_cut > 100
+
+
+def test_answers_hold_no_control_tokens(golden, tokenizer):
+    text = tokenizer.encode_text("水泵")
+    control = [tokenizer.get_command(name) for name in golden.values["special"]]
+    assert tokenizer.decode_text(control[:2] + text + control) == "水泵"
