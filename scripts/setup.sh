@@ -5,7 +5,7 @@ requirements=${1:-requirements.txt}
 
 find_python() {
     local name
-    for name in python3.13 python3.12 python3.11 python3.10 python3 python; do
+    for name in python3 python python3.13 python3.12 python3.11 python3.10; do
         if command -v "$name" >/dev/null && "$name" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
             echo "$name"
             return
