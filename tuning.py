@@ -175,6 +175,7 @@ def load_trained(model, folder, weights, shapes):
 
         config = PeftConfig.from_pretrained(folder)
         config.inference_mode = True
+        config.base_model_name_or_path = None  # where the base lies now is for the caller to say
         model = get_peft_model(model, config, autocast_adapter_dtype=False)
         wanted = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
         check_shapes(wanted, shapes, os.path.join(folder, ADAPTER_FILE))
