@@ -9,6 +9,7 @@ import sys
 import time
 
 from arguments import columns_of, folder_problems, length_problems, parse_train
+from batches import Updates, collate
 from checkpoint import (
     check_weights,
     describe_run,
@@ -18,7 +19,7 @@ from checkpoint import (
     resolve_folder,
     save_checkpoint,
 )
-from data_set import Updates, collate, describe_counts, load_rows, show_row
+from data_set import describe_counts, load_rows, show_row
 from ds_config import complete_config, offloads, read_ds_file, wanted_precision
 from modes import MODES
 from optimizer import build_optimizer, build_scheduler, choose_adam

@@ -31,7 +31,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # for a call from any folder
 import make_data  # noqa: E402
 
 from arguments import OneLineParser  # noqa: E402
-from data_set import collate, encode_row  # noqa: E402
+from batches import collate  # noqa: E402
+from data_set import encode_row  # noqa: E402
 from modes import MODES, read_json  # noqa: E402
 from utils import fail, prepare_environment  # noqa: E402
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_set import Updates, collate
+from batches import Updates, collate
 
 # ---------------------------------------------------------------- an epoch
 

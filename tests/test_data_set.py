@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import data_set
-from data_set import Columns, collate, data_files, encode_row, load_rows, read_rows, show_row
+from batches import collate
+from data_set import Columns, data_files, encode_row, load_rows, read_rows, show_row
 from modes import MODES
 
 GLM1 = os.path.join(os.path.dirname(__file__), "golden", "glm1")

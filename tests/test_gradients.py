@@ -7,7 +7,8 @@ import torch
 from conftest import GOLDEN_FOLDERS, ROOT
 from launching import check_done, free_port, run_command
 
-from data_set import Columns, Updates, collate, encode_row, read_rows
+from batches import Updates, collate
+from data_set import Columns, encode_row, read_rows
 from modes import MODES
 
 FILES = {

@@ -16,7 +16,7 @@ from tuning import TRAIN_TYPES, count_parameters, matches
 LEVELS = [
     {"glm_common", "glm1", "glm2", "glm3"},
     {"utils", "modes"},
-    {"tuning", "data_set", "ds_config", "optimizer", "run_log"},
+    {"tuning", "data_set", "batches", "ds_config", "optimizer", "run_log"},
     {"checkpoint"},
     {"arguments"},
     {"train", "predict", "merge_lora", "score"},

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import deepspeed
 import torch
 
-from data_set import Columns, Updates, collate, encode_row, read_rows
+from batches import Updates, collate
+from data_set import Columns, encode_row, read_rows
 from ds_config import complete_config, read_ds_file
 from modes import MODES
 from optimizer import build_optimizer
