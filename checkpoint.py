@@ -1,22 +1,25 @@
-"""What lies on disk: reading and checking checkpoints, saving runs, the run.json beside the weights."""
+"""Runs on disk: folders opened and understood, weights saved with the run.json beside them."""
 
 import importlib.metadata
-import json
 import os
 import shutil
-import sys
-import zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from modes import MODES, Mode, possible_modes, read_json
 from tuning import ADAPTER_FILE, PREFIX_FILE, TRAIN_TYPES, load_trained
 from utils import is_main
+from weights import (
+    check_weights,
+    load_base,
+    safetensors_shapes,
+    weight_files,
+    write_json,
+    write_safetensors,
+    write_weights,
+)
 
 RUN_FILE = "run.json"
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-MAX_SHARD_SIZE = "5GB"
 
 
 def resolve_folder(name, flag="--model_name_or_path"):
@@ -38,132 +41,6 @@ def resolve_folder(name, flag="--model_name_or_path"):
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{flag} {name}: cannot be fetched from the hub ({reason}): give a folder") from None
-
-
-def weight_files(folder):
-    """Names of the weight files: the single file, else those in an index; safetensors before .bin.
-
-    ValueError for a file that is missing or a name that points out of the folder.
-    """
-    for single, index in zip(WEIGHT_FILES, INDEX_FILES):  # the order in which transformers looks
-        if os.path.isfile(os.path.join(folder, single)):
-            return [single]
-        index_path = os.path.join(folder, index)
-        if not os.path.isfile(index_path):
-            continue
-        weight_map = read_json(index_path).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise ValueError(f"{index_path}: weight_map is not a table of file names: download it again")
-        names = sorted(set(weight_map.values()))
-        for name in names:
-            if os.path.basename(name) != name:
-                raise ValueError(f"{index_path}: names {name!r}, outside its folder: do not use this checkpoint")
-            if not os.path.isfile(os.path.join(folder, name)):
-                raise ValueError(f"{folder}/{name}: missing, but {index} names it: download it again")
-        if names:
-            return names
-    raise ValueError(f"{folder}: no weights in it (none of {', '.join((*WEIGHT_FILES, *INDEX_FILES))})")
-
-
-def weight_shapes(folder):
-    """{name: (shape, dtype name)} of all weights in a folder, from headers: no weight is read.
-
-    ValueError for a truncated or unreadable file.
-    """
-    shapes = {}
-    for name in weight_files(folder):
-        path = os.path.join(folder, name)
-        shapes.update(safetensors_shapes(path) if name.endswith(".safetensors") else bin_shapes(path))
-    return shapes
-
-
-def saved_dtype(folder):
-    """torch dtype of the weights in a folder, float32 where they differ."""
-    import torch
-
-    names = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
-    found = {names.get(dtype, dtype) for _, dtype in weight_shapes(folder).values()}
-    return getattr(torch, found.pop()) if len(found) == 1 else torch.float32
-
-
-def safetensors_shapes(path):
-    """Names, shapes and dtypes in one .safetensors file."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {
-                key: (tuple(file.get_slice(key).get_shape()), file.get_slice(key).get_dtype()) for key in file.keys()
-            }
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: truncated or not safetensors ({error}): download it again") from None
-
-
-def bin_shapes(path):
-    """Names, shapes and dtypes in one .bin file; nothing but tensors is unpickled."""
-    import pickle
-
-    import torch
-
-    try:
-        state = torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"{path}: holds more than tensors, or is no weight file: it is not read, since that could run code of"
-            " others: do not use it"
-        ) from None
-    except Exception as error:  # bytes that are no weights make the reader fail in many ways
-        reason = f"{type(error).__name__} while reading"
-        raise ValueError(f"{path}: truncated or not a weight file ({reason}): download it again") from None
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise ValueError(f"{path}: not a weight file (not a plain table of tensors): download it again")
-    return {key: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for key, t in state.items()}
-
-
-def empty_model(mode, config):
-    """The model without memory: its names and shapes."""
-    import torch
-
-    with torch.device("meta"):
-        return mode.model_class(config)
-
-
-def check_weights(folder, mode, config, new_prefix=False):
-    """Do the files hold what this model needs? Returns the parameter names; ValueError names the difference.
-
-    The released rotary buffers and a stored copy of a tied output layer are allowed, and with `new_prefix` a missing
-    prefix encoder (training makes it, or it lies elsewhere).
-    """
-    model = empty_model(mode, config)
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = set(model.all_tied_weights_keys)
-    found = weight_shapes(folder)
-    found = {name: value for name, value in found.items() if not name.endswith("inv_freq")}
-    missing = [n for n in wanted if n not in found and n not in tied]
-    if new_prefix:
-        missing = [n for n in missing if "prefix_encoder." not in n]
-    unexpected = [n for n in found if n not in wanted]
-    wrong_shape = [n for n in wanted if n in found and found[n][0] != wanted[n]]
-    integers = [n for n in found if "int" in found[n][1].lower() or found[n][1].startswith(("I", "U"))]
-    if wrong_shape:
-        name = wrong_shape[0]
-        raise ValueError(
-            f"{folder}: {name} has shape {list(found[name][0])}, --mode {mode.name} with this config.json needs"
-            f" {list(wanted[name])}{and_others(wrong_shape)}: the files do not belong together"
-        )
-    if integers:
-        raise ValueError(f"{folder}: {integers[0]} is quantised ({found[integers[0]][1]}): use the fp16 release")
-    if missing:
-        raise ValueError(f"{folder}: {missing[0]} is missing{and_others(missing)}: download the checkpoint again")
-    if unexpected:
-        hint = "it is a prefix encoder's checkpoint" if "prefix_encoder." in unexpected[0] else "wrong --mode or files"
-        raise ValueError(f"{folder}: {unexpected[0]} is not of --mode {mode.name}{and_others(unexpected)}: {hint}")
-    return list(dict(model.named_parameters()))
-
-
-def and_others(names):
-    """' (and 3 others)', or nothing."""
-    return f" (and {len(names) - 1} others)" if len(names) > 1 else ""
 
 
 def read_config(folder, mode, changes=None):
@@ -197,23 +74,6 @@ def read_tokenizer(folder, mode, config):
                 " the files are of different releases (v1.0 and v1.1 of ChatGLM-6B have shifted ids)"
             )
     return tokenizer
-
-
-def load_base(folder, mode, config, dtype, attn_implementation=None):
-    """A released or whole saved checkpoint as a model in `dtype`. Weights other than a new prefix must all be there."""
-    from transformers.utils import logging as transformers_logging
-
-    if not (is_main() and sys.stderr.isatty()):
-        transformers_logging.disable_progress_bar()
-    model, info = mode.model_class.from_pretrained(
-        folder, config=config, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
-    )
-    missing = [name for name in info["missing_keys"] if "prefix_encoder." not in name]
-    if missing or info["unexpected_keys"] or info["mismatched_keys"]:
-        raise ValueError(
-            f"{folder}: missing {missing}, unexpected {info['unexpected_keys']}, wrong {info['mismatched_keys']}"
-        )
-    return model
 
 
 # Saving.
@@ -287,34 +147,6 @@ def save_config(config, folder, dtype):
     """config.json with the dtype of the weights beside it."""
     config.dtype = dtype
     config.save_pretrained(folder)
-
-
-def write_safetensors(state, path):
-    """One .safetensors file."""
-    from safetensors.torch import save_file
-
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})
-
-
-def write_weights(state, folder, max_shard_size=MAX_SHARD_SIZE):
-    """model.safetensors, or shards with an index, under the released parameter names."""
-    from huggingface_hub import split_torch_state_dict_into_shards
-
-    split = split_torch_state_dict_into_shards(
-        state, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
-    )
-    for name, keys in split.filename_to_tensors.items():
-        write_safetensors({key: state[key] for key in keys}, os.path.join(folder, name))
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(index, os.path.join(folder, INDEX_FILES[0]))
-
-
-def write_json(value, path):
-    """A JSON file, indented, with Chinese as it is."""
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, indent=2)
-        file.write("\n")
 
 
 def describe_run(args, base_folder, precision, **progress):
@@ -417,14 +249,14 @@ def resolve_base(run, run_path, given):
     return folder
 
 
-def load_base_and_trained(opened, config, dtype):
-    """The base model in `dtype` with the trained weights on it, checked before they are read."""
+def load_base_and_trained(opened, config, dtype, device):
+    """The base model in `dtype` on the device with the trained weights on it, checked before they are read."""
     check_weights(opened.base_folder, opened.mode, config, new_prefix=opened.weights == "prefix")
     trained_file = {"adapter": ADAPTER_FILE, "prefix": PREFIX_FILE}.get(opened.weights)
     if opened.weights == "adapter" and not os.path.isfile(os.path.join(opened.folder, "adapter_config.json")):
         raise ValueError(f"{opened.folder}/adapter_config.json: missing: copy the folder again")
     shapes = safetensors_shapes(os.path.join(opened.folder, trained_file)) if trained_file else {}
-    model = load_base(opened.base_folder, opened.mode, config, dtype)
+    model = load_base(opened.base_folder, opened.mode, config, dtype, device)
     return load_trained(model, opened.folder, opened.weights, {name: shape for name, (shape, _) in shapes.items()})
 
 
@@ -432,5 +264,5 @@ def load_opened(opened, dtype, device):
     """(model in eval mode on the device, tokenizer) of an opened checkpoint."""
     config = opened.config()
     tokenizer = opened.tokenizer(config)
-    model = load_base_and_trained(opened, config, dtype)
+    model = load_base_and_trained(opened, config, dtype, device)
     return model.to(device=device, dtype=dtype).eval(), tokenizer

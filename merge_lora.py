@@ -9,16 +9,9 @@ import os
 import sys
 
 from arguments import merge_parser, place_problem
-from checkpoint import (
-    load_base_and_trained,
-    new_folder,
-    open_checkpoint,
-    save_config,
-    saved_dtype,
-    write_json,
-    write_weights,
-)
+from checkpoint import load_base_and_trained, new_folder, open_checkpoint, save_config
 from utils import choose_device, fail, prepare_environment, torch_dtype
+from weights import saved_dtype, write_json, write_weights
 
 SAMPLE = "发动机水温高，风扇始终是低速转动，高速档不工作。"
 TOLERANCE = 1e-3  # of the largest logit: adapter and merged model are the same function in float32
@@ -40,7 +33,7 @@ def main(argv):
     import torch
 
     # In float32 from end to end: the delta is added before anything is rounded to the checkpoint's precision.
-    model = load_base_and_trained(opened, config, torch.float32).to(device).eval()
+    model = load_base_and_trained(opened, config, torch.float32, device).eval()
     ids = torch.tensor([opened.mode.prompt.encode_prompt(tokenizer, SAMPLE)[0]], device=device)
     with torch.no_grad():
         with model.disable_adapter():

@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 import arguments
 import checkpoint
 import tuning
+import weights
 from modes import MODES
 
 # ---------------------------------------------------------------- released folders
@@ -169,7 +170,7 @@ def test_a_checkpoint_cannot_run_code(here, protocol):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(ValueError, match=r"pytorch_model\.bin: holds more than tensors"):
-            checkpoint.weight_shapes(str(here.folder))
+            weights.weight_shapes(str(here.folder))
     assert not (here.folder / RAN).exists()
     if protocol is None:
         torch.load(here.folder / BIN, weights_only=False)
@@ -218,7 +219,7 @@ def test_a_folder_of_the_hub_that_could_be_two_families(here):
 @pytest.mark.parametrize("pattern", ["layers.2", "layers.2.", ".layers.2"])
 def test_layers_2_is_not_layers_27(pattern):
     mode = MODES["glm"]
-    model = checkpoint.empty_model(mode, checkpoint.read_config(FOLDERS["glm"], mode))
+    model = weights.empty_model(mode, checkpoint.read_config(FOLDERS["glm"], mode))
     args = arguments.train_parser().parse_args(
         f"--train_path x --model_name_or_path x --output_dir x --freeze_module_name {pattern}".split()
     )

@@ -9,6 +9,7 @@ from launching import check_done, free_port, run_command
 from safetensors.torch import load_file
 
 from modes import MODES
+from weights import load_base, stored_tensors
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,6 +34,13 @@ def test_trains_in_16_bits(mode, precision, tmp_path):
     assert len(log) == 16 and all(line["loss"] is not None for line in log)
     adapter = load_file(tmp_path / "out" / "epoch-2-step-16" / "adapter_model.safetensors")
     assert any(tensor.abs().sum() > 0 for name, tensor in adapter.items() if "lora_B" in name), "nothing was trained"
+
+
+def test_weights_go_straight_to_a_card(golden):
+    model = load_base(golden.folder, golden.mode, golden.config(), torch.bfloat16, device="cuda")
+    stored = {name: rows[:].clone() for name, _, rows in stored_tensors(golden.folder)}
+    for name, parameter in model.named_parameters():
+        assert parameter.is_cuda and torch.equal(parameter.cpu(), stored[name].bfloat16()), name
 
 
 def test_logits_on_a_card(golden):
