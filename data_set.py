@@ -1,13 +1,14 @@
-"""Rows: read and checked, encoded once, kept for the next run."""
+"""Rows: read, checked and turned into ids."""
 
-import hashlib
+import io
 import json
 import os
-import shutil
-import tempfile
+import re
 from dataclasses import dataclass
 
-ENCODING_VERSION = 1  # part of the cache key: raise it when the same row would give other ids
+BOM = b"\xef\xbb\xbf"
+ARRAY_PIECE = 1 << 20  # characters of a JSON array that are read at a time
+MAX_ARRAY_ROW = 1 << 26  # characters after which a row of an array that is still not whole is an error
 
 
 @dataclass(frozen=True)
@@ -40,24 +41,19 @@ def data_files(paths):
     return files
 
 
-def read_objects(path):
-    """Yield (place, object) from JSON Lines or one JSON array; place is file:line, or file:row of an array."""
+def read_items(path):
+    """Yield (place, JSON text as bytes) from JSON Lines or one JSON array: lines, or the values in the array.
+
+    place is file:line, or file:row of an array. Lines may be empty or anything but JSON.
+    """
     with open_rows(path) as file:
-        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+        start = file.read(4096).removeprefix(BOM).lstrip()
     if start.startswith(b"["):
         yield from read_array(path)
         return
     with open_rows(path) as file:
         for number, line in enumerate(file, start=1):
-            place = f"{path}:{number}"
-            text = decode_line(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, place)
-            if text.strip():
-                try:
-                    yield place, json.loads(text)
-                except json.JSONDecodeError as error:
-                    raise not_json(place, text, f"{error.msg} at column {error.colno}") from None
-                except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-                    raise not_json(place, text, error) from None
+            yield f"{path}:{number}", line.removeprefix(BOM) if number == 1 else line
 
 
 def open_rows(path):
@@ -68,24 +64,104 @@ def open_rows(path):
         raise ValueError(f"{path}: cannot be read ({error.strerror}): check its permissions") from None
 
 
-def not_json(place, text, reason):
-    """The error for a line that is not JSON; it shows how the line begins."""
-    return ValueError(f"{place}: {text.strip()[:60]!r}: not a JSON object ({reason}): mend or remove it")
+def parse_line(text, place):
+    """The JSON value of a line."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        reason = f"{error.msg} at column {error.colno}"
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        reason = error
+    raise ValueError(f"{place}: {text.strip()[:60]!r}: not a JSON object ({reason}): mend or remove it")
 
 
 def read_array(path):
-    """Yield (place, object) from a file that holds one JSON array."""
+    """Yield (place, JSON text as bytes) of the values in one JSON array; a piece of the file is in memory at a time."""
     with open_rows(path) as file:
-        lines = file.read().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    text = "\n".join(decode_line(line, f"{path}:{number}") for number, line in enumerate(lines, start=1))
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not a JSON array ({error.msg}): mend this line") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a JSON array ({error}): give rows of plain strings") from None
-    for number, row in enumerate(rows, start=1):
-        yield f"{path}:row {number}", row
+        text = ArrayText(path, file)
+        text.take("[")
+        separator = text.take("]") if text.peek() == "]" else ","
+        number = 0
+        while separator == ",":
+            number += 1
+            yield f"{path}:row {number}", text.take_value().encode()
+            separator = text.take(",]")
+        if text.peek():
+            raise text.error("Extra data", text.at)
+
+
+class ArrayText:
+    """The text of a file with one JSON array: a piece of it, and the place that is reached."""
+
+    skip_white_space = re.compile(r"[ \t\r\n]*").match
+    read_value = json.JSONDecoder().raw_decode
+
+    def __init__(self, path, file):
+        self.path = path
+        self.file = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        self.text, self.at, self.num_lines = "", 0, 0  # num_lines: those that are read and gone
+
+    def refill(self, size):
+        """Drop what has been read and add `size` characters; False, and nothing changes, at the end of the file."""
+        try:
+            piece = self.file.read(size)
+        except UnicodeDecodeError:
+            raise self.not_utf_8() from None
+        if not piece:
+            return False
+        self.num_lines += self.text.count("\n", 0, self.at)
+        self.text, self.at = self.text[self.at :] + piece, 0
+        return True
+
+    def peek(self):
+        """The next character that is not white space; '' at the end of the file."""
+        while True:
+            self.at = self.skip_white_space(self.text, self.at).end()
+            if self.at < len(self.text) or not self.refill(ARRAY_PIECE):
+                return self.text[self.at : self.at + 1]
+
+    def take(self, expected):
+        """Step over the next character, which is one of those expected, and return it."""
+        found = self.peek()
+        if not found or found not in expected:
+            raise self.error(f"Expecting '{expected[0]}' delimiter", self.at)
+        self.at += 1
+        return found
+
+    def take_value(self):
+        """Step over the next JSON value and return its text."""
+        self.peek()
+        while True:
+            try:
+                end, error = self.read_value(self.text, self.at)[1], None
+            except json.JSONDecodeError as caught:
+                end, error = len(self.text), caught
+            except (ValueError, RecursionError) as caught:
+                raise ValueError(f"{self.path}: not a JSON array ({caught}): give rows of plain strings") from None
+            # Where the piece ends inside a value, the value looks broken: read on and look again, each time at twice
+            # as much, so that a long row is not looked at too often.
+            rest = len(self.text) - self.at
+            if end < len(self.text) or rest > MAX_ARRAY_ROW or not self.refill(max(ARRAY_PIECE, rest)):
+                break
+        if error is not None:
+            raise self.error(error.msg, error.pos)
+        start, self.at = self.at, end
+        return self.text[start:end]
+
+    def error(self, message, position):
+        """The error for a character that JSON does not allow where it stands."""
+        line = self.num_lines + self.text.count("\n", 0, position) + 1
+        return ValueError(f"{self.path}:{line}: not a JSON array ({message}): mend this line")
+
+    def not_utf_8(self):
+        """The error for bytes that are not UTF-8; the file is read again to find their line."""
+        with open_rows(self.path) as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    decode_line(line.removeprefix(BOM) if number == 1 else line, f"{self.path}:{number}")
+                except ValueError as error:
+                    return error
+        raise AssertionError(f"{self.path} has changed while it was read")
 
 
 def decode_line(line, place):
@@ -104,11 +180,29 @@ def read_rows(paths, columns, need_response=True):
     """
     num_rows = 0
     for path in data_files(paths):
-        for place, row in read_objects(path):
-            yield check_row(row, place, columns, need_response)
+        for row in check_items(read_items(path), columns, need_response):
+            yield row
             num_rows += 1
     if not num_rows:
-        raise ValueError(f"{' '.join(paths)}: no row in it: give at least one")
+        raise no_row(paths)
+
+
+def no_row(paths):
+    """The error for files without rows."""
+    return ValueError(f"{' '.join(paths)}: no row in it: give at least one")
+
+
+def check_items(items, columns, need_response=True):
+    """Yield the checked rows of (place, JSON text as bytes, or the error that stands for it).
+
+    Lines of white space are no rows; errors are raised in their turn.
+    """
+    for place, item in items:
+        if isinstance(item, ValueError):
+            raise item
+        text = decode_line(item, place)
+        if text.strip():
+            yield check_row(parse_line(text, place), place, columns, need_response)
 
 
 def json_type(value):
@@ -163,125 +257,9 @@ def encode_row(query, answer, tokenizer, prompt, max_len, max_src_len):
     }
 
 
-def cache_key(files, tokenizer, settings):
-    """SHA-256 over the rows' bytes, the tokenizer's files and everything that decides the ids."""
-    digest = hashlib.sha256(json.dumps([ENCODING_VERSION, settings], sort_keys=True).encode())
-    for path in [*files, tokenizer.vocab_file]:
-        digest.update(b"\0file\0")
-        with open_rows(path) as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()[:32]
-
-
-def cache_folder():
-    """Where encoded rows are kept: beside the other caches of the `datasets` library."""
-    import datasets
-
-    return os.path.join(datasets.config.HF_DATASETS_CACHE, "chatglm-rows")
-
-
-def load_rows(paths, columns, tokenizer, mode, max_len, max_src_len, is_skip):
-    """The encoded training set: a memory-mapped `datasets.Dataset` with input_ids, num_unlabelled, num_labels, and
-    a dict of counts. Encoded by the first caller, read from the cache by all later ones (ranks and runs)."""
-    import datasets
-
-    settings = [mode.name, columns.prompt, columns.response, max_len, max_src_len, is_skip]
-    folder = os.path.join(cache_folder(), cache_key(data_files(paths), tokenizer, settings))
-    if not os.path.isdir(folder):
-        encode_to_folder(folder, paths, columns, tokenizer, mode.prompt, max_len, max_src_len, is_skip)
-    rows = datasets.load_from_disk(folder)
-    with open(os.path.join(folder, "counts.json"), encoding="utf-8") as file:
-        return rows, json.load(file)
-
-
-def encode_to_folder(folder, paths, columns, tokenizer, prompt, max_len, max_src_len, is_skip):
-    """Encode all rows into `folder`, which appears whole or not at all."""
-    import datasets
-
-    counts = dict.fromkeys(
-        ("rows", "skipped", "rows_cut", "source_tokens_cut", "answer_tokens_cut", "longest", "tokens", "labels"), 0
-    )
-
-    def encoded():
-        for row in read_rows(paths, columns):
-            item = encode_row(row["query"], row["answer"], tokenizer, prompt, max_len, max_src_len)
-            length = len(item["input_ids"]) + item["source_cut"] + item["answer_cut"]
-            counts["longest"] = max(counts["longest"], length)
-            if item["source_cut"] or item["answer_cut"]:
-                counts["rows_cut"] += 1
-                counts["source_tokens_cut"] += item["source_cut"]
-                counts["answer_tokens_cut"] += item["answer_cut"]
-                if is_skip:
-                    counts["skipped"] += 1
-                    continue
-            num_labels = len(item["input_ids"]) - item["num_unlabelled"]
-            counts["rows"] += 1
-            counts["tokens"] += len(item["input_ids"])
-            counts["labels"] += num_labels
-            yield {
-                "input_ids": item["input_ids"],
-                "num_unlabelled": item["num_unlabelled"],
-                "num_labels": num_labels,
-            }
-
-    features = datasets.Features(
-        {
-            "input_ids": datasets.List(datasets.Value("int32")),
-            "num_unlabelled": datasets.Value("int32"),
-            "num_labels": datasets.Value("int32"),
-        }
-    )
-    try:
-        os.makedirs(os.path.dirname(folder), exist_ok=True)
-        scratch = tempfile.mkdtemp(dir=os.path.dirname(folder))
-    except OSError as error:
-        raise ValueError(
-            f"{os.path.dirname(folder)}: encoded rows cannot be kept there ({error.strerror}):"
-            " set HF_DATASETS_CACHE to a folder that you may write"
-        ) from None
-    try:
-        with datasets.arrow_writer.ArrowWriter(path=os.path.join(scratch, "rows.arrow"), features=features) as writer:
-            for item in encoded():
-                writer.write(item)
-            writer.finalize()
-        if not counts["rows"]:
-            raise ValueError(
-                f"{' '.join(paths)}: --is_skip left no row of {counts['skipped']}: raise --max_len or --max_src_len"
-            )
-        whole = os.path.join(scratch, "whole")
-        rows = datasets.Dataset.from_file(os.path.join(scratch, "rows.arrow"))
-        rows.save_to_disk(whole)
-        with open(os.path.join(whole, "counts.json"), "w", encoding="utf-8") as file:
-            json.dump(counts, file)
-        try:
-            os.rename(whole, folder)
-        except OSError:  # another run was faster and its folder holds the same
-            if not os.path.isdir(folder):
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def describe_counts(counts, max_len, max_src_len, is_skip):
-    """What a run says once about its rows."""
-    share = counts["labels"] / max(1, counts["tokens"])
-    text = (
-        f"rows: {counts['rows']:,} with {counts['tokens']:,} tokens, {counts['labels']:,} of them supervised"
-        f" ({share:.0%}); the longest has {counts['longest']:,}"
-    )
-    if counts["rows_cut"]:
-        done = f"left out {counts['skipped']:,} rows" if is_skip else f"cut {counts['rows_cut']:,} rows"
-        text += (
-            f"\nrows: {done} over --max_len {max_len} / --max_src_len {max_src_len}:"
-            f" {counts['source_tokens_cut']:,} source and {counts['answer_tokens_cut']:,} answer tokens lost"
-        )
-    return text
-
-
 def show_row(row, tokenizer):
     """The first row as the model sees it: `【` before the supervised part and `】` behind it."""
-    ids, start = list(row["input_ids"]), row["num_unlabelled"]
+    ids, start = [int(token_id) for token_id in row["input_ids"]], row["num_unlabelled"]
     prompt, supervised = (text_with_control_tokens(part, tokenizer) for part in (ids[:start], ids[start:]))
     return f"first row ({len(ids)} tokens): {prompt}【{supervised}】"
 

@@ -54,7 +54,6 @@ def prepare_environment(device="auto"):
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     # Deprecation notes between the libraries, of no use to a reader of the training log.
     for place in ("torch.distributed", "transformers"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=place.replace(".", r"\."))

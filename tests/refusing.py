@@ -13,15 +13,15 @@ import sys
 import warnings
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import arguments
 import checkpoint
-import data_set
+import row_cache
 import utils
+import weights
 from modes import MODES
 
 ROOT = Path(arguments.__file__).resolve().parent
@@ -127,10 +127,11 @@ class Here:
 
     def allow_weights(self):
         """For errors that show only when weights are read."""
-        self.monkeypatch.setattr(checkpoint, "load_base", LOAD_BASE)
+        for module in (weights, checkpoint):
+            self.monkeypatch.setattr(module, "load_base", LOAD_BASE)
 
 
-LOAD_BASE = checkpoint.load_base
+LOAD_BASE = weights.load_base
 
 
 class NotNoticed(Exception):
@@ -142,13 +143,13 @@ def here(tmp_path, tmp_path_factory, monkeypatch, capsys):
     def too_late(*args, **kwargs):
         raise NotNoticed
 
-    datasets.disable_progress_bars()  # as the scripts ask for before they import the library
     cache = tmp_path_factory.mktemp("cache") / "rows"
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data_set, "cache_folder", lambda: str(cache))
-    monkeypatch.setattr(checkpoint, "load_base", too_late)
+    monkeypatch.setattr(row_cache, "cache_folder", lambda: str(cache))
+    for module in (weights, checkpoint):
+        monkeypatch.setattr(module, "load_base", too_late)
     monkeypatch.setattr(utils, "start_distributed", lambda device: None)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: int(os.environ.get("RANK", "0")))
     environment = dict(os.environ)

@@ -27,7 +27,7 @@ from refusing import (
 )
 
 import arguments
-import data_set
+import row_cache
 
 
 def test_good_input_is_not_refused(here):
@@ -158,7 +158,7 @@ def test_all_problems_at_once(here):
 
 def test_more_ranks_than_rows(here, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "5")
-    monkeypatch.setattr(data_set, "cache_folder", lambda: str(here.cache.parent / "filled"))
+    monkeypatch.setattr(row_cache, "cache_folder", lambda: str(here.cache.parent / "filled"))
     here.train_fails(says="--train_path: 4 rows for 5 processes: give at least one row to each, or start fewer")
 
 

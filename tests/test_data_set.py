@@ -1,16 +1,26 @@
 """Rows: how they are read, which ids carry loss, what is cached, how an epoch is shared out over the ranks."""
 
 import json
+import multiprocessing
 import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT, Golden
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import data_set
+import row_cache
 from batches import collate
-from data_set import Columns, data_files, encode_row, load_rows, read_rows, show_row
+from data_set import Columns, data_files, encode_row, read_rows, show_row
 from modes import MODES
+from row_cache import Encoding, load_rows
 
 GLM1 = os.path.join(os.path.dirname(__file__), "golden", "glm1")
 ROW = {"instruction": "问题", "input": "一", "output": "答案"}
@@ -27,7 +37,7 @@ def cache(tmp_path, monkeypatch):
     """An empty cache of encoded rows."""
     folder = tmp_path / "cache"
     folder.mkdir()
-    monkeypatch.setattr(data_set, "cache_folder", lambda: str(folder))
+    monkeypatch.setattr(row_cache, "cache_folder", lambda: str(folder))
     return folder
 
 
@@ -38,7 +48,7 @@ def encode(golden, tokenizer, query, answer, max_len=512, max_src_len=384):
 def ids_and_labels(row):
     """Of one row, through the batch that training sees."""
     batch = collate([row], pad_token_id=0)
-    return {name: tensor[0].tolist() for name, tensor in batch.items()}
+    return {name: batch[name][0].tolist() for name in ("input_ids", "labels")}
 
 
 def write(path, *lines):
@@ -50,9 +60,9 @@ def as_lines(rows):
     return [json.dumps(row, ensure_ascii=False) for row in rows]
 
 
-def load(golden, tokenizer, path, max_len=512, max_src_len=384, is_skip=False, columns=Columns()):
+def load(golden, tokenizer, path, max_len=512, max_src_len=384, is_skip=False, columns=Columns(), **kwargs):
     paths = path if isinstance(path, list) else [str(path)]
-    return load_rows(paths, columns, tokenizer, golden.mode, max_len, max_src_len, is_skip)
+    return load_rows(paths, columns, tokenizer, golden.mode, max_len, max_src_len, is_skip, **kwargs)
 
 
 def text_control_ids(tokenizer, ids):
@@ -276,6 +286,58 @@ def test_places_are_lines_of_the_file(tmp_path):
     assert [row["place"] for row in read_rows([array], Columns())] == [f"{array}:row {i}" for i in (1, 2, 3)]
 
 
+NESTED = [{**ROW, "more": [1, -2.5e3, {"a": [[], {}]}, True, None, "[,]} \\u6c34 \\\\"]}, 12, "é水😀"] * 3
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 7, 50])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_array_is_read_in_pieces(tmp_path, monkeypatch, piece, indent):
+    monkeypatch.setattr(data_set, "ARRAY_PIECE", piece)
+    path = write(tmp_path / "rows.json", "", json.dumps(NESTED, ensure_ascii=False, indent=indent), "")
+    found = list(data_set.read_items(path))
+    assert [json.loads(text) for _, text in found] == NESTED and found[-1][0] == f"{path}:row 9"
+    assert [list(data_set.read_items(write(tmp_path / "no.json", text))) for text in ("[]", " [ ] ")] == [[], []]
+
+
+@pytest.mark.parametrize("piece", [1, 5, 1000])
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("[1,\n2,\n3", r":3: not a JSON array \(Expecting ',' delimiter\)"),
+        ("[1,\n2\n\n3]", r":4: not a JSON array \(Expecting ',' delimiter\)"),
+        ("[1,\n2,\n]", r":3: not a JSON array \(Expecting value\)"),
+        ("[1,\n2,\n", r"rows.json:[34]: not a JSON array \(Expecting value\)"),
+        ('[1,\n"ab', r":2: not a JSON array \(Unterminated string starting at\)"),
+        ('[1,\n{"a" 2}]', r":2: not a JSON array \(Expecting ':' delimiter\)"),
+        ('[{"a": 1},\n{"a":\n2},\n\n{"a":\n3,\n"b" 4}]', r":7: not a JSON array \(Expecting ':' delimiter\)"),
+        ('\n[{"a": 1},\n\n{"a":\n2}\n, {"a":\n3', r":7: not a JSON array \(Expecting ',' delimiter\)"),
+        ("[1,\n2]\n\n{}", r":4: not a JSON array \(Extra data\)"),
+        ("[1] [2]", r":1: not a JSON array \(Extra data\)"),
+        ("[1, 2", r":1: not a JSON array \(Expecting ',' delimiter\)"),
+        ("[", r":1: not a JSON array \(Expecting value\)"),
+        ("[1,\n2,\n'\udcff']", r":3: not UTF-8 \(invalid start byte at byte 1 of the line\)"),
+    ],
+)
+def test_a_broken_array_is_named_with_its_line(tmp_path, monkeypatch, piece, text, says):
+    monkeypatch.setattr(data_set, "ARRAY_PIECE", piece)
+    path = tmp_path / "rows.json"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=says):
+        list(data_set.read_items(str(path)))
+
+
+def test_a_broken_array_is_not_read_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_set, "ARRAY_PIECE", 10)
+    monkeypatch.setattr(data_set, "MAX_ARRAY_ROW", 100)
+    path = write(tmp_path / "rows.json", "[1,", '"' + "x" * 10_000)
+    with open(path, "rb") as file:
+        text = data_set.ArrayText(path, file)
+        with pytest.raises(ValueError, match=r"rows\.json:2: not a JSON array \(Unterminated string"):
+            assert (text.take("["), text.take_value(), text.take(",")) == ("[", "1", ",")
+            text.take_value()
+        assert len(text.text) < 300
+
+
 def test_several_files_and_folders_in_order(tmp_path):
     folder = tmp_path / "rows[1]*"  # not a pattern
     folder.mkdir()
@@ -317,7 +379,7 @@ def test_counts(golden, tokenizer, rows_path, cache):
     assert [ids_and_labels(row) for row in rows] == short
     lost = [len(a["input_ids"]) - len(b["input_ids"]) for a, b in zip(whole, short)]
     num_labels = [sum(label != -100 for label in row["labels"]) for row in short]
-    assert rows["num_labels"][:] == num_labels
+    assert rows.num_labels.tolist() == num_labels
     assert counts["rows"] == len(rows) == len(short)
     assert counts["rows_cut"] == sum(n > 0 for n in lost)
     assert counts["source_tokens_cut"] + counts["answer_tokens_cut"] == sum(lost)
@@ -325,7 +387,7 @@ def test_counts(golden, tokenizer, rows_path, cache):
     assert counts["longest"] == max(len(row["input_ids"]) for row in whole)
     assert counts["tokens"] == sum(len(row["input_ids"]) for row in short)
     assert counts["labels"] == sum(num_labels)
-    said = data_set.describe_counts(counts, 96, 48, is_skip=False)
+    said = row_cache.describe_counts(counts, 96, 48, is_skip=False)
     assert f"rows: {counts['rows']} with {counts['tokens']:,} tokens, {counts['labels']:,} of them supervised" in said
     assert f"cut {counts['rows_cut']} rows over --max_len 96 / --max_src_len 48: {counts['source_tokens_cut']}" in said
 
@@ -340,15 +402,15 @@ def test_counts_of_answers_cut_and_rows_skipped(golden, tokenizer, tmp_path, cac
     assert 0 < counts["source_tokens_cut"] < 100
     kept, counts = load(golden, tokenizer, path, 64, 40, is_skip=True)
     assert (len(kept), counts["rows"], counts["skipped"], counts["rows_cut"]) == (1, 1, 2, 2)
-    assert kept[0]["input_ids"] == ids[0]["input_ids"]
-    assert "left out 2 rows" in data_set.describe_counts(counts, 64, 40, is_skip=True)
+    assert kept[0]["input_ids"].tolist() == ids[0]["input_ids"]
+    assert "left out 2 rows" in row_cache.describe_counts(counts, 64, 40, is_skip=True)
 
 
 def test_rows_are_encoded_once(golden, tokenizer, rows_path, cache, monkeypatch):
     first = load(golden, tokenizer, rows_path)
-    monkeypatch.setattr(data_set, "encode_row", lambda *args: pytest.fail("encoded again"))
+    monkeypatch.setattr(row_cache, "encode_row", lambda *args: pytest.fail("encoded again"))
     second = load(golden, tokenizer, rows_path)
-    assert first[1] == second[1] and first[0][:] == second[0][:]
+    assert first[1] == second[1] and first[0].ids.tolist() == second[0].ids.tolist()
     assert len(os.listdir(cache)) == 1
 
 
@@ -377,7 +439,7 @@ def test_a_change_of_rows_or_flags_is_noticed(golden, tokenizer, rows_path, cach
 def test_families_do_not_share_cached_rows(tokenizer, golden, rows_path):
     """glm2 and glm3 have the same vocabulary file."""
     keys = {
-        data_set.cache_key([rows_path], tokenizer, [name, None, "output", 512, 384, False])
+        row_cache.cache_key([rows_path], tokenizer, [name, None, "output", 512, 384, False])
         for name in ("glm", "glm2", "glm3")
     }
     assert len(keys) == 3
@@ -394,7 +456,7 @@ def test_a_bad_row_leaves_nothing_behind(golden, tokenizer, rows_path, cache, ba
 
 def test_two_runs_that_encode_at_once_do_not_disturb_each_other(golden, tokenizer, rows_path, cache, monkeypatch):
     """While this run encodes, another one finishes the same folder."""
-    original, done = data_set.encode_row, []
+    original, done = row_cache.encode_row, []
 
     def encode_while_another_run_does(*args):
         if not done:
@@ -402,7 +464,7 @@ def test_two_runs_that_encode_at_once_do_not_disturb_each_other(golden, tokenize
             load(golden, tokenizer, rows_path)
         return original(*args)
 
-    monkeypatch.setattr(data_set, "encode_row", encode_while_another_run_does)
+    monkeypatch.setattr(row_cache, "encode_row", encode_while_another_run_does)
     rows, counts = load(golden, tokenizer, rows_path)
     assert len(rows) == counts["rows"] == len(golden.values["rows"])
     assert len(os.listdir(cache)) == 1
@@ -411,7 +473,7 @@ def test_two_runs_that_encode_at_once_do_not_disturb_each_other(golden, tokenize
 def test_a_cache_that_cannot_be_written_is_named(golden, tokenizer, rows_path, tmp_path, monkeypatch):
     blocked = tmp_path / "file" / "cache"
     blocked.parent.write_text("")
-    monkeypatch.setattr(data_set, "cache_folder", lambda: str(blocked))
+    monkeypatch.setattr(row_cache, "cache_folder", lambda: str(blocked))
     with pytest.raises(ValueError, match=rf"{blocked}: encoded rows cannot be kept there \(.+\): set HF_DATASETS_"):
         load(golden, tokenizer, rows_path)
 
@@ -426,4 +488,268 @@ def test_collate_takes_rows_of_the_data_set(golden, tokenizer, rows_path, cache)
         padding = length - len(row["input_ids"])
         assert batch["input_ids"][i].tolist() == row["input_ids"] + [tokenizer.pad_token_id] * padding
         assert batch["labels"][i].tolist() == row["labels"] + [-100] * padding
-    assert int((batch["labels"] != -100).sum()) == rows[0]["num_labels"] + rows[7]["num_labels"]
+    assert int((batch["labels"] != -100).sum()) == rows.num_labels[[0, 7]].sum()
+
+
+@pytest.fixture(scope="module")
+def glm3():
+    return Golden("glm3")
+
+
+@pytest.fixture(scope="module")
+def tokenizer3(glm3):
+    return glm3.tokenizer()
+
+
+def test_rows_are_views_of_the_file(golden, tokenizer, rows_path, cache):
+    rows, _ = load(golden, tokenizer, rows_path, 96, 48)
+    wanted = [
+        encode(golden, tokenizer, row["instruction"] + row["input"], row["output"], 96, 48)
+        for row in golden.values["rows"]
+    ]
+    assert [row["input_ids"].tolist() for row in rows] == [row["input_ids"] for row in wanted]
+    assert [row["num_unlabelled"] for row in rows] == [row["num_unlabelled"] for row in wanted]
+    assert rows.lengths.tolist() == [len(row["input_ids"]) for row in wanted]
+    assert rows.num_labels.tolist() == [len(row["input_ids"]) - row["num_unlabelled"] for row in wanted]
+    assert all(row["input_ids"].base is not None and not row["input_ids"].flags.writeable for row in rows)
+    assert type(rows[0]["num_unlabelled"]) is int
+    assert rows[-1]["input_ids"].tolist() == wanted[-1]["input_ids"]
+    for outside in (len(rows), -len(rows) - 1):
+        with pytest.raises(IndexError):
+            rows[outside]
+    assert show_row(rows[0], tokenizer) == show_row(wanted[0], tokenizer)
+
+
+def test_ids_take_16_bits_where_the_vocabulary_fits(glm3, tokenizer3, tmp_path, cache, monkeypatch):
+    def id_type(vocab_size):
+        return Encoding(Columns(), SimpleNamespace(vocab_size=vocab_size), glm3.mode, 96, 48, False).id_type
+
+    assert [id_type(size) for size in (64798, 2**16, 2**16 + 1, 130344)] == ["uint16", "uint16", "int32", "int32"]
+    path = write(tmp_path / "rows.json", *as_lines(glm3.values["rows"]))
+    small, _ = load(glm3, tokenizer3, path)
+    monkeypatch.setattr(type(tokenizer3), "vocab_size", 2**16 + 1)
+    large, _ = load(glm3, tokenizer3, path, max_len=513)
+    assert (small.ids.dtype, large.ids.dtype) == ("uint16", "int32")
+    assert small.ids.tolist() == large.ids.tolist()
+
+
+@pytest.mark.parametrize("name", ["ids.bin", "offsets.bin", "num_unlabelled.bin", "counts.json"])
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_damaged_rows_are_noticed(glm3, tokenizer3, tmp_path, cache, name, share):
+    path = write(tmp_path / "rows.json", *as_lines(glm3.values["rows"] + [ROW]))
+    load(glm3, tokenizer3, path)
+    [folder] = cache.iterdir()
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(ValueError, match=f"{folder}: encoded rows are damaged: remove this folder"):
+        load(glm3, tokenizer3, path)
+
+
+# ---------------------------------------------------------------- several processes
+
+
+@pytest.fixture
+def small_pool(monkeypatch):
+    """A pool for few rows."""
+    monkeypatch.setattr(row_cache, "BATCH_ROWS", 100)
+    monkeypatch.setattr(row_cache, "MIN_POOL_BATCHES", 2)
+
+
+def many_rows(num_rows):
+    return [{**ROW, "input": str(n), "output": "风" * (n % 90)} for n in range(1, num_rows + 1) if n % 90]
+
+
+def test_two_processes_give_the_same_files_as_one(glm3, tokenizer3, tmp_path, small_pool, monkeypatch, capsys):
+    lines = as_lines(many_rows(3000))
+    lines.insert(7, " \u3000 ")
+    paths = [write(tmp_path / "a.json", *lines[:2500]), write(tmp_path / "b.json", f"[{','.join(lines[2500:])}]")]
+    found, said = [], []
+    for num_proc in (1, 2):
+        cache = tmp_path / str(num_proc)
+        monkeypatch.setattr(row_cache, "cache_folder", lambda folder=str(cache): folder)
+        rows, _ = load(glm3, tokenizer3, paths, 64, 40, is_skip=True, num_proc=num_proc)
+        assert 1000 < len(rows) < 2900
+        found.append({str(p.relative_to(cache)): p.read_bytes() for p in cache.rglob("*") if p.is_file()})
+        said.append(capsys.readouterr().out)
+    assert found[0] == found[1] and len(found[0]) == 4
+    assert said[0].startswith("encoded 2,967 rows in ") and said[0].endswith(" s with 1 process\n")
+    assert said[1].startswith("encoded 2,967 rows in ") and said[1].endswith(" s with 2 processes\n")
+    assert not multiprocessing.active_children()
+
+
+def test_few_rows_need_no_pool(glm3, tokenizer3, tmp_path, cache, capsys):
+    load(glm3, tokenizer3, write(tmp_path / "rows.json", *as_lines(many_rows(50))), num_proc=2)
+    assert "with 1 process\n" in capsys.readouterr().out
+
+
+def test_the_first_bad_row_of_the_file_is_reported(glm3, tokenizer3, tmp_path, cache, small_pool):
+    """Later ones are found sooner: by the second process, and by the reader of the second file."""
+    lines = as_lines([{**ROW, "input": "水" * 20_000}] * 60) + ["{"] * 300
+    paths = [write(tmp_path / "a.json", *lines), write(tmp_path / "b.json", "[1, 2")]
+    with pytest.raises(ValueError, match=r"a\.json:61: '{': not a JSON object"):
+        load(glm3, tokenizer3, paths, num_proc=2)
+    assert os.listdir(cache) == [] and not multiprocessing.active_children()
+
+
+def test_what_cannot_be_read_is_reported_in_its_turn(glm3, tokenizer3, tmp_path, cache, small_pool):
+    good = write(tmp_path / "a.json", *as_lines(many_rows(250)))
+    broken = write(tmp_path / "b.json", f"[{json.dumps(ROW)}")
+    with pytest.raises(ValueError, match=r"b\.json:2: not a JSON array \(Expecting ',' delimiter\)"):
+        load(glm3, tokenizer3, [good, broken], num_proc=2)
+
+
+def encoding_of(glm3, tokenizer3):
+    return Encoding(Columns(), tokenizer3, glm3.mode, 512, 384, False)
+
+
+def test_a_process_that_dies_is_an_error(glm3, tokenizer3):
+    def batches():
+        for n in range(50):
+            if n == 3:
+                for child in multiprocessing.active_children():
+                    os.kill(child.pid, signal.SIGKILL)
+            yield [("here:1", json.dumps(ROW).encode())] * 100
+
+    with pytest.raises(ValueError, match="--num_proc 2: a process that encoded rows was ended from outside"):
+        list(row_cache.encode_in_pool(batches(), encoding_of(glm3, tokenizer3), 2))
+    assert not multiprocessing.active_children()
+
+
+ENDLESS = """
+import itertools, multiprocessing, sys
+from data_set import Columns
+from row_cache import Encoding, encode_in_pool
+from modes import MODES
+
+mode = MODES["glm3"]
+encoding = Encoding(Columns(), mode.tokenizer_class.from_pretrained(sys.argv[1]), mode, 512, 384, False)
+batch = [("here:1", b'{"instruction": "a", "input": "", "output": "b"}')] * 1000
+for number, _ in enumerate(encode_in_pool(itertools.repeat(batch), encoding, 2)):
+    if number == 3:
+        print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "killed"])
+def test_no_process_is_left_behind(glm3, number):
+    command = [sys.executable, "-c", ENDLESS, glm3.folder]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **streams)
+    try:
+        pids = [int(word) for word in process.stdout.readline().split()]
+        assert 1 <= len(pids) <= 2
+        os.killpg(process.pid, number) if number == signal.SIGINT else process.kill()
+        errors = process.communicate(timeout=30)[1]
+        for _ in range(200):
+            if not any(is_running(pid) for pid in pids):
+                break
+            time.sleep(0.05)
+        else:
+            pytest.fail("a process of the pool is still there")
+        assert ("KeyboardInterrupt" in errors) == (number == signal.SIGINT), errors
+    finally:
+        process.kill()
+
+
+def is_running(pid):
+    """Is there such a process, and not only what is left of one that nobody has asked about?"""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+# ---------------------------------------------------------------- waiting for the process that encodes
+
+
+@pytest.fixture
+def fast_heart(monkeypatch):
+    for name, seconds in (("BEAT_SECONDS", 0.02), ("SILENT_SECONDS", 0.4), ("POLL_SECONDS", 0.01)):
+        monkeypatch.setattr(row_cache, name, seconds)
+
+
+def encode_slowly(monkeypatch, seconds):
+    original = row_cache.encode_row
+    monkeypatch.setattr(row_cache, "encode_row", lambda *args: (time.sleep(seconds), original(*args))[1])
+
+
+def folder_of(glm3, tokenizer3, path, cache):
+    """Where `load` keeps the rows of this file."""
+    return cache / row_cache.cache_key([path], tokenizer3, ["glm3", None, "output", 512, 384, False])
+
+
+@pytest.mark.parametrize("is_stale", [False, True])
+def test_the_others_wait_while_the_heart_beats(glm3, tokenizer3, rows_path3, cache, fast_heart, monkeypatch, is_stale):
+    """Longer than a silence may last; a file of a killed run changes nothing."""
+    heart = f"{folder_of(glm3, tokenizer3, rows_path3, cache)}.encoding"
+    if is_stale:
+        open(heart, "w").close()
+        os.utime(heart, (1, 1))
+    encode_slowly(monkeypatch, 0.1)  # 9 rows
+    found = []
+    other = threading.Thread(target=lambda: found.append(load(glm3, tokenizer3, rows_path3, encodes=False)))
+    other.start()
+    time.sleep(0.1)
+    started = time.monotonic()
+    rows, counts = load(glm3, tokenizer3, rows_path3)
+    assert time.monotonic() - started > row_cache.SILENT_SECONDS
+    other.join(timeout=10)
+    assert found[0][1] == counts and found[0][0].ids.tolist() == rows.ids.tolist()
+    assert os.listdir(cache) == [os.path.basename(heart).removesuffix(".encoding")]
+
+
+def test_rows_that_are_there_are_not_waited_for(glm3, tokenizer3, rows_path3, cache, monkeypatch):
+    first, _ = load(glm3, tokenizer3, rows_path3)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits"))
+    second, _ = load(glm3, tokenizer3, rows_path3, encodes=False)
+    assert first.ids.tolist() == second.ids.tolist()
+
+
+@pytest.mark.parametrize("is_stale", [False, True])
+def test_a_silent_process_is_noticed(glm3, tokenizer3, rows_path3, cache, fast_heart, is_stale):
+    heart = f"{folder_of(glm3, tokenizer3, rows_path3, cache)}.encoding"
+    if is_stale:
+        open(heart, "w").close()
+        os.utime(heart, (1, 1))
+    started = time.monotonic()
+    says = rf"{heart}: not touched for 0\.4 s: the process of this host that encodes the rows \(LOCAL_RANK 0\) has"
+    with pytest.raises(ValueError, match=says):
+        load(glm3, tokenizer3, rows_path3, encodes=False)
+    assert time.monotonic() - started > row_cache.SILENT_SECONDS
+
+
+def test_a_bad_row_is_told_by_the_process_that_found_it(glm3, tokenizer3, rows_path3, cache, fast_heart, monkeypatch):
+    """The others say nothing until the launcher has had its time to end them."""
+    with open(rows_path3, "a", encoding="utf-8") as file:
+        file.write("{")
+    encode_slowly(monkeypatch, 0.02)
+    ended = []
+
+    def wait():
+        with pytest.raises(ValueError, match="not touched for"):
+            load(glm3, tokenizer3, rows_path3, encodes=False)
+        ended.append(time.monotonic())
+
+    other = threading.Thread(target=wait)
+    other.start()
+    with pytest.raises(ValueError, match=r"rows\.json:10: "):
+        load(glm3, tokenizer3, rows_path3)
+    failed = time.monotonic()
+    assert os.listdir(cache) == []
+    other.join(timeout=10)
+    assert ended[0] - failed > 0.9 * row_cache.SILENT_SECONDS
+
+
+def test_another_run_that_ends_first_does_not_stop_the_heart(tmp_path, fast_heart):
+    path = tmp_path / "x.encoding"
+    with row_cache.heartbeat(str(path)):
+        path.unlink()  # what the other run does at its end
+        time.sleep(0.2)
+        assert path.exists()
+    assert not path.exists()
+
+
+@pytest.fixture
+def rows_path3(glm3, tmp_path):
+    return write(tmp_path / "rows.json", *as_lines(glm3.values["rows"]))

@@ -1,0 +1,359 @@
+"""Encoded rows: made once by all cores of a host, kept on disk, mapped into memory by every process and later run."""
+
+import collections
+import concurrent.futures.process
+import contextlib
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import pathlib
+import signal
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+
+from data_set import (
+    Columns,
+    check_items,
+    data_files,
+    encode_row,
+    no_row,
+    open_rows,
+    read_items,
+)
+from modes import Mode
+from utils import is_main, print_rank_0
+
+ENCODING_VERSION = 2  # part of the cache key: raise it when the same row would give other ids, or other files
+BATCH_ROWS, BATCH_BYTES = 1000, 1 << 20  # what a process encodes at a time: the first limit that is reached
+BATCHES_IN_FLIGHT = 3  # for each process, being encoded or waiting; this bounds the memory
+MIN_POOL_BATCHES = 20  # fewer are encoded by one process before several have started
+BEAT_SECONDS, SILENT_SECONDS, POLL_SECONDS = 5, 120, 0.2  # of the process that encodes and of those that wait
+COUNTS = ("rows", "skipped", "rows_cut", "source_tokens_cut", "answer_tokens_cut", "longest", "tokens", "labels")
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Everything that decides the ids of a row."""
+
+    columns: Columns
+    tokenizer: object
+    mode: Mode
+    max_len: int
+    max_src_len: int
+    is_skip: bool
+
+    @property
+    def id_type(self):
+        """Name of the smallest type that holds every id."""
+        return "uint16" if self.tokenizer.vocab_size <= 1 << 16 else "int32"
+
+
+def encode_batch(batch, encoding):
+    """Encode the rows of `check_items`.
+
+    Returns (ids of all rows one after another, tokens of each row, num_unlabelled of each row, counts).
+    """
+    import numpy
+
+    counts, ids, lengths, num_unlabelled = dict.fromkeys(COUNTS, 0), [], [], []
+    prompt = encoding.mode.prompt
+    for row in check_items(batch, encoding.columns):
+        item = encode_row(
+            row["query"], row["answer"], encoding.tokenizer, prompt, encoding.max_len, encoding.max_src_len
+        )
+        length = len(item["input_ids"])
+        counts["longest"] = max(counts["longest"], length + item["source_cut"] + item["answer_cut"])
+        if item["source_cut"] or item["answer_cut"]:
+            counts["rows_cut"] += 1
+            counts["source_tokens_cut"] += item["source_cut"]
+            counts["answer_tokens_cut"] += item["answer_cut"]
+            if encoding.is_skip:
+                counts["skipped"] += 1
+                continue
+        counts["rows"] += 1
+        counts["tokens"] += length
+        counts["labels"] += length - item["num_unlabelled"]
+        ids += item["input_ids"]
+        lengths.append(length)
+        num_unlabelled.append(item["num_unlabelled"])
+    return (
+        numpy.array(ids, encoding.id_type),
+        numpy.array(lengths, "int64"),
+        numpy.array(num_unlabelled, "int32"),
+        counts,
+    )
+
+
+def read_batches(paths):
+    """Yield lists of items for `check_items` from all files.
+
+    Where reading fails, the error is the last item: rows before it, which other processes check, may have faults of
+    their own, and the first fault is the one to report.
+    """
+    batch, num_bytes = [], 0
+    try:
+        for path in data_files(paths):
+            for place, item in read_items(path):
+                batch.append((place, item))
+                num_bytes += len(item)
+                if len(batch) == BATCH_ROWS or num_bytes >= BATCH_BYTES:
+                    yield batch
+                    batch, num_bytes = [], 0
+    except ValueError as error:
+        batch.append(("", error))
+    if batch:
+        yield batch
+
+
+def encode_in_pool(batches, encoding, num_proc):
+    """Yield `encode_batch` of each batch, in their order, from `num_proc` processes."""
+    # Fresh interpreters: a fork would copy locks of torch, gloo and CUDA, but not the threads that would free them.
+    # They import the tokenizer's module and no torch. The executor, unlike multiprocessing.Pool, notices a death.
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(num_proc, context, start_worker, (encoding,))
+    results = collections.deque()
+    try:
+        for batch in batches:
+            results.append(pool.submit(encode_in_worker, batch))
+            if len(results) > BATCHES_IN_FLIGHT * num_proc:
+                yield results.popleft().result()
+        while results:
+            yield results.popleft().result()
+    except concurrent.futures.process.BrokenProcessPool:
+        raise ValueError(
+            f"--num_proc {num_proc}: a process that encoded rows was ended from outside, perhaps for want of memory:"
+            " start again with fewer"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def start_worker(encoding):
+    """Prepare a process of the pool."""
+    global worker_encoding
+    worker_encoding = encoding  # sent once and not with each batch
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the first one ends the others
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent():
+    """A parent that is killed cannot end the pool; without it a worker would wait for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def encode_in_worker(batch):
+    """`encode_batch` in a process of the pool."""
+    return encode_batch(batch, worker_encoding)
+
+
+def cache_key(files, tokenizer, settings):
+    """SHA-256 over the rows' bytes, the tokenizer's files and everything that decides the ids."""
+    digest = hashlib.sha256(json.dumps([ENCODING_VERSION, settings], sort_keys=True).encode())
+    for path in [*files, tokenizer.vocab_file]:
+        digest.update(b"\0file\0")
+        with open_rows(path) as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:32]
+
+
+def cache_folder():
+    """Where encoded rows are kept: beside the caches of the Hugging Face libraries."""
+    from huggingface_hub.constants import HF_HOME
+
+    parent = os.environ.get("HF_DATASETS_CACHE") or os.path.join(HF_HOME, "datasets")
+    return os.path.join(os.path.expanduser(parent), "chatglm-rows")
+
+
+class EncodedRows:
+    """Encoded rows in their folder, mapped into memory: what is touched is read, once for all processes of a host.
+
+    rows[n] is {"input_ids": integers (L,), a view of the file, "num_unlabelled": int}.
+    """
+
+    def __init__(self, folder):
+        import numpy
+
+        def numbers(name, dtype):
+            # A plain view: slices of a memmap take ten times longer.
+            return numpy.memmap(os.path.join(folder, f"{name}.bin"), dtype, mode="r").view(numpy.ndarray)
+
+        try:
+            with open(os.path.join(folder, "counts.json"), encoding="utf-8") as file:
+                self.counts = json.load(file)
+            self.ids = numbers("ids", self.counts["id_type"])
+            self.offsets = numbers("offsets", "int64")  # row n is ids[offsets[n]:offsets[n + 1]]
+            self.num_unlabelled = numbers("num_unlabelled", "int32")
+            is_whole = len(self.offsets) == len(self) + 1 and self.offsets[-1] == len(self.ids)
+        except (OSError, ValueError):
+            is_whole = False
+        if not is_whole:  # the machine went down before the disk had it all
+            raise ValueError(f"{folder}: encoded rows are damaged: remove this folder, they will be encoded again")
+
+    def __len__(self):
+        return len(self.num_unlabelled)
+
+    def __getitem__(self, n):
+        n = range(len(self))[n]  # IndexError outside; from the end where negative
+        ids = self.ids[self.offsets[n] : self.offsets[n + 1]]
+        return {"input_ids": ids, "num_unlabelled": int(self.num_unlabelled[n])}
+
+    @property
+    def lengths(self):
+        """Tokens of each row: int64 (N,)."""
+        return self.offsets[1:] - self.offsets[:-1]
+
+    @property
+    def num_labels(self):
+        """Supervised tokens of each row: int64 (N,)."""
+        return self.lengths - self.num_unlabelled
+
+
+def load_rows(paths, columns, tokenizer, mode, max_len, max_src_len, is_skip, num_proc=0, encodes=True):
+    """(EncodedRows, dict of counts) of the training set, from the cache where it is there.
+
+    Otherwise it is encoded by `num_proc` processes (0: all cores) if this process is the one that `encodes`, and
+    waited for in the others.
+    """
+    encoding = Encoding(columns, tokenizer, mode, max_len, max_src_len, is_skip)
+    settings = [mode.name, columns.prompt, columns.response, max_len, max_src_len, is_skip]
+    folder = os.path.join(cache_folder(), cache_key(data_files(paths), tokenizer, settings))
+    if not encodes:
+        wait_for_rows(folder)
+    elif not os.path.isdir(folder):
+        encode_to_folder(folder, paths, encoding, num_proc)
+    rows = EncodedRows(folder)
+    return rows, rows.counts
+
+
+def encode_to_folder(folder, paths, encoding, num_proc):
+    """Encode all rows into `folder`, which appears whole or not at all."""
+    parent = os.path.dirname(folder)
+    try:
+        os.makedirs(parent, exist_ok=True)
+        with heartbeat(f"{folder}.encoding"), tempfile.TemporaryDirectory(dir=parent) as scratch:
+            whole = os.path.join(scratch, "whole")
+            os.mkdir(whole)
+            write_rows(whole, paths, encoding, num_proc)
+            try:
+                os.rename(whole, folder)
+            except OSError:  # another run was faster and its folder holds the same
+                if not os.path.isdir(folder):
+                    raise
+    except OSError as error:
+        raise ValueError(
+            f"{parent}: encoded rows cannot be kept there ({error.strerror}):"
+            " set HF_DATASETS_CACHE to a folder that you may write, with room"
+        ) from None
+
+
+def write_rows(folder, paths, encoding, num_proc):
+    """Encode all rows into files of plain numbers, which `EncodedRows` maps, and counts.json."""
+    import numpy
+    from tqdm import tqdm
+
+    started = time.time()
+    batches = read_batches(paths)
+    head = list(itertools.islice(batches, MIN_POOL_BATCHES))
+    num_proc = 1 if len(head) < MIN_POOL_BATCHES else num_proc or len(os.sched_getaffinity(0))
+    batches = itertools.chain(head, batches)
+    if num_proc == 1:
+        results = (encode_batch(batch, encoding) for batch in batches)
+    else:
+        results = encode_in_pool(batches, encoding, num_proc)
+
+    counts = dict.fromkeys(COUNTS, 0)
+    is_shown = is_main() and sys.stderr.isatty()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(results))  # ends the pool, whatever happens here
+        files = {
+            name: stack.enter_context(open(os.path.join(folder, f"{name}.bin"), "wb"))
+            for name in ("ids", "offsets", "num_unlabelled")
+        }
+        bar = stack.enter_context(tqdm(desc="encoding", unit="row", unit_scale=True, disable=not is_shown))
+        numpy.zeros(1, "int64").tofile(files["offsets"])
+        for ids, lengths, num_unlabelled, found in results:
+            ids.tofile(files["ids"])
+            (counts["tokens"] + lengths.cumsum()).tofile(files["offsets"])
+            num_unlabelled.tofile(files["num_unlabelled"])
+            longest = max(counts["longest"], found["longest"])
+            counts = {name: counts[name] + found[name] for name in COUNTS} | {"longest": longest}
+            bar.update(found["rows"] + found["skipped"])
+    num_rows = counts["rows"] + counts["skipped"]
+    if not num_rows:
+        raise no_row(paths)
+    if not counts["rows"]:
+        raise ValueError(
+            f"{' '.join(paths)}: --is_skip left no row of {counts['skipped']}: raise --max_len or --max_src_len"
+        )
+    with open(os.path.join(folder, "counts.json"), "w", encoding="utf-8") as file:
+        json.dump({**counts, "id_type": encoding.id_type}, file)
+    if not is_shown:
+        processes = "1 process" if num_proc == 1 else f"{num_proc} processes"
+        print_rank_0(f"encoded {num_rows:,} rows in {time.time() - started:.1f} s with {processes}")
+
+
+@contextlib.contextmanager
+def heartbeat(path):
+    """Touch a file every few seconds while the block runs; remove it afterwards, also where the block fails."""
+    is_over = threading.Event()
+
+    def beat():
+        while not is_over.wait(BEAT_SECONDS):
+            with contextlib.suppress(OSError):  # one beat may be missed
+                pathlib.Path(path).touch()  # made again where another run, that encodes the same, has removed it
+
+    pathlib.Path(path).touch()
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+        pathlib.Path(path).unlink(missing_ok=True)
+
+
+def wait_for_rows(folder):
+    """Wait until another process has made the folder; ValueError where its heart has stopped.
+
+    A heart beats where the file's time changes while this process looks: clocks of hosts may differ, and the file of
+    a killed run may lie there. A process that failed with an error is silent, too: the launcher ends this one then.
+    """
+    path = pathlib.Path(f"{folder}.encoding")
+    last_beat, last_change = None, time.monotonic()
+    while not os.path.isdir(folder):
+        try:
+            beat = path.stat().st_mtime_ns
+        except OSError:
+            beat = None  # not begun, or over
+        if beat != last_beat:
+            last_beat, last_change = beat, time.monotonic()
+        if time.monotonic() - last_change > SILENT_SECONDS:
+            raise ValueError(
+                f"{path}: not touched for {SILENT_SECONDS} s: the process of this host that encodes the rows"
+                " (LOCAL_RANK 0) has ended or hangs: look for its message and start again"
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def describe_counts(counts, max_len, max_src_len, is_skip):
+    """What a run says once about its rows."""
+    share = counts["labels"] / max(1, counts["tokens"])
+    text = (
+        f"rows: {counts['rows']:,} with {counts['tokens']:,} tokens, {counts['labels']:,} of them supervised"
+        f" ({share:.0%}); the longest has {counts['longest']:,}"
+    )
+    if counts["rows_cut"]:
+        done = f"left out {counts['skipped']:,} rows" if is_skip else f"cut {counts['rows_cut']:,} rows"
+        text += (
+            f"\nrows: {done} over --max_len {max_len} / --max_src_len {max_src_len}:"
+            f" {counts['source_tokens_cut']:,} source and {counts['answer_tokens_cut']:,} answer tokens lost"
+        )
+    return text
