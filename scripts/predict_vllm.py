@@ -1,0 +1,293 @@
+"""Answer the rows of a file with a vLLM server: the same rows, prompts and output lines as predict.py.
+
+    python scripts/predict_vllm.py --url http://127.0.0.1:8000 --model_path output-glm3/epoch-2-step-720-merged \
+        --test_path data/spo_1.json --output_path predictions.jsonl
+
+vLLM lives in an environment of its own and does not know these tokenizers, so only token ids go over the line: prompts
+are encoded and answers decoded here. scripts/predict_vllm.sh starts the server as well; docs/vllm.md says how.
+"""
+
+import http.client
+import json
+import math
+import os
+import sys
+import threading
+import time
+import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from arguments import (  # noqa: E402
+    LEAST_SRC_LEN,
+    OneLineParser,
+    add_row_flags,
+    collect,
+    columns_of,
+    model_label,
+    model_problems,
+    output_file_problems,
+    range_problems,
+)
+from checkpoint import RUN_FILE, open_checkpoint, read_run  # noqa: E402
+from data_set import data_files, read_rows  # noqa: E402
+from predict import output_row  # noqa: E402
+from utils import fail, prepare_environment  # noqa: E402
+
+VLLM_MODES = ("glm2", "glm3")  # one network; vLLM has none with the two-dimensional positions of glm
+PAUSES = (0.5, 1, 2, 4, 8)  # seconds before each new try of a request
+TIMEOUT = 3600  # seconds for one answer, the wait in the server's queue included
+
+
+def parser():
+    """Flags of predict_vllm.py: those of predict.py that a server obeys, and where it is."""
+    parser = OneLineParser(prog="predict_vllm.py", description="Answer rows of a file with a vLLM server.")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="where the server is, without a path")
+    parser.add_argument("--model_path", required=True, help="released or merged folder, the one that the server has")
+    parser.add_argument("--mode", choices=VLLM_MODES, help="model family; left out: read from the checkpoint")
+    parser.add_argument(
+        "--test_path", nargs="+", required=True, help="rows to answer: JSON Lines or array files, or folders"
+    )
+    parser.add_argument("--output_path", help="JSON Lines to write; left out: predictions/MODEL/TEST.jsonl")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
+    parser.add_argument("--num_requests", type=int, default=64, help="rows that the server has at a time")
+    parser.add_argument("--max_src_len", type=int, default=1024, help="tokens of the question; the rest is cut")
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="tokens of an answer at most")
+    parser.add_argument(
+        "--num_return_sequences", type=int, default=1, help="answers for each row; above 1 needs --do_sample"
+    )
+    parser.add_argument("--do_sample", action="store_true", help="draw tokens; off: always the likeliest")
+    parser.add_argument("--temperature", type=float, default=0.8, help="with --do_sample: below 1 is more careful")
+    parser.add_argument("--top_p", type=float, default=0.8, help="with --do_sample: share of probability kept; 1: all")
+    parser.add_argument("--top_k", type=int, default=0, help="with --do_sample: tokens kept; 0: all")
+    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 avoids repetition; 1: off")
+    parser.add_argument("--seed", type=int, default=1234, help="of the draws: row i has seed + i")
+    add_row_flags(parser)
+    parser.add_argument(
+        "--check", action="store_true", help="check the flags, the rows and the folder, print the folder and end"
+    )
+    return parser
+
+
+def parse(argv):
+    """Checked flags; ends with exit code 2 and all problems at once."""
+    flags = parser()
+    args = flags.parse_args(argv)
+    typed = flags.typed(argv)
+    problems = url_problems(args.url)
+    problems += range_problems(
+        args, at_least_one="num_requests max_new_tokens num_return_sequences", at_least_zero="top_k", seed="seed"
+    )
+    if args.max_src_len < LEAST_SRC_LEN:
+        problems.append(f"--max_src_len {args.max_src_len}: leaves nothing of a question: use at least {LEAST_SRC_LEN}")
+    for name in ("temperature", "repetition_penalty"):
+        if not 0 < getattr(args, name) < math.inf:
+            problems.append(f"--{name} {getattr(args, name)}: must be above 0 and finite")
+    if not 0 < args.top_p <= 1:
+        problems.append(f"--top_p {args.top_p}: must be above 0 and at most 1")
+    if not args.do_sample:
+        problems += [
+            f"--{name}: needs --do_sample: add it or remove this flag"
+            for name in ("temperature", "top_p", "top_k", "seed")
+            if name in typed
+        ]
+        if args.num_return_sequences > 1:
+            problems.append(
+                f"--num_return_sequences {args.num_return_sequences}: greedy search has one answer: add --do_sample"
+            )
+    problems += collect(data_files, args.test_path, prefix="--test_path ")
+    if args.output_path is None:
+        stem = os.path.splitext(os.path.basename(os.path.normpath(args.test_path[0])))[0]
+        args.output_path = os.path.join("predictions", model_label(args.model_path), f"{stem}.jsonl")
+    problems += output_file_problems(args)
+    problems += folder_problems(args)
+    if problems:
+        fail(problems, flags.prog)
+    return args
+
+
+def url_problems(url):
+    """Is --url an address without a path?"""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number
+        good = False
+    if not good or parts.path not in ("", "/") or parts.query or parts.fragment or parts.username:
+        return [f"--url {url}: is no server's address: write it like http://127.0.0.1:8000"]
+    return []
+
+
+def folder_problems(args):
+    """Is --model_path a folder with a whole checkpoint of a family that vLLM knows? Only JSON files are read."""
+    path = args.model_path
+    if not os.path.isdir(path):
+        return [f"--model_path {path}: no such folder: give the folder of a merged or released checkpoint"]
+    run = {}
+    if os.path.isfile(os.path.join(path, RUN_FILE)):
+        try:
+            run = read_run(os.path.join(path, RUN_FILE))
+        except ValueError as error:
+            return [f"--model_path {error}"]
+    elif problems := model_problems(args, "--model_path", path):  # it also fills in args.mode
+        return problems
+    mode = run.get("mode", args.mode)
+    if mode not in VLLM_MODES:
+        return [f"--model_path {path}: is of {mode}, and vLLM knows {' and '.join(VLLM_MODES)} only: use predict.py"]
+    if run.get("weights") == "adapter":
+        return [
+            f"--model_path {path}: holds an adapter, and the server takes whole checkpoints:"
+            f" merge it first (python merge_lora.py --model_dir {path})"
+        ]
+    if run.get("weights") == "prefix":
+        return [f"--model_path {path}: holds a prefix encoder, which vLLM does not know: use predict.py"]
+    return []
+
+
+def main(argv):
+    """Answer all rows, or only check that they can be."""
+    args = parse(argv)
+    rows = list(read_rows(args.test_path, columns_of(args), need_response=False))
+    prepare_environment("cpu")
+    opened = open_checkpoint(args.model_path, args.mode)
+    tokenizer = opened.tokenizer(opened.config())
+    if args.check:
+        print(os.path.abspath(opened.folder))
+        return
+    started = time.time()
+    lines = answer_rows(Client(args.url, tokenizer, opened.mode.prompt, args), rows, args.num_requests)
+    write_whole(args.output_path, lines)
+    print(f"{len(rows)} rows in {time.time() - started:.1f} s, {args.output_path}")
+
+
+class Client:
+    """Sends a row's prompt to the server's /v1/completions as ids and makes texts of the ids that come back."""
+
+    def __init__(self, url, tokenizer, prompt, args):
+        self.url = url
+        self.tokenizer = tokenizer
+        self.prompt = prompt
+        self.max_src_len = args.max_src_len
+        self.num_return_sequences = args.num_return_sequences
+        self.seed = args.seed if args.do_sample else None
+        self.stop_ids = prompt.stop_ids(tokenizer)
+        self.given_up = threading.Event()
+        # Everything is said: what is left out, a server may take from a generation_config.json.
+        self.settings = {
+            "max_tokens": args.max_new_tokens,
+            "n": args.num_return_sequences,
+            "temperature": args.temperature if args.do_sample else 0.0,
+            "top_p": args.top_p if args.do_sample else 1.0,
+            "top_k": args.top_k if args.do_sample else 0,
+            "repetition_penalty": args.repetition_penalty,
+            "stop_token_ids": self.stop_ids,
+            "return_token_ids": True,
+        }
+
+    def __call__(self, number, row):
+        """One line of the output for row `number`; ValueError where the server gives no answer."""
+        ids, source_cut = self.prompt.encode_prompt(self.tokenizer, row["query"], max_src_len=self.max_src_len)
+        request = {"prompt": ids, **self.settings}
+        if self.seed is not None:
+            request["seed"] = self.seed + number
+        choices = self.post(request, row["place"]).get("choices")
+        if not isinstance(choices, list) or len(choices) != self.num_return_sequences:
+            raise ValueError(f"--url {self.url}: {row['place']} has no answer: is it the completions of vLLM 0.33?")
+        answers = [self.read_choice(choice, row["place"]) for choice in choices]
+        result = {
+            "predictions": [text for text, _ in answers],
+            "stopped": [stopped for _, stopped in answers],
+            "source_cut": source_cut,
+        }
+        return output_row(number, row, result)
+
+    def read_choice(self, choice, place):
+        """(text, did it stop by itself?) of one answer. Its ids hold the one that ended it, if there is one."""
+        ids = choice.get("token_ids")
+        if not isinstance(ids, list) or not all(isinstance(token_id, int) for token_id in ids):
+            raise ValueError(f"--url {self.url}: the answer to {place} has no token_ids: use a vLLM that returns them")
+        end = next((i for i, token_id in enumerate(ids) if token_id in self.stop_ids), len(ids))
+        return self.prompt.clean_response(self.tokenizer.decode_text(ids[:end])), end < len(ids)
+
+    def post(self, request, place):
+        """The server's JSON object. A server that is busy or away is asked again, a few times."""
+        body = json.dumps(request).encode()
+        for pause in (*PAUSES, None):
+            try:
+                status, content = self.send(body)
+            except (OSError, http.client.HTTPException) as error:
+                problem = (
+                    f"--url {self.url}: cannot be reached ({str(error) or type(error).__name__}): is the server up?"
+                )
+            else:
+                if status == 200:
+                    return self.read_json(content, place)
+                problem = f"--url {self.url}: answered {status} to {place} ({error_message(content)})"
+                if status != 503:
+                    break
+                problem += ": try again when it is ready"
+            if pause is None or self.given_up.wait(pause):
+                break
+        raise ValueError(problem)
+
+    def send(self, body):
+        """(status, content) of one request over a new connection to --url, never through a proxy."""
+        parts = urllib.parse.urlsplit(self.url)
+        secure = parts.scheme == "https"
+        connection_class = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        connection = connection_class(parts.hostname, parts.port, timeout=TIMEOUT)
+        try:
+            connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()
+
+    def read_json(self, content, place):
+        """A JSON object out of bytes."""
+        try:
+            value = json.loads(content)
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            raise ValueError(f"--url {self.url}: the answer to {place} is not JSON: is it a vLLM server?")
+        return value
+
+
+def error_message(content):
+    """What the server says of an error: vLLM's {"error": {"message": ...}}, or the first words of anything else."""
+    try:
+        return json.loads(content)["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        return content[:200].decode("utf-8", "replace").strip() or "without a word"
+
+
+def answer_rows(client, rows, num_requests):
+    """Output lines in the order of the rows. The first row that fails for good ends all."""
+    from tqdm import tqdm
+
+    pool = ThreadPoolExecutor(num_requests)
+    try:
+        futures = [pool.submit(client, number, row) for number, row in enumerate(rows)]
+        return [future.result() for future in tqdm(futures, desc="predicting", unit="row")]
+    finally:  # after an error, rows that wait are not sent any more
+        client.given_up.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def write_whole(path, lines):
+    """JSON Lines under `path`, whole or not at all."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    with open(path + ".partial", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    os.replace(path + ".partial", path)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        fail(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        os._exit(130)  # the usual way out would wait for the answers that are under way
