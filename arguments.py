@@ -5,12 +5,12 @@ import math
 import os
 import re
 
-from checkpoint import INDEX_FILES, WEIGHT_FILES
 from data_set import Columns, data_files
 from ds_config import conflicts, read_ds_file
 from modes import MODES, possible_modes
 from tuning import TRAIN_TYPES
 from utils import fail, is_main, world_size
+from weights import INDEX_FILES, WEIGHT_FILES
 
 LEAST_SRC_LEN = 16  # tokens: the words around the question, and something of it
 
@@ -73,6 +73,12 @@ def train_parser():
     data.add_argument("--max_len", type=int, default=1024, help="tokens of a row, question and answer; the rest is cut")
     data.add_argument("--max_src_len", type=int, default=256, help="tokens of the question; the rest is cut")
     data.add_argument("--is_skip", action="store_true", help="leave out rows that would be cut; off: cut them")
+    data.add_argument(
+        "--packing",
+        action="store_true",
+        help="put several rows, which do not see each other, into a sequence of --max_len; off: pad a batch's rows",
+    )
+    data.add_argument("--num_proc", type=int, default=0, help="processes that encode rows; 0: all cores of this host")
     add_row_flags(data)
 
     model = parser.add_argument_group("model")
@@ -85,7 +91,10 @@ def train_parser():
     training = parser.add_argument_group("training")
     training.add_argument("--output_dir", required=True, help="new or empty folder for checkpoints and logs")
     training.add_argument(
-        "--per_device_train_batch_size", type=int, default=1, help="rows of a micro-batch per process"
+        "--per_device_train_batch_size",
+        type=int,
+        default=1,
+        help="rows of a micro-batch per process; with --packing: sequences",
     )
     training.add_argument(
         "--gradient_accumulation_steps", type=int, default=1, help="micro-batches of an update; 1: off"
@@ -105,6 +114,12 @@ def train_parser():
         help="AdamW of torch, or DeepSpeed's for offload (needs a C++ compiler); auto: the latter for offload on cards",
     )
     training.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations to save memory")
+    training.add_argument(
+        "--gradient_checkpointing_interval",
+        type=int,
+        default=1,
+        help="with --gradient_checkpointing: recompute every K-th layer only; 1: all that gradients flow through",
+    )
     training.add_argument("--seed", type=int, default=1234, help="of the row order, dropout and new weights")
     training.add_argument(
         "--ds_file", default="ds_zero2_no_offload.json", help="DeepSpeed JSON: a path or a name in configs/"
@@ -151,8 +166,8 @@ def train_problems(args, typed):
     problems = range_problems(
         args,
         at_least_one="per_device_train_batch_size gradient_accumulation_steps num_train_epochs show_loss_step"
-        " max_src_len max_len pre_seq_len lora_dim",
-        at_least_zero="learning_rate weight_decay max_grad_norm save_model_step lora_alpha",
+        " max_src_len max_len pre_seq_len lora_dim gradient_checkpointing_interval",
+        at_least_zero="learning_rate weight_decay max_grad_norm save_model_step lora_alpha num_proc",
         share="warmup_ratio lora_dropout",
         seed="seed",
     )
@@ -163,6 +178,8 @@ def train_problems(args, typed):
                 for flag in train_type.flags
                 if flag in typed
             ]
+    if "gradient_checkpointing_interval" in typed and not args.gradient_checkpointing:
+        problems.append("--gradient_checkpointing_interval: needs --gradient_checkpointing: add it or remove this flag")
     if args.response_column in columns_of(args).sources:
         problems.append(f"--response_column {args.response_column}: is part of the question: name the answer's field")
     problems += collect(data_files, args.train_path, prefix="--train_path ")
@@ -312,7 +329,14 @@ def predict_parser():
     source.add_argument("--interactive", action="store_true", help="talk; an empty line ends, /clear forgets")
     parser.add_argument("--output_path", help="JSON Lines to write; left out: predictions/MODEL/TEST.jsonl")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
-    parser.add_argument("--batch_size", type=int, default=16, help="rows answered together")
+    parser.add_argument("--batch_size", type=int, default=16, help="rows answered together at most")
+    parser.add_argument(
+        "--batch_tokens",
+        type=int,
+        default=16384,
+        help="tokens of a batch at most: rows x answers or beams of a row x (its longest prompt + --max_new_tokens);"
+        " one row is always taken; 0: off",
+    )
     parser.add_argument("--max_src_len", type=int, default=1024, help="tokens of the question; the rest is cut")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="tokens of an answer at most")
     parser.add_argument(
@@ -341,7 +365,7 @@ def parse_predict(argv):
     problems = range_problems(
         args,
         at_least_one="batch_size max_new_tokens num_return_sequences num_beams",
-        at_least_zero="top_k",
+        at_least_zero="batch_tokens top_k",
         seed="seed",
     )
     if args.max_src_len < LEAST_SRC_LEN:
@@ -374,7 +398,7 @@ def parse_predict(argv):
     else:
         problems += [
             f"--{name}: belongs to --test_path: remove it"
-            for name in ("overwrite", "batch_size", "prompt_column", "response_column")
+            for name in ("overwrite", "batch_size", "batch_tokens", "prompt_column", "response_column")
             if name in typed
         ]
         if args.output_path is not None:

@@ -9,22 +9,21 @@ import sys
 import time
 
 from arguments import columns_of, folder_problems, length_problems, parse_train
-from batches import Updates, collate
+from batches import Updates, collate, to_device
 from checkpoint import (
-    check_weights,
     describe_run,
-    load_base,
     read_config,
     read_tokenizer,
     resolve_folder,
     save_checkpoint,
 )
-from data_set import describe_counts, load_rows, show_row
+from data_set import show_row
 from ds_config import complete_config, offloads, read_ds_file, wanted_precision
 from modes import MODES
 from optimizer import build_optimizer, build_scheduler, choose_adam
+from row_cache import describe_counts, load_rows
 from run_log import RunLog
-from tuning import TRAIN_TYPES, count_parameters
+from tuning import TRAIN_TYPES, checkpoint_layers, count_parameters
 from utils import (
     barrier,
     choose_device,
@@ -39,6 +38,7 @@ from utils import (
     torch_dtype,
     world_size,
 )
+from weights import check_weights, load_base
 
 
 def main(argv):
@@ -49,7 +49,6 @@ def main(argv):
     import deepspeed
     import torch
     import torch.distributed as dist
-    from transformers.integrations import HfDeepSpeedConfig
 
     device = choose_device(args.device)
     ds_config = read_ds_file(args.ds_file)
@@ -73,36 +72,42 @@ def main(argv):
     if args.max_len > window:
         fail(f"--max_len {args.max_len}: the model's window is {window} tokens: use at most {window}")
 
-    # Rows: the first process of a host encodes them, the others read its cache.
-    if not is_local_main():
-        barrier()
+    # Rows: the first process of a host encodes them where that was not done before, the others wait for it.
     rows, counts = load_rows(
-        args.train_path, columns_of(args), tokenizer, mode, args.max_len, args.max_src_len, args.is_skip
+        args.train_path,
+        columns_of(args),
+        tokenizer,
+        mode,
+        args.max_len,
+        args.max_src_len,
+        args.is_skip,
+        args.num_proc,
+        encodes=is_local_main(),
     )
-    if is_local_main():
-        barrier()
     if len(rows) < world:
         fail(f"--train_path: {len(rows)} rows for {world} processes: give at least one row to each, or start fewer")
     print_rank_0(describe_counts(counts, args.max_len, args.max_src_len, args.is_skip))
     print_rank_0(show_row(rows[0], tokenizer))
     updates = Updates(
-        rows["num_labels"][:],
+        rows.lengths,
+        rows.num_labels,
         args.per_device_train_batch_size,
         args.gradient_accumulation_steps,
         rank,
         world,
         args.seed,
+        pack_to=args.max_len if args.packing else None,
     )
+    print_rank_0(updates.describe())
     num_steps = len(updates) * args.num_train_epochs
 
     # Model: under ZeRO-3 the weights are split over the ranks while they load.
     ds_config = complete_config(ds_config, args, world, precision)
     zero3 = ds_config["zero_optimization"]["stage"] == 3
-    keep_alive = HfDeepSpeedConfig(ds_config) if zero3 else None  # noqa: F841, transformers looks it up
-    model = load_base(folder, mode, config, dtype)
+    model = load_base(folder, mode, config, dtype, device, ds_config)
     model = train_type.prepare(model, args)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(model, args.gradient_checkpointing_interval)
     trained, total = count_parameters(model)
     print_rank_0(f"{args.train_type}: {trained:,} of {total:,} weights train ({trained / total:.4%})")
 
@@ -112,7 +117,7 @@ def main(argv):
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config)
     print_rank_0(
         f"{args.mode} on {world} x {device.type}, {precision}, {args.ds_file}, {optimizer_name}: {num_steps} updates of"
-        f" {updates.rows_per_update} rows, {len(updates)} in each of {args.num_train_epochs} epochs"
+        f" {updates.sequences_per_update} {'packed sequences' if args.packing else 'rows'}, {len(updates)} in each of {args.num_train_epochs} epochs"
     )
 
     def save(epoch, step):
@@ -134,8 +139,7 @@ def main(argv):
         for update in updates.epoch(epoch):
             for i, row_numbers in enumerate(update.micro_batches):
                 micro_batch = [rows[n] for n in row_numbers]
-                batch = collate(micro_batch, config.pad_token_id)
-                batch = {name: tensor.to(device) for name, tensor in batch.items()}
+                batch = to_device(collate(micro_batch, config.pad_token_id, args.packing), device)
                 engine.set_gradient_accumulation_boundary(i == len(update.micro_batches) - 1)
                 # The sum over this batch's supervised tokens, divided by those of the whole update. Gradients are
                 # averaged over the ranks afterwards, hence the factor: any split gives the same gradient.

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from typing import Callable
 
 PREFIX_FILE = "prefix_encoder.safetensors"
@@ -89,6 +90,10 @@ def lora_problems(names, args):
 def lora_prepare(model, args):
     """Low-rank matrices beside the named linear layers (Hu et al. 2021, arXiv:2106.09685); the base is frozen."""
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
+    from torch.nn import ModuleDict
+
+    from glm_common.functions import SeededDropout
 
     config = LoraConfig(
         r=args.lora_dim,
@@ -99,7 +104,11 @@ def lora_prepare(model, args):
         task_type="CAUSAL_LM",
     )
     # The engine decides the precision; one rule for ZeRO-2 and ZeRO-3.
-    return get_peft_model(model, config, autocast_adapter_dtype=False)
+    model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and args.lora_dropout:
+            module.lora_dropout = ModuleDict({name: SeededDropout(args.lora_dropout) for name in module.lora_dropout})
+    return model
 
 
 def all_prepare(model, args):
@@ -161,6 +170,27 @@ def count_parameters(model):
         total += size
         trained += size if parameter.requires_grad else 0
     return trained, total
+
+
+def checkpoint_layers(model, interval=1):
+    """Keep only the inputs of layers and compute the rest again in the backward pass (Chen et al. 2016,
+    arXiv:1604.06174): in every `interval`-th of the layers that gradients flow through.
+
+    Below the lowest trained layer nothing is kept for a backward pass anyway. That is why the layers are set here:
+    transformers' own switch also makes the embeddings require gradients, which then flow through frozen layers.
+    """
+    from torch.utils.checkpoint import checkpoint
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    below = [model.get_input_embeddings().weight]
+    below += [parameter for name, parameter in model.named_parameters() if "prefix_encoder." in name]
+    flows, number = any(parameter.requires_grad for parameter in below), 0
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            flows = flows or any(parameter.requires_grad for parameter in layer.parameters())
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+            layer.gradient_checkpointing = flows and number % interval == 0
+            number += flows
 
 
 def load_trained(model, folder, weights, shapes):

@@ -8,10 +8,12 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from glm1.configuration_chatglm import ChatGLMConfig
-from glm_common.attention import attend, visible_mask
+from glm_common.attention import PackedRows, attend, visible_mask
+from glm_common.loss import OutputLayer
 from glm_common.modeling import ChatGLMBackbone, ChatGLMCausalLM
 from glm_common.prefix import PrefixEncoder
 
@@ -57,12 +59,10 @@ class Attention(nn.Module):
             torch.cat((rotate(first, cos0, sin0), rotate(second, cos1, sin1)), dim=-1)
             for first, second in (query.chunk(2, dim=-1), key.chunk(2, dim=-1))
         )
+        value = value.contiguous()  # kept for the backward pass, a view would keep the whole projection
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        if prefix_key is not None:
-            key = torch.cat((prefix_key, key), dim=2)
-            value = torch.cat((prefix_value, value), dim=2)
-        return self.dense(attend(self, query, key, value, mask))
+        return self.dense(attend(self, query, key, value, mask, prefix_key, prefix_value))
 
 
 class MLP(nn.Module):
@@ -168,27 +168,41 @@ class ChatGLMModel(ChatGLMBackbone):
         position_ids=None,
         past_key_values=None,
         inputs_embeds=None,
+        row_lengths=None,
         output_hidden_states=False,
     ):
-        """input_ids (B, L); position_ids (B, 2, L) or None; a cache remembers the rows' prompt layout."""
+        """input_ids (B, L); position_ids (B, 2, L) or None; a cache remembers the rows' prompt layout.
+
+        row_lengths: rows packed into one sequence, each with its own `[gMASK]` and `<sop>`.
+        """
         if input_ids is None:
             raise ValueError("ChatGLM-6B needs input_ids: its mask and positions follow from [gMASK] and <sop>")
         batch, length = input_ids.shape
         num_past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        rows = input_ids
+        if row_lengths is not None:  # (rows, longest), padded on the right
+            batch = len(row_lengths)
+            rows = pad_sequence(input_ids[0].split(row_lengths), batch_first=True, padding_value=-1)
         if num_past:
             layout = past_key_values.prompt_layout
         else:
-            layout = self.prompt_layout(input_ids, attention_mask)
+            layout = self.prompt_layout(rows, attention_mask)
             if past_key_values is not None:
                 past_key_values.prompt_layout = layout
         if position_ids is None:
-            position_ids = self.position_rows(layout, num_past, num_past + length, input_ids.device)
+            position_ids = self.position_rows(layout, num_past, num_past + rows.shape[1], input_ids.device)
+            if row_lengths is not None:
+                position_ids = torch.cat([p[:, :n] for p, n in zip(position_ids, row_lengths)], dim=1)[None]
         hidden_states = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
 
         prefix = self.prefix_keys_values(batch, past_key_values, hidden_states.dtype)
+        num_prefix = 0 if prefix is None else prefix.shape[3]
         mask = None
-        if attention_mask is not None or length > 1:
-            num_prefix = 0 if prefix is None else prefix.shape[3]
+        if row_lengths is not None:
+            contexts = layout[0].split(1)
+            masks = [visible_mask(n, 0, num_prefix, None, c, input_ids.device) for n, c in zip(row_lengths, contexts)]
+            mask = PackedRows(row_lengths, masks)
+        elif attention_mask is not None or length > 1:
             mask = visible_mask(length, num_past, num_prefix, attention_mask, layout[0], input_ids.device)
         rotary_size = self.config.head_dim // 2
         rotary = [
@@ -216,7 +230,7 @@ class ChatGLMForConditionalGeneration(ChatGLMCausalLM):
     def __init__(self, config):
         super().__init__(config)
         self.transformer = ChatGLMModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = OutputLayer(config.hidden_size, config.vocab_size)
         self.post_init()
 
     def get_output_embeddings(self):

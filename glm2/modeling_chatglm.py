@@ -9,7 +9,9 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from glm2.configuration_chatglm import ChatGLMConfig
-from glm_common.attention import attend, visible_mask
+from glm_common.attention import PackedRows, attend, visible_mask
+from glm_common.functions import SwiGLU
+from glm_common.loss import OutputLayer
 from glm_common.modeling import ChatGLMBackbone, ChatGLMCausalLM
 from glm_common.prefix import PrefixEncoder
 
@@ -31,7 +33,7 @@ def rotate(x, cos, sin):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with the variance in float32 (Zhang and Sennrich 2019)."""
+    """Root-mean-square norm, worked out in float32 (Zhang and Sennrich 2019)."""
 
     def __init__(self, hidden_size, eps):
         super().__init__()
@@ -39,8 +41,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states):
-        variance = hidden_states.float().pow(2).mean(-1, keepdim=True)
-        return (self.weight * (hidden_states * torch.rsqrt(variance + self.eps))).to(hidden_states.dtype)
+        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
 
 
 class SelfAttention(nn.Module):
@@ -64,17 +65,18 @@ class SelfAttention(nn.Module):
             part.unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # B heads L D
             for part in self.query_key_value(hidden_states).split(self.sizes, dim=-1)
         )
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        # Copies: kept for the backward pass, a view would keep the whole projection.
+        query, key, value = rotate(query, cos, sin), rotate(key, cos, sin), value.contiguous()
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        if prefix_key is not None:
-            key = torch.cat((prefix_key, key), dim=2)
-            value = torch.cat((prefix_value, value), dim=2)
-        return self.dense(attend(self, query, key, value, mask, dropout=self.config.attention_dropout))
+        attended = attend(
+            self, query, key, value, mask, prefix_key, prefix_value, dropout=self.config.attention_dropout
+        )
+        return self.dense(attended)
 
 
 class MLP(nn.Module):
-    """SwiGLU: silu(first half) x second half (Shazeer 2020)."""
+    """Two linear layers with SwiGLU between them."""
 
     def __init__(self, config):
         super().__init__()
@@ -82,8 +84,7 @@ class MLP(nn.Module):
         self.dense_4h_to_h = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states):
-        gate, up = self.dense_h_to_4h(hidden_states).chunk(2, dim=-1)
-        return self.dense_4h_to_h(F.silu(gate) * up)
+        return self.dense_4h_to_h(SwiGLU.apply(self.dense_h_to_4h(hidden_states)))
 
 
 class GLMBlock(GradientCheckpointingLayer):
@@ -131,7 +132,7 @@ class ChatGLMModel(ChatGLMBackbone):
         super().__init__(config)
         self.embedding = Embedding(config)
         self.encoder = Encoder(config)
-        self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+        self.output_layer = OutputLayer(config.hidden_size, config.padded_vocab_size)
         self.prefix_encoder = None
         if config.pre_seq_len:
             width = 2 * config.num_layers * config.num_key_value_heads * config.kv_channels
@@ -159,22 +160,31 @@ class ChatGLMModel(ChatGLMBackbone):
         position_ids=None,
         past_key_values=None,
         inputs_embeds=None,
+        row_lengths=None,
         output_hidden_states=False,
     ):
-        """input_ids (B, L) or inputs_embeds (B, L, H); position_ids (B, L), from the first real token if None."""
+        """input_ids (B, L) or inputs_embeds (B, L, H); position_ids (B, L), from the first real token if None.
+
+        row_lengths: rows packed into one sequence; positions start again in each.
+        """
         hidden_states = self.embedding.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         batch, length, _ = hidden_states.shape
         num_past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
-            if attention_mask is not None and attention_mask.dim() == 2:
+            if row_lengths is not None:
+                position_ids = torch.cat([torch.arange(n, device=hidden_states.device) for n in row_lengths])[None]
+            elif attention_mask is not None and attention_mask.dim() == 2:
                 position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, num_past:]
             else:
                 position_ids = torch.arange(num_past, num_past + length, device=hidden_states.device)[None]
 
-        prefix = self.prefix_keys_values(batch, past_key_values, hidden_states.dtype)
-        num_prefix = 0 if prefix is None else prefix.shape[3]
-        mask = None  # the kernel's own causal rule, which needs queries and keys of one length, or a single query
-        if attention_mask is not None or (length > 1 and (num_past or num_prefix or self.needs_mask)):
+        num_rows = batch if row_lengths is None else len(row_lengths)
+        prefix = self.prefix_keys_values(num_rows, past_key_values, hidden_states.dtype)
+        mask = None
+        if row_lengths is not None:
+            mask = PackedRows(row_lengths, [None] * num_rows)
+        elif attention_mask is not None:
+            num_prefix = 0 if prefix is None else prefix.shape[3]
             mask = visible_mask(length, num_past, num_prefix, attention_mask, None, hidden_states.device)
         rotary = rotary_angles(position_ids, self.config.kv_channels // 2, self.config.rope_ratio, hidden_states.dtype)
         return self.run_layers(
@@ -187,11 +197,6 @@ class ChatGLMModel(ChatGLMBackbone):
             past_key_values,
             output_hidden_states,
         )
-
-    @property
-    def needs_mask(self):
-        """Eager attention has no causal rule of its own."""
-        return self.config._attn_implementation == "eager"
 
 
 class ChatGLMForConditionalGeneration(ChatGLMCausalLM):

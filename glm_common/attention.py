@@ -1,36 +1,78 @@
-"""Attention masks and dispatch.
+"""Which keys a query sees, and dispatch to the kernels.
 
 Shapes: B batch, Q new tokens, K keys (prefix + cached + new), N query heads, G key/value heads, D head size.
+
+A mask is one of
+- None: causal, the last query sees all keys (in front of the queries stand a prefix or cached keys, visible to all).
+  The kernels know this case by themselves, so no mask is ever made for it;
+- a bool tensor (B or 1, 1, Q, K), True where visible;
+- `PackedRows`: several rows in one sequence, each with a mask of its own, that do not see each other.
 """
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+class PackedRows(NamedTuple):
+    """Rows that share a sequence: their numbers of tokens in order, and the mask of each (None: causal)."""
+
+    lengths: list
+    masks: list
+
+
+def causal_mask(num_queries, num_keys, device):
+    """bool (1, 1, Q, K): the last query sees all keys, each earlier one a key less."""
+    mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
+    return mask.tril(diagonal=num_keys - num_queries)[None, None]
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """Attention written out: the reference that the kernels are compared with.
 
-    query (B, N, Q, D), key and value (B, G, K, D), attention_mask bool (B, 1, Q, K), True where visible.
+    query (B, N, Q, D), key and value (B, G, K, D), attention_mask bool (B, 1, Q, K), True where visible, or None.
     Returns (B, Q, N, D) and the probabilities (B, N, Q, K).
     """
     groups = module.num_key_value_groups
     key = key.repeat_interleave(groups, dim=1)
     value = value.repeat_interleave(groups, dim=1)
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    if attention_mask is None:
+        attention_mask = causal_mask(query.shape[2], key.shape[2], query.device)
+    scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     probs = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    probs = torch.nn.functional.dropout(probs, p=dropout, training=module.training)
+    probs = F.dropout(probs, p=dropout, training=module.training)
     return torch.matmul(probs, value).transpose(1, 2), probs
 
 
-def attend(module, query, key, value, attention_mask, dropout=0.0):
-    """Run the attention function that `config._attn_implementation` names; (B, N, Q, D) -> (B, Q, N * D)."""
+def attend(module, query, key, value, mask, prefix_key=None, prefix_value=None, dropout=0.0):
+    """Attention of new tokens (query (B, N, Q, D)) over prefix and other keys ((B, G, K, D)): (B, Q, N * D).
+
+    The prefix (B, G, P, D), or (rows, G, P, D) where rows are packed, is visible to every token.
+    """
+    if isinstance(mask, PackedRows):
+        rows = zip(*(tensor.split(mask.lengths, dim=2) for tensor in (query, key, value)), mask.masks)
+        prefixes = [(None, None)] * len(mask.lengths)
+        if prefix_key is not None:
+            prefixes = zip(prefix_key.split(1), prefix_value.split(1))
+        outputs = [attend(module, *row, *prefix, dropout=dropout) for row, prefix in zip(rows, prefixes)]
+        return torch.cat(outputs, dim=1)
+
+    if prefix_key is not None:
+        key = torch.cat((prefix_key, key), dim=2)
+        value = torch.cat((prefix_value, value), dim=2)
+    num_queries = query.shape[2]
+    if mask is None and 1 < num_queries < key.shape[2]:
+        # Kernels align the causal rule at the first query and key. Empty queries in front move ours to the end,
+        # which costs less than a mask: the first queries see few keys.
+        query = F.pad(query, (0, 0, key.shape[2] - num_queries, 0))
     function = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention)
     output, _ = function(
-        module, query, key, value, attention_mask, dropout=dropout if module.training else 0.0, scaling=module.scaling
+        module, query, key, value, mask, dropout=dropout if module.training else 0.0, scaling=module.scaling
     )
-    return output.reshape(*output.shape[:2], -1)
+    return output[:, -num_queries:].flatten(2)
 
 
 def visible_mask(num_queries, num_past, num_prefix, attention_mask, context_length, device):
@@ -44,14 +86,10 @@ def visible_mask(num_queries, num_past, num_prefix, attention_mask, context_leng
     if attention_mask is not None and attention_mask.dim() == 4:
         visible = attention_mask.bool()
     else:
-        keys = torch.arange(num_keys, device=device)
-        queries = torch.arange(num_past, num_keys, device=device)
-        visible = (keys[None, :] <= queries[:, None])[None]  # 1 Q K
+        visible = causal_mask(num_queries, num_keys, device)
         if context_length is not None:
-            visible = visible | (keys[None, None, :] < context_length[:, None, None])  # B Q K
+            keys = torch.arange(num_keys, device=device)
+            visible = visible | (keys < context_length[:, None, None, None])
         if attention_mask is not None:
-            visible = visible & attention_mask[:, None, :num_keys].bool()
-        visible = visible[:, None]
-    if num_prefix:
-        visible = torch.nn.functional.pad(visible, (num_prefix, 0), value=True)
-    return visible
+            visible = visible & attention_mask[:, None, None, :num_keys].bool()
+    return F.pad(visible, (num_prefix, 0), value=True)

@@ -1,24 +1,93 @@
-"""The training objective: next-token cross entropy over the positions that carry a label."""
+"""The training objective: next-token cross entropy, with logits for the positions that carry a label and no others."""
 
+import torch
 import torch.nn.functional as F
+from torch import nn
+
+# Float32 logits that exist at one time; beyond it they are made in chunks of rows.
+MAX_LOGITS_BYTES = 2**26
 
 
-def labelled_positions(hidden_states, labels):
-    """Hidden states (M, H) whose next token has a label, and those labels (M,); M = labels[:, 1:] != -100."""
-    targets = labels[:, 1:]
-    mask = targets != -100
-    return hidden_states[:, :-1][mask], targets[mask]
+class OutputLayer(nn.Linear):
+    """The layer that makes logits. With targets it makes their loss instead, inside its own forward, so that
+    DeepSpeed's hooks (ZeRO-3 gathers the weight there) see one module do the work."""
+
+    def __init__(self, hidden_size, vocab_size):
+        super().__init__(hidden_size, vocab_size, bias=False)
+
+    def forward(self, hidden_states, targets=None):
+        """hidden_states (..., H) -> logits (..., V); with targets (M,) and hidden_states (M, H) -> their summed
+        cross entropy, a float32 scalar."""
+        if targets is None:
+            return F.linear(hidden_states, self.weight)
+        return LinearCrossEntropy.apply(hidden_states, self.weight, targets, torch.is_grad_enabled())
 
 
-def labelled_loss(hidden_states, labels, output_layer, num_items=None):
-    """Cross entropy in float32 over labelled positions only: logits are never made for the others.
+class LinearCrossEntropy(torch.autograd.Function):
+    """Summed cross entropy of `hidden @ weight.T`, softmax in float32, a chunk of rows at a time.
 
-    hidden_states (B, L, H), labels (B, L) with -100 where nothing is asked. The sum is divided by `num_items`
-    (the number of supervised tokens of the whole update) or, without it, by this batch's own number.
+    The gradient of a sum of logits' losses is known as soon as the logits are (softmax minus one-hot), so each
+    chunk's gradient is taken while its logits exist: nothing of size M x V is kept or made a second time, and the
+    backward pass only multiplies by the gradient that comes from outside (1 / tokens, a loss scale, anything).
     """
-    hidden, targets = labelled_positions(hidden_states, labels)
-    logits = output_layer(hidden).float()
-    total = F.cross_entropy(logits, targets, reduction="sum")
-    if num_items is None:
-        num_items = targets.numel()
-    return total / num_items
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, needs_gradient):
+        """hidden (M, H), weight (V, H), targets (M,) -> float32 scalar."""
+        needs_hidden, needs_weight = (needs_gradient and needed for needed in ctx.needs_input_grad[:2])
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        hidden_grad = torch.empty_like(hidden) if needs_hidden else None
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        # Sums over many rows overflow float16, so those of the weight are made in float32.
+        sum_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+        num_rows = max(1, MAX_LOGITS_BYTES // (4 * weight.shape[0]))
+        for start in range(0, hidden.shape[0], num_rows):
+            rows, row_targets = hidden[start : start + num_rows], targets[start : start + num_rows, None]
+            logits = F.linear(rows, weight).float()
+            log_sum = logits.logsumexp(dim=-1, keepdim=True)
+            total += (log_sum - logits.gather(1, row_targets)).sum()
+            if not (needs_hidden or needs_weight):
+                continue
+            grad = logits.sub_(log_sum).exp_()
+            grad.scatter_add_(1, row_targets, grad.new_full(row_targets.shape, -1.0))
+            grad = grad.to(hidden.dtype)
+            if needs_hidden:
+                torch.mm(grad, weight, out=hidden_grad[start : start + num_rows])
+            if needs_weight and sum_dtype == torch.float32:
+                weight_grad.addmm_(grad.float().T, rows.float())
+            elif needs_weight:
+                weight_grad += grad.T @ rows
+        ctx.grads, ctx.weight_dtype = (hidden_grad, weight_grad), weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, outer):
+        """Both gradients, times what comes from outside; they are used up, so the graph serves once."""
+        hidden_grad, weight_grad = ctx.grads
+        ctx.grads = None
+        if hidden_grad is not None:
+            hidden_grad = hidden_grad.mul_(outer)
+        if weight_grad is not None:
+            weight_grad = weight_grad.mul_(outer).to(ctx.weight_dtype)
+        return hidden_grad, weight_grad, None, None
+
+
+def label_positions(labels):
+    """Where the next token has a label: flat positions (M,) in labels (B, L). On a card this waits for the result,
+    so training makes them on the CPU with the batch."""
+    is_labelled = F.pad(labels[:, 1:] != -100, (0, 1), value=False)
+    return is_labelled.flatten().nonzero().squeeze(1)
+
+
+def labelled_loss(hidden_states, labels, output_layer, num_items=None, positions=None):
+    """Cross entropy over labelled positions only: logits are never made for the others.
+
+    hidden_states (B, L, H), labels (B, L) with -100 where nothing is asked, positions as `label_positions` gives
+    them. The sum is divided by `num_items` (the number of supervised tokens of the whole update) or, without it, by
+    this batch's own number.
+    """
+    if positions is None:
+        positions = label_positions(labels)
+    hidden = hidden_states.flatten(0, 1).index_select(0, positions)
+    total = output_layer(hidden, labels.flatten()[1:].index_select(0, positions))
+    return total / (positions.numel() if num_items is None else num_items)

@@ -39,16 +39,16 @@ class ChatGLMBackbone(ChatGLMPreTrainedModel):
 
     norm_last_hidden_state = False
 
-    def prefix_keys_values(self, batch_size, past_key_values, dtype):
-        """The prefix encoder's output (2 layers, B, heads, P, D), or None; computed once for each cache."""
+    def prefix_keys_values(self, num_rows, past_key_values, dtype):
+        """The prefix encoder's output (2 layers, rows, heads, P, D), or None; computed once for each cache."""
         if self.prefix_encoder is None:
             return None
         prefix = getattr(past_key_values, "prefix_keys_values", None)
         if prefix is None:
-            prefix = self.prefix_encoder(1 if past_key_values is not None else batch_size, dtype)
+            prefix = self.prefix_encoder(1 if past_key_values is not None else num_rows, dtype)
             if past_key_values is not None:
                 past_key_values.prefix_keys_values = prefix
-        return prefix.expand(-1, batch_size, -1, -1, -1)
+        return prefix.expand(-1, num_rows, -1, -1, -1)
 
     def run_layers(
         self, layers, final_norm, hidden_states, mask, rotary, prefix, past_key_values, output_hidden_states
@@ -90,6 +90,8 @@ class ChatGLMCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
         use_cache=None,
         output_hidden_states=None,
         logits_to_keep=0,
+        row_lengths=None,
+        label_positions=None,
         num_items_in_batch=None,
         **kwargs,
     ):
@@ -99,6 +101,8 @@ class ChatGLMCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
         `num_items_in_batch` or else by their number here; `logits` is None, because only labelled positions get
         any. Without labels: `logits` (B, L, V), or of the last `logits_to_keep` positions.
         `attention_mask` (B, past + L) is 0 on padding; batches padded on the right do not need one.
+        `row_lengths` (a list of ints): rows packed one after another into B = 1 sequence, which do not see each
+        other. `label_positions` (M,): see glm_common/loss.py; found out from the labels where not given.
         """
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
@@ -110,13 +114,14 @@ class ChatGLMCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             past_key_values=past_key_values if use_cache else None,
             inputs_embeds=inputs_embeds,
+            row_lengths=row_lengths,
             output_hidden_states=bool(output_hidden_states or self.config.output_hidden_states),
         )
         hidden_states = outputs.last_hidden_state
         output_layer = self.get_output_embeddings()
         loss = logits = None
         if labels is not None:
-            loss = labelled_loss(hidden_states, labels, output_layer, num_items_in_batch)
+            loss = labelled_loss(hidden_states, labels, output_layer, num_items_in_batch, label_positions)
         else:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
             if isinstance(logits_to_keep, torch.Tensor):

@@ -1,10 +1,11 @@
 """Rows put into updates, micro-batches and tensors."""
 
+import numpy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batches import Updates, collate
+from batches import Updates, collate, pack
 
 # ---------------------------------------------------------------- an epoch
 
@@ -22,15 +23,26 @@ SPLITS = [  # rows, batch size, accumulation, ranks
 ]
 
 
-def epoch_of_all_ranks(num_rows, batch_size, accumulation, world, seed=1, epoch=0):
+def lengths_of(num_rows, seed=0):
+    return numpy.random.default_rng(seed).integers(1, 60, num_rows)
+
+
+def updates_of(num_rows, batch_size, accumulation, rank, world, seed=1, pack_to=None):
     num_labels = [3 * n + 1 for n in range(num_rows)]
-    return [list(Updates(num_labels, batch_size, accumulation, r, world, seed).epoch(epoch)) for r in range(world)]
+    return Updates(lengths_of(num_rows), num_labels, batch_size, accumulation, rank, world, seed, pack_to)
+
+
+def epoch_of_all_ranks(num_rows, batch_size, accumulation, world, seed=1, epoch=0, pack_to=None):
+    return [
+        list(updates_of(num_rows, batch_size, accumulation, rank, world, seed, pack_to).epoch(epoch))
+        for rank in range(world)
+    ]
 
 
 def check_epoch(num_rows, batch_size, accumulation, world, **kwargs):
     """Every row once, equally many micro-batches everywhere, the labels of the whole update."""
     ranks = epoch_of_all_ranks(num_rows, batch_size, accumulation, world, **kwargs)
-    updates = Updates([1] * num_rows, batch_size, accumulation, 0, world, 1)
+    updates = updates_of(num_rows, batch_size, accumulation, 0, world)
     assert {len(rank) for rank in ranks} == {len(updates)}
     seen = []
     for number, update_of_ranks in enumerate(zip(*ranks)):
@@ -42,7 +54,7 @@ def check_epoch(num_rows, batch_size, accumulation, world, **kwargs):
         assert len(num_batches) == 1 and 1 <= num_batches.pop() <= accumulation
         assert all(len(batch) <= batch_size for update in update_of_ranks for batch in update.micro_batches)
         if number < len(updates) - 1:
-            assert len(rows) == batch_size * accumulation * world == updates.rows_per_update
+            assert len(rows) == batch_size * accumulation * world == updates.sequences_per_update
             assert all(len(batch) == batch_size for update in update_of_ranks for batch in update.micro_batches)
     assert sorted(seen) == list(range(num_rows))
 
@@ -92,6 +104,67 @@ def test_the_rows_of_an_update_do_not_depend_on_the_split():
     assert as_sets[0] == as_sets[1] == as_sets[2]
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(1, 80), st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(60, 200))
+def test_every_row_once_when_packed(num_rows, batch_size, accumulation, world, pack_to):
+    ranks = epoch_of_all_ranks(num_rows, batch_size, accumulation, world, epoch=2, pack_to=pack_to)
+    assert len({tuple(len(update.micro_batches) for update in rank) for rank in ranks}) == 1
+    seen = []
+    for updates in zip(*ranks):
+        batches = [batch for update in updates for batch in update.micro_batches]
+        rows = [row for batch in batches for row in batch]
+        assert all(lengths_of(num_rows)[batch].sum() <= batch_size * pack_to for batch in batches)
+        assert {update.num_labels for update in updates} == {sum(3 * row + 1 for row in rows)}
+        assert {update.num_rows for update in updates} == {len(rows)}
+        seen += rows
+    assert sorted(seen) == list(range(num_rows))
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(st.integers(1, 64), max_size=200), st.integers(64, 300), st.integers(0, 5))
+def test_packs_hold_every_row_once_and_are_never_too_long(lengths, pack_to, seed):
+    packs = pack(numpy.array(lengths, dtype=int), pack_to, numpy.random.default_rng(seed))
+    assert sorted(row for rows in packs for row in rows) == list(range(len(lengths)))
+    sums = [sum(lengths[row] for row in rows) for rows in packs]
+    assert all(0 < total <= pack_to for total in sums)
+    # Best fit: at most one sequence is no more than half full.
+    assert sum(2 * total <= pack_to for total in sums) <= 1
+
+
+def test_packs_are_full_where_rows_are_short():
+    lengths = lengths_of(2000)
+    packs = pack(lengths, 512, numpy.random.default_rng(0))
+    assert lengths.sum() / (512 * len(packs)) > 0.99
+    other = pack(lengths, 512, numpy.random.default_rng(1))
+    assert packs != other and packs == pack(lengths, 512, numpy.random.default_rng(0))
+
+
+def padding(updates, lengths):
+    """Share of padded positions in an epoch, counted batch by batch."""
+    batches = [batch for update in updates.epoch(0) for batch in update.micro_batches if batch]
+    positions = sum(len(batch) * max(lengths[row] for row in batch) for batch in batches)
+    return 1 - sum(lengths) / positions
+
+
+@pytest.mark.parametrize("split", [(4, 1, 1), (4, 4, 1), (8, 2, 1), (16, 1, 1), (3, 5, 1)], ids=str)
+def test_similar_lengths_share_a_batch(split):
+    lengths = lengths_of(1000)
+    updates = Updates(lengths, lengths, *split[:2], 0, 1, seed=1)
+    assert updates.waste() == pytest.approx(padding(updates, lengths))
+    assert updates.waste() < 0.08
+    order = numpy.random.default_rng(0).permutation(1000)[: 1000 // split[0] * split[0]].reshape(-1, split[0])
+    assert 1 - lengths[order].sum() / (lengths[order].max(axis=1) * split[0]).sum() > 0.25  # a plain random order
+
+
+def test_company_changes_with_every_epoch():
+    lengths = numpy.arange(640)
+    updates = Updates(lengths, lengths, 4, 1, 0, 1, seed=1)
+    together = [{tuple(sorted(u.micro_batches[0])) for u in updates.epoch(epoch)} for epoch in range(2)]
+    assert len(together[0] & together[1]) < 16
+    first = [updates.order(0)[i].min() for i in range(100)]
+    assert first != sorted(first) and abs(numpy.corrcoef(first, range(100))[0, 1]) < 0.3  # no order by length
+
+
 # ---------------------------------------------------------------- batches
 
 
@@ -101,7 +174,18 @@ def test_collate_pads_on_the_right():
     )
     assert batch["input_ids"].tolist() == [[5, 6, 7, 3, 3], [8, 9, 10, 11, 12]]
     assert batch["labels"].tolist() == [[-100, 6, 7, -100, -100], [-100, -100, -100, 11, 12]]
+    assert batch["label_positions"].tolist() == [0, 1, 7, 8]  # of 10 places; their next tokens have labels
     assert {str(tensor.dtype) for tensor in batch.values()} == {"torch.int64"}
+
+
+def test_collate_packs_rows_one_after_another():
+    batch = collate(
+        [{"input_ids": [5, 6, 7], "num_unlabelled": 1}, {"input_ids": [8, 9, 10], "num_unlabelled": 0}], 3, packed=True
+    )
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10]]
+    assert batch["labels"].tolist() == [[-100, 6, 7, -100, 9, 10]]  # 8 is not predicted from 7
+    assert batch["label_positions"].tolist() == [0, 1, 3, 4]
+    assert batch["row_lengths"] == [3, 3]
 
 
 def test_collate_labels_a_pad_id_inside_a_row():
@@ -114,3 +198,9 @@ def test_collate_without_rows_has_nothing_to_learn():
     batch = collate([], 3)
     assert batch["input_ids"].tolist() == [[3]]
     assert batch["labels"].tolist() == [[-100]]
+
+
+def test_packed_collate_without_rows_has_nothing_to_learn():
+    batch = collate([], 3, packed=True)
+    assert batch["input_ids"].tolist() == [[3]] and batch["row_lengths"] == [1]
+    assert batch["label_positions"].tolist() == []

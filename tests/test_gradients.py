@@ -53,7 +53,7 @@ def test_gradients_equal_one_big_batch(mode_name, tmp_path):
     check_done(process)
     loss, gradients = whole_batch(MODES[mode_name], path)
     losses = json.loads((tmp_path / "losses.json").read_text())
-    assert len(losses) == 4
+    assert len(losses) == 6
     for name, split_loss in losses.items():
         assert split_loss == pytest.approx(loss, rel=1e-6), name
         split = torch.load(tmp_path / f"{name}.pt", weights_only=True)
@@ -65,8 +65,9 @@ def test_gradients_equal_one_big_batch(mode_name, tmp_path):
 
 def test_updates_cover_every_row_once():
     labels = list(range(1, NUM_ROWS + 1))
+    lengths = [50] * NUM_ROWS
     for world in (1, 2, 4):
-        ranks = [list(Updates(labels, 2, 2, rank, world, seed=7).epoch(3)) for rank in range(world)]
+        ranks = [list(Updates(lengths, labels, 2, 2, rank, world, seed=7).epoch(3)) for rank in range(world)]
         assert len({tuple(len(u.micro_batches) for u in updates) for updates in ranks}) == 1
         rows = [n for updates in ranks for update in updates for batch in update.micro_batches for n in batch]
         assert sorted(rows) == list(range(NUM_ROWS))

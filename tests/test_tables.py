@@ -16,8 +16,8 @@ from tuning import TRAIN_TYPES, count_parameters, matches
 LEVELS = [
     {"glm_common", "glm1", "glm2", "glm3"},
     {"utils", "modes"},
-    {"tuning", "data_set", "batches", "ds_config", "optimizer", "run_log"},
-    {"checkpoint"},
+    {"tuning", "data_set", "batches", "ds_config", "optimizer", "run_log", "weights"},
+    {"checkpoint", "row_cache"},
     {"arguments"},
     {"train", "predict", "merge_lora", "score"},
 ]

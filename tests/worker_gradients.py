@@ -27,6 +27,7 @@ def main(mode_name, folder, rows_path, output_dir):
     rows = [
         encode_row(r["query"], r["answer"], tokenizer, mode.prompt, 300, 200) for r in read_rows([rows_path], Columns())
     ]
+    lengths = [len(row["input_ids"]) for row in rows]
     num_labels = [len(row["input_ids"]) - row["num_unlabelled"] for row in rows]
     flags = {
         "max_grad_norm": 0.0,
@@ -37,7 +38,7 @@ def main(mode_name, folder, rows_path, output_dir):
     }
     summary = {}
     for ds_file in sys.argv[5].split(","):
-        for batch_size, accumulation in ((1, 6), (3, 2)):
+        for batch_size, accumulation, pack_to in ((1, 6, None), (3, 2, None), (2, 3, 400)):
             args = SimpleNamespace(
                 per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation, **flags
             )
@@ -47,11 +48,11 @@ def main(mode_name, folder, rows_path, output_dir):
             optimizer = build_optimizer(model, args)
             engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
             engine.train()
-            [update] = Updates(num_labels, batch_size, accumulation, rank, world, seed=1).epoch(0)
+            [update] = Updates(lengths, num_labels, batch_size, accumulation, rank, world, 1, pack_to).epoch(0)
             total = torch.zeros(())
             for i, numbers in enumerate(update.micro_batches):
                 engine.set_gradient_accumulation_boundary(i == len(update.micro_batches) - 1)
-                batch = collate([rows[n] for n in numbers], 0)
+                batch = collate([rows[n] for n in numbers], 0, packed=pack_to is not None)
                 loss = engine(**batch, num_items_in_batch=update.num_labels / world).loss
                 engine.backward(loss, scale_wrt_gas=False)
                 total += loss.detach() / world

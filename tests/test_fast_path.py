@@ -1,0 +1,253 @@
+"""The fast path of a training step computes what the plain one does: loss and every gradient, whole tensors."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import Golden
+
+from batches import collate
+from benchmarks.plain import pad, plain_loss, plain_settings
+from glm_common import loss as loss_module
+from tuning import TRAIN_TYPES, checkpoint_layers
+
+MODES = ["glm", "glm2", "glm3"]
+LORA = SimpleNamespace(
+    lora_dim=4,
+    lora_alpha=8,
+    lora_dropout=0.0,
+    lora_module_name="query_key_value,dense,dense_h_to_4h,dense_4h_to_h",
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The models are too small for two."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+def rows_of(golden):
+    """The reference batch's rows, of three lengths."""
+    rows = []
+    for ids, labels in zip(golden.tensors["train.input_ids"], golden.tensors["train.labels"]):
+        labelled = (labels != -100).nonzero()[:, 0]
+        rows.append({"input_ids": ids[: labelled[-1] + 1].tolist(), "num_unlabelled": labelled[0].item()})
+    return rows
+
+
+def build(mode_name, kind):
+    """A model in training mode with what trains: all, the last layer, LoRA matrices, a prefix encoder."""
+    golden = Golden(mode_name)
+    torch.manual_seed(1)
+    if kind.startswith("prefix"):
+        model = golden.prefix_model(kind)
+        model = TRAIN_TYPES["ptuning"].prepare(model, None)
+    elif kind == "lora":
+        model = TRAIN_TYPES["lora"].prepare(golden.model(), LORA)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+    elif kind == "freeze":
+        last = golden.config().num_layers - 1
+        model = TRAIN_TYPES["freeze"].prepare(golden.model(), SimpleNamespace(freeze_module_name=f"layers.{last}."))
+    else:
+        model = golden.model()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return golden, model.train()
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def check_same(found, wanted):
+    assert found[0] == pytest.approx(wanted[0], rel=1e-6)
+    assert set(found[1]) == set(wanted[1])
+    # Gradients that are zero in exact arithmetic are compared to the size of the others.
+    floor = 1e-6 * max(gradient.norm() for gradient in wanted[1].values())
+    for name, gradient in wanted[1].items():
+        error = (found[1][name] - gradient).norm() / gradient.norm().clamp(min=floor)
+        assert error < 1e-4, (name, error)
+
+
+@pytest.mark.parametrize("kind", ["all", "freeze", "lora", "prefix_projection", "prefix_embedding"])
+@pytest.mark.parametrize("mode_name", MODES)
+def test_fast_step_equals_plain_step(mode_name, kind, monkeypatch):
+    """Padded and packed; without checkpointing, with it, in every second layer; logits in one chunk and in many."""
+    golden, model = build(mode_name, kind)
+    rows = rows_of(golden)
+    num_items = sum(len(row["input_ids"]) - row["num_unlabelled"] for row in rows) + 7  # more rows stand elsewhere
+    with plain_settings(model, checkpointing=False):
+        wanted = gradients(model, plain_loss(model, pad(rows, golden.config().pad_token_id), num_items))
+    one_chunk, many_chunks = 2**27, 4 * golden.config().vocab_size * 10
+    for interval, packed, num_bytes in (
+        (None, False, many_chunks),
+        (None, True, one_chunk),
+        (1, False, one_chunk),
+        (1, True, many_chunks),
+        (2, True, one_chunk),
+    ):
+        if interval:
+            checkpoint_layers(model, interval)
+        monkeypatch.setattr(loss_module, "MAX_LOGITS_BYTES", num_bytes)
+        batch = collate(rows, golden.config().pad_token_id, packed)
+        check_same(gradients(model, model(**batch, num_items_in_batch=num_items).loss), wanted)
+
+
+@pytest.mark.parametrize("mode_name", MODES)
+def test_packed_rows_one_by_one(mode_name):
+    """The gradient of a packed sequence is the sum of its rows' gradients."""
+    golden, model = build(mode_name, "all")
+    rows = rows_of(golden)
+    parts = [gradients(model, model(**collate([row], 0), num_items_in_batch=1).loss) for row in rows]
+    together = gradients(model, model(**collate(rows, 0, packed=True), num_items_in_batch=1).loss)
+    summed = {name: sum(part[1][name] for part in parts) for name in together[1]}
+    check_same(together, (sum(part[0] for part in parts), summed))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("mode_name", MODES)
+def test_a_packed_row_does_not_see_another(mode_name, implementation):
+    golden, _ = build(mode_name, "all")
+    model = golden.model(attn_implementation=implementation)
+    rows = rows_of(golden)
+    batch = collate(rows, 0, packed=True)
+    with torch.no_grad():
+        packed = model(batch["input_ids"], row_lengths=batch["row_lengths"]).logits[0].split(batch["row_lengths"])
+        for row, logits in zip(rows, packed):
+            alone = model(torch.tensor([row["input_ids"]])).logits[0]
+            torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25, 65536.0])
+@pytest.mark.parametrize("trains", ["hidden", "weight", "both"])
+def test_loss_under_outer_scaling(scale, trains, monkeypatch):
+    """LinearCrossEntropy against torch's cross entropy, in one chunk and several."""
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(23, 16), torch.randn(50, 16), torch.randint(50, (23,))
+    results = []
+    for make_loss in (
+        lambda h, w: torch.nn.functional.cross_entropy(h @ w.T, targets, reduction="sum"),
+        lambda h, w: loss_module.LinearCrossEntropy.apply(h, w, targets, True),
+    ):
+        for num_rows in (1000, 5):
+            monkeypatch.setattr(loss_module, "MAX_LOGITS_BYTES", num_rows * 50 * 4)
+            h = hidden.clone().requires_grad_(trains != "weight")
+            w = weight.clone().requires_grad_(trains != "hidden")
+            loss = make_loss(h, w)
+            (loss * scale / 3).backward()
+            results.append((loss.detach(), h.grad, w.grad))
+    for result in results[1:]:
+        for found, wanted in zip(result, results[0]):
+            assert (found is None) == (wanted is None)
+            if wanted is not None:
+                torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * scale)
+
+
+def test_loss_makes_no_gradient_when_none_is_asked():
+    layer = loss_module.OutputLayer(8, 20)
+    with torch.no_grad():
+        loss = layer(torch.randn(4, 8), torch.randint(20, (4,)))
+    assert not loss.requires_grad and loss.dtype == torch.float32
+    layer.requires_grad_(False)
+    assert not layer(torch.randn(4, 8), torch.randint(20, (4,))).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loss_in_16_bits_is_float32(dtype):
+    """The softmax is made in float32: loss and gradients of 16-bit inputs are as near as 16 bits allow."""
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(600, 32), torch.randn(300, 32) * 0.3, torch.randint(300, (600,))
+    values = []
+    for kind in (torch.float32, dtype):
+        h, w = hidden.to(dtype).to(kind).requires_grad_(), weight.to(dtype).to(kind).requires_grad_()
+        loss = loss_module.LinearCrossEntropy.apply(h, w, targets, True)
+        assert loss.dtype == torch.float32
+        (loss / 600).backward()
+        values.append((loss.detach(), h.grad.float(), w.grad.float()))
+    assert values[1][0].item() == pytest.approx(values[0][0].item(), rel=1e-3)
+    for found, wanted in zip(values[1][1:], values[0][1:]):
+        assert (found - wanted).norm() / wanted.norm() < 0.02
+
+
+class Saved:
+    """Counts what autograd keeps for the backward pass."""
+
+    def __enter__(self):
+        self.sizes = []
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *args):
+        self.hooks.__exit__(*args)
+
+    def pack(self, tensor):
+        self.sizes.append(tensor.numel())
+        return tensor
+
+
+@pytest.mark.parametrize("mode_name", MODES)
+def test_frozen_layers_keep_nothing(mode_name):
+    """Below the lowest trained layer nothing is kept, and nothing is computed twice."""
+    golden, model = build(mode_name, "freeze")
+    layers = [module for module in model.modules() if type(module).__name__ == "GLMBlock"]
+    kept, calls = [], []
+    for number, layer in enumerate(layers):
+        layer.register_forward_pre_hook(lambda m, a, n=number: calls.append(n))
+    batch = collate(rows_of(golden), 0)
+    for checkpointing in (False, True):
+        if checkpointing:
+            checkpoint_layers(model)
+        calls.clear()
+        with Saved() as saved:
+            first = layers[-1].register_forward_pre_hook(lambda m, a: kept.append(len(saved.sizes)))
+            loss = model(**batch).loss
+            first.remove()
+        assert kept.pop() == 0
+        loss.backward()
+        assert calls.count(0) == 1
+        assert [layer.gradient_checkpointing for layer in layers] == [False] * (len(layers) - 1) + [checkpointing]
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    "kind, interval, wanted",
+    [
+        ("all", 1, lambda n: True),
+        ("all", 3, lambda n: n % 3 == 0),
+        ("prefix_embedding", 1, lambda n: True),
+        ("lora", 2, lambda n: n % 2 == 0),
+    ],
+)
+def test_which_layers_are_recomputed(kind, interval, wanted):
+    _, model = build("glm3", kind)
+    checkpoint_layers(model, interval)
+    layers = [module for module in model.modules() if type(module).__name__ == "GLMBlock"]
+    assert [layer.gradient_checkpointing for layer in layers] == [wanted(n) for n in range(len(layers))]
+
+
+@pytest.mark.parametrize("mode_name", ["glm2", "glm3"])
+@pytest.mark.parametrize("kind", ["all", "prefix_embedding"])
+def test_causal_attention_gets_no_mask(mode_name, kind, monkeypatch):
+    """The kernel is asked for its own causal rule, with keys that are not repeated."""
+    golden, model = build(mode_name, kind)
+    seen = []
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query, key, value, **kwargs):
+        seen.append((kwargs.get("attn_mask"), kwargs.get("is_causal"), kwargs.get("enable_gqa"), key.shape[1]))
+        assert query.shape[2] == key.shape[2]
+        return kernel(query, key, value, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    for packed in (False, True):
+        model(**collate(rows_of(golden), 0, packed))
+    assert len(seen) >= 5 and set(seen) == {(None, True, True, golden.config().num_key_value_heads)}
