@@ -171,6 +171,35 @@ def test_loss_and_gradient_norm_do_not_depend_on_the_split(tmp_path):
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
 
 
+def test_packing_takes_the_same_steps(tmp_path):
+    """train.py with --packing on two processes, and padded rows on one: an update that holds all rows is the same."""
+    rows = (ROOT / "data" / "spo_0.json").read_text(encoding="utf-8").splitlines()[:7]
+    (tmp_path / "rows.json").write_text("\n".join(rows), encoding="utf-8")
+    logs = []
+    for name, start, flags in (
+        ("padded", "python", "--per_device_train_batch_size 7"),
+        (
+            "packed",
+            f"deepspeed --num_accelerators 2 --master_port {free_port()}",
+            "--packing --per_device_train_batch_size 2 --gradient_checkpointing --gradient_checkpointing_interval 2",
+        ),
+    ):
+        process = run_command(
+            f"{start} train.py --train_path rows.json --model_name_or_path {GOLDEN_FOLDERS['glm']} --train_type lora"
+            f" --lora_dropout 0 --max_len 450 --max_src_len 300 --num_train_epochs 3 --learning_rate 1e-2"
+            f" --show_loss_step 1 --output_dir {name} {flags}",
+            tmp_path,
+        )
+        check_done(process)
+        assert ("7 rows packed into " in process.stdout) == (name == "packed")
+        assert ("of the positions are padding" in process.stdout) == (name == "padded")
+        logs.append(read_lines(tmp_path / name / "train_log.jsonl"))
+    assert len(logs[0]) == len(logs[1]) == 3
+    for padded, packed in zip(*logs):
+        assert padded["loss"] == pytest.approx(packed["loss"], rel=1e-4)
+        assert padded["grad_norm"] == pytest.approx(packed["grad_norm"], rel=1e-3)
+
+
 def test_a_run_that_cannot_train_says_so(tmp_path):
     """A base with a NaN: no update is ever applied, and the command does not end as if all were well."""
     import shutil
