@@ -48,7 +48,7 @@ def main(argv):
     answer = Answerer(model, tokenizer, opened.mode.prompt, args)
 
     if args.prompt is not None:
-        print_rank_0("\n".join(answer([(args.prompt, ())])[0]["predictions"]))
+        print_rank_0("\n".join(answer([answer.prompt_ids(args.prompt)])[0]["predictions"]))
     elif args.interactive:
         talk(answer)
     else:
@@ -58,7 +58,7 @@ def main(argv):
 
 
 class Answerer:
-    """A model with its prompt and decoding flags; called with a batch of (query, history), it answers them.
+    """A model with its prompt and decoding flags; called with a batch of encoded prompts, it answers them.
 
     A batch gives the same greedy answers as its rows alone: prompts are padded on the left and hidden.
     """
@@ -85,12 +85,13 @@ class Answerer:
         """(ids, number of source ids that were cut)."""
         return self.prompt.encode_prompt(self.tokenizer, query, history, max_src_len=self.max_src_len)
 
-    def __call__(self, batch):
-        """For each (query, history): {"predictions": texts, "stopped": bools, "source_cut": ids cut away}."""
+    def __call__(self, encoded):
+        """For each of `prompt_ids`: {"predictions": texts, "stopped": bools, "source_cut": ids cut away}."""
         import torch
         from transformers import GenerationConfig
 
-        encoded = [self.prompt_ids(query, history) for query, history in batch]
+        from glm_common.decoding import decode
+
         length = max(len(ids) for ids, _ in encoded)
         input_ids = torch.full((len(encoded), length), self.tokenizer.pad_token_id)
         mask = torch.zeros_like(input_ids)
@@ -103,6 +104,7 @@ class Answerer:
                 input_ids=input_ids.to(device),
                 attention_mask=mask.to(device),
                 generation_config=GenerationConfig(**self.settings),
+                custom_generate=decode if self.settings["num_beams"] == 1 else None,
             )
         stop_ids = set(self.settings["eos_token_id"])
         answers = []
@@ -122,25 +124,46 @@ class Answerer:
 
 
 def predict_file(answer, rows, args):
-    """Answer all rows, sorted by length, written as they come; at the end the file is put into input order."""
+    """Answer all rows, the longest first, written as they come; at the end the file is put into input order."""
     from tqdm import tqdm
 
+    started = time.time()
     rank, world = int(os.environ.get("RANK", "0")), world_size()
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]["query"]), i), reverse=True)[rank::world]
+    # Shared out by length in characters, which needs no encoding, so that the ranks have equally much to do.
+    mine = sorted(range(len(rows)), key=lambda i: (len(rows[i]["query"]), i), reverse=True)[rank::world]
+    prompts = {number: answer.prompt_ids(rows[number]["query"]) for number in mine}
+    copies = max(args.num_return_sequences, args.num_beams)  # of a row, side by side in its batch
+    sizes = {number: copies * (len(ids) + args.max_new_tokens) for number, (ids, _) in prompts.items()}
+    batches = make_batches(sizes, args.batch_size, args.batch_tokens)
     part = f"{args.output_path}.rank{rank}.partial"
     os.makedirs(os.path.dirname(os.path.abspath(part)), exist_ok=True)
-    started = time.time()
     with open(part, "w", encoding="utf-8", buffering=1) as file:
-        with tqdm(total=len(order), desc="predicting", unit="row", disable=not is_main()) as bar:
-            for start in range(0, len(order), args.batch_size):
-                numbers = order[start : start + args.batch_size]
-                for number, result in zip(numbers, answer([(rows[n]["query"], ()) for n in numbers])):
+        with tqdm(total=len(mine), desc="predicting", unit="row", disable=not is_main()) as bar:
+            for numbers in batches:
+                for number, result in zip(numbers, answer([prompts[number] for number in numbers])):
                     file.write(json.dumps(output_row(number, rows[number], result), ensure_ascii=False) + "\n")
                 bar.update(len(numbers))
     barrier()
     if is_main():
         put_in_order(args.output_path, world)
         print(f"{len(rows)} rows in {time.time() - started:.1f} s, {args.output_path}")
+
+
+def make_batches(sizes, batch_size, batch_tokens):
+    """Lists of row numbers, the longest rows first, so that a lack of memory shows at once.
+
+    sizes: tokens of each row, answers included, by its number. A batch has at most `batch_size` rows and, with each
+    counted as its longest, `batch_tokens` tokens (0: off); one row is always taken.
+    """
+    batches = []
+    room = 0  # rows that the last batch may still take
+    for number in sorted(sizes, key=lambda number: (sizes[number], number), reverse=True):
+        if room < 1:
+            batches.append([])
+            room = min(batch_size, batch_tokens // sizes[number]) if batch_tokens else batch_size
+        batches[-1].append(number)
+        room -= 1
+    return batches
 
 
 def output_row(number, row, result):
@@ -186,7 +209,7 @@ def talk(answer):
         if query == "/clear":
             history = []
             continue
-        text = answer([(query, tuple(history))])[0]["predictions"][0]
+        text = answer([answer.prompt_ids(query, history)])[0]["predictions"][0]
         print(text)
         history.append((query, text))
 

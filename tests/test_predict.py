@@ -87,7 +87,7 @@ def test_merged_model_answers_like_the_adapter(golden, adapter, tmp_path, capsys
 
 
 def test_merge_keeps_the_base_precision(golden, adapter, tmp_path):
-    from checkpoint import weight_shapes
+    from weights import weight_shapes
 
     merge_lora.main(["--model_dir", str(adapter), "--output_dir", str(tmp_path / "merged")])
     assert {dtype for _, dtype in weight_shapes(str(tmp_path / "merged")).values()} == {"F16"}

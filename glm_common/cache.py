@@ -1,0 +1,78 @@
+"""A cache of keys and values that writes in place: the stock one copies itself for every new token.
+
+Shapes: B rows, G key/value heads, L tokens, D head size.
+"""
+
+from transformers.cache_utils import Cache, DynamicLayer
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values (B, G, L, D) of one layer: the front part of larger tensors, its `rooms`."""
+
+    def __init__(self, capacity):
+        super().__init__()
+        self.capacity = capacity
+        self.rooms = None
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Put new keys and values (B, G, new, D) behind the cached ones; returns all of them, as views."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        stop = start + key_states.shape[2]
+        if self.rooms is None or self.rooms[0].shape[2] < stop:
+            self.make_rooms(key_states, value_states, start, stop)
+        for room, states in zip(self.rooms, (key_states, value_states)):
+            room[:, :, start:stop] = states
+        self.keys, self.values = (room[:, :, :stop] for room in self.rooms)
+        return self.keys, self.values
+
+    def make_rooms(self, key_states, value_states, start, stop):
+        """Room for `capacity` tokens, or for twice as many as are needed; what is cached moves in."""
+        size = self.capacity if stop <= self.capacity else 2 * stop
+        rooms = []
+        for states, cached in ((key_states, self.keys), (value_states, self.values)):
+            room = states.new_empty(*states.shape[:2], size, states.shape[3])
+            if start:
+                room[:, :, :start] = cached
+            rooms.append(room)
+        self.rooms = rooms
+
+    # What follows makes new `keys` and `values`: they are no longer part of the rooms.
+
+    def reset(self):
+        """Forget everything."""
+        self.keys = self.values = self.rooms = None
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx):
+        """Take the rows `beam_idx` (B,), as beam search does."""
+        super().reorder_cache(beam_idx)
+        self.rooms = None
+
+    def batch_repeat_interleave(self, repeats):
+        """Have every row `repeats` times."""
+        super().batch_repeat_interleave(repeats)
+        self.rooms = None
+
+    def batch_select_indices(self, indices):
+        """Keep the rows `indices`."""
+        super().batch_select_indices(indices)
+        self.rooms = None
+
+
+class RoomyCache(Cache):
+    """Room for `capacity` tokens from the start, prompt and answer; more are taken in, at the price of a copy.
+
+    `prompt_layout` is what ChatGLM-6B keeps here: a tuple of (B,) tensors, or None.
+    """
+
+    def __init__(self, num_layers, capacity):
+        super().__init__(layers=[RoomyLayer(capacity) for _ in range(num_layers)])
+        self.prompt_layout = None
+
+    def batch_select_indices(self, indices):
+        """Keep the rows `indices` of all that is cached."""
+        super().batch_select_indices(indices)
+        if self.prompt_layout is not None:
+            self.prompt_layout = tuple(of_rows[indices] for of_rows in self.prompt_layout)
