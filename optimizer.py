@@ -57,7 +57,7 @@ def build_optimizer(model, args, is_compiled=False):
         return DeepSpeedCPUAdam(groups, lr=args.learning_rate, adamw_mode=True, **ADAM)
     from torch.optim import AdamW
 
-    return AdamW(groups, lr=args.learning_rate, **ADAM)
+    return AdamW(groups, lr=args.learning_rate, fused=True, **ADAM)
 
 
 def learning_rate_factor(step, num_warmup_steps, num_steps, kind):

@@ -58,6 +58,25 @@ def prepare_environment(device="auto"):
     for place in ("torch.distributed", "transformers"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=place.replace(".", r"\."))
     os.environ["DS_ACCELERATOR"] = choose_device(device).type  # DeepSpeed would guess for itself
+    if os.environ["DS_ACCELERATOR"] == "cpu":
+        keep_freed_memory()
+
+
+def keep_freed_memory():
+    """Let the C library keep the memory of freed tensors for the next ones, as torch does on a card.
+
+    It would give blocks of 32 MiB and more back at once and get them again, page by page: an eighth of a step's time.
+    Values that the environment gives (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_) are left alone.
+    """
+    import ctypes
+
+    options = {"MALLOC_MMAP_THRESHOLD_": (-3, 288 << 20), "MALLOC_TRIM_THRESHOLD_": (-1, 1 << 30)}
+    for name, (option, value) in options.items():  # option: M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
+        if name not in os.environ:
+            try:
+                ctypes.CDLL("libc.so.6").mallopt(option, value)
+            except (OSError, AttributeError):
+                return  # another C library
 
 
 def choose_device(name):

@@ -17,6 +17,8 @@ peak is the card's datasheet for bf16, and on a CPU the speed of a large matrix 
 
 import argparse
 import json
+import math
+import os
 import pathlib
 import statistics
 import subprocess
@@ -39,25 +41,34 @@ PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "A800": 312e12, "L40S":
 
 
 def main(argv):
-    """One combination here; several in a process each, so that none inherits memory from another."""
+    """Each combination in a process of its own, so that none inherits memory from another."""
     args = parse(argv)
-    if len(args.mode) * len(args.train_type) == 1:
-        rows = [measure(args)]
-    else:
-        rows = []
-        for mode in args.mode:
-            for train_type in args.train_type:
-                with tempfile.NamedTemporaryFile(suffix=".json") as file:
-                    own = strip(argv, ("--mode", "--train_type", "--save", "--json"))
-                    own += ["--mode", mode, "--train_type", train_type, "--json", file.name]
-                    subprocess.run([sys.executable, __file__, *own], check=True)
-                    rows += json.load(file)
-        print(report.table([shown(row) for row in rows]))
     if args.json:
-        pathlib.Path(args.json).write_text(json.dumps(rows), encoding="utf-8")
+        pathlib.Path(args.json).write_text(json.dumps(measure(args)), encoding="utf-8")
+        return
+    rows = []
+    own = strip(argv, ("--mode", "--train_type", "--save"))
+    for mode in args.mode:
+        for train_type in args.train_type:
+            one = [*own, "--mode", mode, "--train_type", train_type]
+            row = run(one)
+            if choose_device(args.device).type == "cpu":
+                # Here memory that is freed goes back at once, so that the process's peak is that of the tensors.
+                watched = run([*one, "--memory", "--steps", "1"], MALLOC_MMAP_THRESHOLD_="1000000")
+                row |= {name: value for name, value in watched.items() if "GB" in name or "memory" in name}
+            rows.append(shown(row))
+            print(report.table(rows[-1:]), flush=True)
     if args.save:
-        command = " ".join(["python benchmarks/step.py", *strip(argv, ("--save", "--json"))])
-        report.save("Training steps", command, [shown(row) for row in rows])
+        command = " ".join(["python benchmarks/step.py", *strip(argv, ("--save",))])
+        report.save("Training steps", command, rows)
+
+
+def run(argv, **environment):
+    """Figures of one combination, measured by a process of its own."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        command = [sys.executable, __file__, *argv, "--json", file.name]
+        subprocess.run(command, env={**os.environ, **environment}, check=True)
+        return json.load(file)
 
 
 def parse(argv):
@@ -84,7 +95,8 @@ def parse(argv):
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto")
     parser.add_argument("--steps", type=int, default=5, help="measured steps of each way")
-    parser.add_argument("--json", help="write the figures there")
+    parser.add_argument("--json", help="measure one combination and write its figures there")
+    parser.add_argument("--memory", action="store_true", help="with --json on a CPU: measure memory as well")
     parser.add_argument("--save", action="store_true", help="put the figures into benchmarks/RESULTS.md")
     args = parser.parse_args(argv)
     if args.against == "unpacked":
@@ -204,11 +216,11 @@ def measure(args):
     elif args.against == "unpacked":
         ways["unpacked"] = batches_of(args, rows, False, device, config.pad_token_id)
 
-    def step(way):
-        """One update; returns its figures."""
+    def step(way, watch_memory=False):
+        """One update; returns its figures. Watching memory gives back what is free, which costs time later."""
         mine, make_batch = next(ways[way])
         num_labels = sum(len(row["input_ids"]) - row["num_unlabelled"] for row in mine)
-        memory = Memory(device)
+        memory = Memory(device) if watch_memory else None
         start = time.perf_counter()
         batch = make_batch()
         outside = time.perf_counter() - start
@@ -228,9 +240,8 @@ def measure(args):
             "rows": len(mine) / seconds,
             "tokens": sum(len(row["input_ids"]) for row in mine) / seconds,
             "padded": batch["input_ids"].numel() / seconds,
-            "extra": memory.extra(),
-            "peak": memory.peak(),
-            "loss": loss.item(),
+            "extra": memory.extra() if memory else math.nan,
+            "peak": memory.peak() if memory else math.nan,
         }
 
     figures = {way: [] for way in ways}
@@ -240,6 +251,10 @@ def measure(args):
             if number:
                 figures[way].append(result)
     median = {way: {k: statistics.median(r[k] for r in runs) for k in runs[0]} for way, runs in figures.items()}
+    if args.memory or device.type == "cuda":
+        for way in ways:
+            watched = [step(way, watch_memory=True) for _ in range(2)]
+            median[way] |= {name: max(result[name] for result in watched) for name in ("extra", "peak")}
 
     ours = median["ours"]
     mine, make_batch = next(batches_of(args, rows, args.packing, device, config.pad_token_id))
@@ -264,8 +279,7 @@ def measure(args):
         result[f"{args.against} step s"] = other["seconds"]
         result[f"{args.against} extra GB"] = other["extra"] / 1e9
         result[f"speed-up ({unit})"] = ours["rows"] / other["rows"] if args.rows else other["seconds"] / ours["seconds"]
-        result["extra memory ratio"] = ours["extra"] / max(1, other["extra"])
-    print(json.dumps(result), flush=True)
+        result["extra memory ratio"] = ours["extra"] / other["extra"]
     stop_distributed(engine)
     return result
 

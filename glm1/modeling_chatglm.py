@@ -13,28 +13,36 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from glm1.configuration_chatglm import ChatGLMConfig
 from glm_common.attention import PackedRows, attend, visible_mask
+from glm_common.functions import Rotation
 from glm_common.loss import OutputLayer
 from glm_common.modeling import ChatGLMBackbone, ChatGLMCausalLM
 from glm_common.prefix import PrefixEncoder
 
 
 def rotary_angles(positions, rotary_size, dtype):
-    """cos and sin (B, 1, L, rotary_size) for positions (B, L), rounded to float16 at every step.
+    """cos and sin (B, 1, L, 2 rotary_size) for positions (B, 2, L), rounded to float16 at every step.
+
+    The first half of the channels is for position row 0, the second for row 1.
 
     The weights were trained with frequencies, angles, cos and sin in float16 and the released code still computes
     them so; exact angles give other logits on long rows. Hence the rounding for every dtype of the model.
     """
     exponents = torch.arange(0, rotary_size, 2, device=positions.device, dtype=torch.float32) / rotary_size
     inv_freq = (1.0 / 10000**exponents).half().float()
-    angles = (positions[..., None].half().float() * inv_freq).half().float()
-    angles = torch.cat((angles, angles), dim=-1)[:, None]
+    angles = (positions[..., None].half().float() * inv_freq).half().float()  # B 2 L R/2
+    angles = torch.cat((angles, angles), dim=-1).transpose(1, 2).flatten(2)[:, None]
     return angles.cos().half().to(dtype), angles.sin().half().to(dtype)
 
 
 def rotate(x, cos, sin):
-    """Rotate the first half of the channels of x (B, N, L, 2R) with its second half; cos and sin (B, 1, L, 2R)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    """Rotate x (B, N, L, D) by cos and sin (B, 1, L, D): in each half of the channels its first half with its second."""
+    result = x * cos
+    (first, second), (new_first, new_second), (first_sin, second_sin) = (
+        tensor.unflatten(-1, (2, 2, -1)).unbind(-2) for tensor in (x, result, sin)
+    )
+    new_first.addcmul_(second, first_sin, value=-1)
+    new_second.addcmul_(first, second_sin)
+    return result
 
 
 class Attention(nn.Module):
@@ -51,14 +59,11 @@ class Attention(nn.Module):
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states, mask, cos0, sin0, cos1, sin1, prefix_key, prefix_value, past_key_values=None):
+    def forward(self, hidden_states, mask, cos, sin, prefix_key, prefix_value, past_key_values=None):
         batch, length, _ = hidden_states.shape
         fused = self.query_key_value(hidden_states).view(batch, length, self.num_heads, 3 * self.head_size)
         query, key, value = fused.transpose(1, 2).chunk(3, dim=-1)  # B N L D
-        query, key = (
-            torch.cat((rotate(first, cos0, sin0), rotate(second, cos1, sin1)), dim=-1)
-            for first, second in (query.chunk(2, dim=-1), key.chunk(2, dim=-1))
-        )
+        query, key = (Rotation.apply(part, cos, sin, rotate) for part in (query, key))
         value = value.contiguous()  # kept for the backward pass, a view would keep the whole projection
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -204,10 +209,7 @@ class ChatGLMModel(ChatGLMBackbone):
             mask = PackedRows(row_lengths, masks)
         elif attention_mask is not None or length > 1:
             mask = visible_mask(length, num_past, num_prefix, attention_mask, layout[0], input_ids.device)
-        rotary_size = self.config.head_dim // 2
-        rotary = [
-            table for row in (0, 1) for table in rotary_angles(position_ids[:, row], rotary_size, hidden_states.dtype)
-        ]
+        rotary = rotary_angles(position_ids, self.config.head_dim // 2, hidden_states.dtype)
         return self.run_layers(
             self.layers,
             self.final_layernorm,

@@ -4,13 +4,12 @@ Shapes: B batch, L tokens, H hidden size, N query heads, G key/value heads, D he
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from glm2.configuration_chatglm import ChatGLMConfig
 from glm_common.attention import PackedRows, attend, visible_mask
-from glm_common.functions import SwiGLU
+from glm_common.functions import Rotation, SwiGLU, rms_norm
 from glm_common.loss import OutputLayer
 from glm_common.modeling import ChatGLMBackbone, ChatGLMCausalLM
 from glm_common.prefix import PrefixEncoder
@@ -26,14 +25,17 @@ def rotary_angles(positions, rotary_size, rope_ratio, dtype):
 
 def rotate(x, cos, sin):
     """Rotate neighbouring pairs (2i, 2i+1) in the first D / 2 channels of x (B, N, L, D); the others pass through."""
-    rotary_size = 2 * cos.shape[-1]
-    even, odd = x[..., :rotary_size].unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
-    return torch.cat((rotated, x[..., rotary_size:]), dim=-1)
+    result = x.clone(memory_format=torch.contiguous_format)
+    (even, odd), (new_even, new_odd) = (
+        tensor[..., : 2 * cos.shape[-1]].unflatten(-1, (-1, 2)).unbind(-1) for tensor in (x, result)
+    )
+    new_even.mul_(cos).addcmul_(odd, sin, value=-1)
+    new_odd.mul_(cos).addcmul_(even, sin)
+    return result
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, worked out in float32 (Zhang and Sennrich 2019)."""
+    """Root-mean-square norm with a weight."""
 
     def __init__(self, hidden_size, eps):
         super().__init__()
@@ -41,7 +43,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states):
-        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
+        return rms_norm(hidden_states, self.weight, self.eps)
 
 
 class SelfAttention(nn.Module):
@@ -65,8 +67,8 @@ class SelfAttention(nn.Module):
             part.unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # B heads L D
             for part in self.query_key_value(hidden_states).split(self.sizes, dim=-1)
         )
-        # Copies: kept for the backward pass, a view would keep the whole projection.
-        query, key, value = rotate(query, cos, sin), rotate(key, cos, sin), value.contiguous()
+        query, key = (Rotation.apply(part, cos, sin, rotate) for part in (query, key))
+        value = value.contiguous()  # kept for the backward pass, a view would keep the whole projection
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attended = attend(

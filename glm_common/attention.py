@@ -42,7 +42,7 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
     if attention_mask is None:
         attention_mask = causal_mask(query.shape[2], key.shape[2], query.device)
     scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    probs = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    probs = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     probs = F.dropout(probs, p=dropout, training=module.training)
     return torch.matmul(probs, value).transpose(1, 2), probs
 

@@ -1,11 +1,14 @@
 """The training objective: next-token cross entropy, with logits for the positions that carry a label and no others."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Float32 logits that exist at one time; beyond it they are made in chunks of rows.
-MAX_LOGITS_BYTES = 2**26
+# Float32 logits that exist at one time; beyond it they are made in chunks of rows. A quarter of it where the output
+# layer trains: its gradient needs room as well.
+MAX_LOGITS_BYTES = 2**28
 
 
 class OutputLayer(nn.Linear):
@@ -35,28 +38,37 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, needs_gradient):
         """hidden (M, H), weight (V, H), targets (M,) -> float32 scalar."""
         needs_hidden, needs_weight = (needs_gradient and needed for needed in ctx.needs_input_grad[:2])
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if needs_hidden else None
-        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        # Sums over many rows overflow float16, so those of the weight are made in float32.
-        sum_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
-        num_rows = max(1, MAX_LOGITS_BYTES // (4 * weight.shape[0]))
+        weight_grad = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+        max_bytes = MAX_LOGITS_BYTES / (4 if needs_weight else 1)
+        num_chunks = max(1, math.ceil(hidden.shape[0] * weight.shape[0] * 4 / max_bytes))
+        num_rows = max(1, math.ceil(hidden.shape[0] / num_chunks))
+        memory = torch.empty(num_rows, weight.shape[0], dtype=wide, device=hidden.device)
         for start in range(0, hidden.shape[0], num_rows):
             rows, row_targets = hidden[start : start + num_rows], targets[start : start + num_rows, None]
-            logits = F.linear(rows, weight).float()
-            log_sum = logits.logsumexp(dim=-1, keepdim=True)
-            total += (log_sum - logits.gather(1, row_targets)).sum()
+            logits = memory[: rows.shape[0]]
+            if hidden.dtype == wide:
+                torch.mm(rows, weight.T, out=logits)
+            else:
+                logits.copy_(rows @ weight.T)
+            logits -= logits.amax(dim=-1, keepdim=True)
+            total -= logits.gather(1, row_targets).sum()
+            exps = logits.exp_()
+            sums = exps.sum(dim=-1, keepdim=True)
+            total += sums.log().sum()
             if not (needs_hidden or needs_weight):
                 continue
-            grad = logits.sub_(log_sum).exp_()
+            grad = exps.div_(sums)
             grad.scatter_add_(1, row_targets, grad.new_full(row_targets.shape, -1.0))
             grad = grad.to(hidden.dtype)
             if needs_hidden:
                 torch.mm(grad, weight, out=hidden_grad[start : start + num_rows])
-            if needs_weight and sum_dtype == torch.float32:
-                weight_grad.addmm_(grad.float().T, rows.float())
-            elif needs_weight:
+            if needs_weight and hidden.dtype == torch.bfloat16:
                 weight_grad += grad.T @ rows
+            elif needs_weight:  # float16 would overflow where many rows are summed
+                weight_grad.addmm_(grad.to(wide).T, rows.to(wide))
         ctx.grads, ctx.weight_dtype = (hidden_grad, weight_grad), weight.dtype
         return total
 
