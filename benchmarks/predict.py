@@ -1,14 +1,13 @@
 """How many answer tokens a second: one row at a time, batches with generate's own loop, batches with ours.
 
     python benchmarks/predict.py --mode glm2
-    python benchmarks/predict.py --mode glm --rounds 5 --json predict-glm.json
+    python benchmarks/predict.py --mode glm --min_new_tokens 64 --save
 
 Random weights in float32. Rows are sorted by length, as predict.py does. The three ways take turns within each round,
 and their answers must be equal. Only real answer tokens are counted: no padding, the end's token included.
 """
 
 import argparse
-import json
 import pathlib
 import statistics
 import sys
@@ -19,14 +18,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList  # noqa: E402
 
+from benchmarks import report  # noqa: E402
+from benchmarks.presets import PRESETS, preset_config  # noqa: E402
 from glm_common.decoding import decode  # noqa: E402
 from modes import MODES  # noqa: E402
+from utils import prepare_environment  # noqa: E402
 
-COMMON = {"num_layers": 8, "hidden_size": 512, "num_attention_heads": 4}
-GLM2 = {**COMMON, "padded_vocab_size": 65024, "ffn_hidden_size": 1712, "kv_channels": 128, "multi_query_group_num": 2}
-PRESETS = {
-    "small": {"glm": {**COMMON, "vocab_size": 130528, "inner_hidden_size": 2048}, "glm2": GLM2, "glm3": GLM2},
-}
 PROMPT_LENGTHS = (40, 160)
 MARK = -3  # place of a prompt's mark: in front of what closes a prompt of ChatGLM-6B
 NUM_ORDINARY_IDS = 60000  # from 100 on: special ids of all families lie outside
@@ -58,7 +55,7 @@ def make_rows(mode, config, args):
     def draw(low, high, size):
         return torch.randint(low, high + 1, (size,), generator=generator).tolist()
 
-    lengths = draw(1, args.max_new_tokens, args.rows)
+    lengths = draw(args.min_new_tokens, args.max_new_tokens, args.rows)
     prompts = []
     for mark, length in enumerate(sorted(draw(*PROMPT_LENGTHS, args.rows), reverse=True)):
         ids = draw(100, 100 + NUM_ORDINARY_IDS, length)
@@ -98,13 +95,15 @@ def main(argv):
     parser.add_argument("--batch_size", type=int, default=16, help="rows answered together")
     parser.add_argument("--rows", type=int, default=32, help="rows to answer")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer")
+    parser.add_argument("--min_new_tokens", type=int, default=1, help="shortest answer")
     parser.add_argument("--rounds", type=int, default=3, help="times that each way is measured")
     parser.add_argument("--seed", type=int, default=1234, help="of weights, prompts and lengths")
-    parser.add_argument("--json", help="file for the figures; left out: none")
+    parser.add_argument("--save", action="store_true", help="put the figures into benchmarks/RESULTS.md")
     args = parser.parse_args(argv)
 
     mode = MODES[args.mode]
-    config = mode.config_class(**PRESETS[args.preset][args.mode])
+    prepare_environment("cpu")
+    config = preset_config(args.preset, args.mode)
     torch.manual_seed(args.seed)
     model = mode.model_class(config).eval()
     prompts, lengths = make_rows(mode, config, args)
@@ -138,16 +137,11 @@ def main(argv):
         print(f"{name}: {value:.1f} tokens/s")
     for name, value in ratios.items():
         print(f"{name}: {value:.2f}")
-    if args.json:
-        figures = {
-            **vars(args),
-            "num_threads": torch.get_num_threads(),
-            "answer_tokens": sum(lengths),
-            "tokens_per_s": rates,
-            "median_tokens_per_s": medians,
-            "median_ratios": ratios,
-        }
-        pathlib.Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    if args.save:
+        command = " ".join(["python benchmarks/predict.py", *(word for word in argv if word != "--save")])
+        row = {"mode": mode.name, "answer tokens": sum(lengths)}
+        row |= {f"{name}, tokens/s": f"{value:.0f}" for name, value in medians.items()}
+        report.save("Prediction", command, [row | {name: f"{value:.2f}" for name, value in ratios.items()}])
 
 
 if __name__ == "__main__":

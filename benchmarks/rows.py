@@ -1,7 +1,7 @@
 """What a million rows cost: encoding them the first time, starting with them the second time, and memory.
 
     python benchmarks/rows.py
-    python benchmarks/rows.py --num_rows 100000 --num_proc 1 --json rows.json
+    python benchmarks/rows.py --num_rows 100000 --num_proc 1 --save
 
 Made-up advertisements (scripts/make_data.py) as JSON Lines, encoded with the small vocabulary of tests/golden/glm3,
 all in a temporary folder. The first and the second time are processes of their own, as two runs of train.py are. The
@@ -118,7 +118,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num_rows", type=int, default=1_000_000, help="rows")
     parser.add_argument("--num_proc", type=int, default=0, help="processes that encode; 0: all cores of this host")
-    parser.add_argument("--json", help="file for the figures, a JSON object; left out: none")
+    parser.add_argument("--save", action="store_true", help="put the figures into benchmarks/RESULTS.md")
     parser.add_argument("--part", choices=("first", "second"), help=argparse.SUPPRESS)
     parser.add_argument("--path", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -146,10 +146,15 @@ def main(argv=None):
         ("extra memory, all rows touched", "RssAnon {extra_RssAnon_mb:.0f} MB, VmRSS {extra_VmRSS_mb:.0f} MB"),
         ("cache on disk", "{cache_mb:.0f} MB"),
     ]
-    for name, text in lines:
-        print(f"{name:<40}{text.format(**figures)}")
-    if args.json:
-        pathlib.Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    shown = {name: text.format(**figures) for name, text in lines}
+    for name, text in shown.items():
+        print(f"{name:<40}{text}")
+    if args.save:
+        from benchmarks import report
+
+        argv = [word for word in argv or sys.argv[1:] if word != "--save"]
+        rows = [{"what": name, "measured": text} for name, text in shown.items()]
+        report.save("Rows", " ".join(["python benchmarks/rows.py", *argv]), rows)
 
 
 if __name__ == "__main__":

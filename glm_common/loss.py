@@ -22,8 +22,21 @@ class OutputLayer(nn.Linear):
         """hidden_states (..., H) -> logits (..., V); with targets (M,) and hidden_states (M, H) -> their summed
         cross entropy, a float32 scalar."""
         if targets is None:
-            return F.linear(hidden_states, self.weight)
+            return few_rows_linear(hidden_states, self.weight)
         return LinearCrossEntropy.apply(hidden_states, self.weight, targets, torch.is_grad_enabled())
+
+
+def few_rows_linear(hidden_states, weight):
+    """F.linear. On a CPU the product of a few rows with a large matrix, which is what decoding needs, is made in blocks
+    of the matrix: twice as fast, because both stay in the cache."""
+    num_rows = hidden_states.numel() // hidden_states.shape[-1]
+    num_blocks = math.gcd(weight.shape[0], 128)
+    is_slow = hidden_states.device.type == "cpu" and hidden_states.dtype == torch.float32  # bfloat16 is not
+    if not is_slow or num_rows > 64 or num_blocks < 8 or torch.is_grad_enabled():
+        return F.linear(hidden_states, weight)
+    blocks = weight.unflatten(0, (num_blocks, -1)).transpose(1, 2)  # blocks H V/blocks
+    logits = hidden_states.flatten(0, -2) @ blocks  # blocks rows V/blocks
+    return logits.transpose(0, 1).reshape(*hidden_states.shape[:-1], -1)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
