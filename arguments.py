@@ -12,6 +12,7 @@ from tuning import TRAIN_TYPES
 from utils import fail, is_main, world_size
 from weights import INDEX_FILES, WEIGHT_FILES
 
+ATTENTION = {"sdpa": "sdpa", "flex": "flex_attention", "eager": "eager"}  # the library's names
 LEAST_SRC_LEN = 16  # tokens: the words around the question, and something of it
 
 
@@ -112,6 +113,12 @@ def train_parser():
         choices=("auto", "torch", "deepspeed_cpu"),
         default="auto",
         help="AdamW of torch, or DeepSpeed's for offload (needs a C++ compiler); auto: the latter for offload on cards",
+    )
+    training.add_argument(
+        "--attention",
+        choices=ATTENTION,
+        default="sdpa",
+        help="sdpa: torch's fused kernels; flex: torch's flex attention, for cards; eager: written out, to compare with",
     )
     training.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations to save memory")
     training.add_argument(

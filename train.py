@@ -8,7 +8,7 @@ import os
 import sys
 import time
 
-from arguments import columns_of, folder_problems, length_problems, parse_train
+from arguments import ATTENTION, columns_of, folder_problems, length_problems, parse_train
 from batches import Updates, collate, to_device
 from checkpoint import (
     describe_run,
@@ -51,6 +51,8 @@ def main(argv):
     import torch.distributed as dist
 
     device = choose_device(args.device)
+    if args.attention == "flex" and device.type == "cpu":
+        fail("--attention flex: has no backward pass on a CPU: use --attention sdpa")
     ds_config = read_ds_file(args.ds_file)
     precision = choose_precision(wanted_precision(ds_config, args.precision), device)
     dtype = torch_dtype(precision)
@@ -104,7 +106,7 @@ def main(argv):
     # Model: under ZeRO-3 the weights are split over the ranks while they load.
     ds_config = complete_config(ds_config, args, world, precision)
     zero3 = ds_config["zero_optimization"]["stage"] == 3
-    model = load_base(folder, mode, config, dtype, device, ds_config)
+    model = load_base(folder, mode, config, dtype, device, ds_config, ATTENTION[args.attention])
     model = train_type.prepare(model, args)
     if args.gradient_checkpointing:
         checkpoint_layers(model, args.gradient_checkpointing_interval)

@@ -12,14 +12,19 @@ SMALL_GLM2 = {
     "kv_channels": 128,
     "multi_query_group_num": 2,
 }
-# small: the real vocabulary and a tenth of the width, for a CPU. 6b: the released shapes, which are the defaults of
-# the configuration classes.
+TINY = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2}
+TINY_GLM2 = {
+    **TINY,
+    "padded_vocab_size": 65024,
+    "ffn_hidden_size": 48,
+    "kv_channels": 16,
+    "multi_query_group_num": 1,
+}
+# small: the real vocabulary and an eighth of the width, for a CPU; tiny: to see that a benchmark runs. 6b: the
+# released shapes, which are the defaults of the configuration classes.
 PRESETS = {
-    "small": {
-        "glm": {**SMALL, "vocab_size": 130528, "inner_hidden_size": 2048},
-        "glm2": SMALL_GLM2,
-        "glm3": SMALL_GLM2,
-    },
+    "tiny": {"glm": {**TINY, "vocab_size": 130528, "inner_hidden_size": 64}, "glm2": TINY_GLM2, "glm3": TINY_GLM2},
+    "small": {"glm": {**SMALL, "vocab_size": 130528, "inner_hidden_size": 2048}, "glm2": SMALL_GLM2, "glm3": SMALL_GLM2},
     "6b": {"glm": {}, "glm2": {}, "glm3": {}},
 }
 

@@ -74,7 +74,7 @@ def run(argv, **environment):
 def parse(argv):
     """Flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=("small", "6b"), default="small")
+    parser.add_argument("--preset", choices=("tiny", "small", "6b"), default="small")
     parser.add_argument("--mode", choices=MODES, nargs="+", default=["glm3"])
     parser.add_argument("--train_type", choices=TRAIN_TYPES, nargs="+", default=["lora"])
     parser.add_argument("--against", choices=("plain", "unpacked"), help="alternate with another way")
@@ -86,7 +86,7 @@ def parse(argv):
     parser.add_argument("--packing", action="store_true")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--gradient_checkpointing_interval", type=int, default=1)
-    parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa")
+    parser.add_argument("--attention", choices=("sdpa", "flex_attention", "eager"), default="sdpa")
     parser.add_argument("--lora_dim", type=int, default=16)
     parser.add_argument("--pre_seq_len", type=int, default=128)
     parser.add_argument("--prefix_projection", action="store_true")
@@ -329,6 +329,7 @@ def useful_flops(model, batch, rows, config):
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     total = 0
+    num_padded, num_tokens = batch["input_ids"].numel(), sum(len(row["input_ids"]) for row in rows)
     pairs = sum(len(row["input_ids"]) * (len(row["input_ids"]) + 1) / 2 for row in rows)
     pairs += sum(len(row["input_ids"]) for row in rows) * (getattr(config, "pre_seq_len", None) or 0)
     if getattr(config, "gmask_token_id", None) is not None:  # the question sees all of itself
@@ -338,6 +339,8 @@ def useful_flops(model, batch, rows, config):
     def linear(module, inputs, output):
         nonlocal total
         num_rows = inputs[0].numel() // module.in_features
+        if num_rows == num_padded:
+            num_rows = num_tokens
         products = 1 + inputs[0].requires_grad + module.weight.requires_grad
         total += 2 * num_rows * module.in_features * module.out_features * products
 

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from glm1.configuration_chatglm import ChatGLMConfig
-from glm_common.attention import PackedRows, attend, visible_mask
+from glm_common.attention import PackedRows, attend, flex_mask, visible_mask
 from glm_common.functions import Rotation
 from glm_common.loss import OutputLayer
 from glm_common.modeling import ChatGLMBackbone, ChatGLMCausalLM
@@ -203,7 +203,9 @@ class ChatGLMModel(ChatGLMBackbone):
         prefix = self.prefix_keys_values(batch, past_key_values, hidden_states.dtype)
         num_prefix = 0 if prefix is None else prefix.shape[3]
         mask = None
-        if row_lengths is not None:
+        if self.uses_flex(attention_mask, past_key_values):
+            mask = flex_mask(batch, length, row_lengths, layout[0], num_prefix, input_ids.device)
+        elif row_lengths is not None:
             contexts = layout[0].split(1)
             masks = [visible_mask(n, 0, num_prefix, None, c, input_ids.device) for n, c in zip(row_lengths, contexts)]
             mask = PackedRows(row_lengths, masks)

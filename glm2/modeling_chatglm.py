@@ -8,7 +8,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from glm2.configuration_chatglm import ChatGLMConfig
-from glm_common.attention import PackedRows, attend, visible_mask
+from glm_common.attention import PackedRows, attend, flex_mask, visible_mask
 from glm_common.functions import Rotation, SwiGLU, rms_norm
 from glm_common.loss import OutputLayer
 from glm_common.modeling import ChatGLMBackbone, ChatGLMCausalLM
@@ -182,11 +182,13 @@ class ChatGLMModel(ChatGLMBackbone):
 
         num_rows = batch if row_lengths is None else len(row_lengths)
         prefix = self.prefix_keys_values(num_rows, past_key_values, hidden_states.dtype)
+        num_prefix = 0 if prefix is None else prefix.shape[3]
         mask = None
-        if row_lengths is not None:
+        if self.uses_flex(attention_mask, past_key_values):
+            mask = flex_mask(batch, length, row_lengths, None, num_prefix, hidden_states.device)
+        elif row_lengths is not None:
             mask = PackedRows(row_lengths, [None] * num_rows)
         elif attention_mask is not None:
-            num_prefix = 0 if prefix is None else prefix.shape[3]
             mask = visible_mask(length, num_past, num_prefix, attention_mask, None, hidden_states.device)
         rotary = rotary_angles(position_ids, self.config.kv_channels // 2, self.config.rope_ratio, hidden_states.dtype)
         return self.run_layers(

@@ -6,13 +6,15 @@ A mask is one of
 - None: causal, the last query sees all keys (in front of the queries stand a prefix or cached keys, visible to all).
   The kernels know this case by themselves, so no mask is ever made for it;
 - a bool tensor (B or 1, 1, Q, K), True where visible;
-- `PackedRows`: several rows in one sequence, each with a mask of its own, that do not see each other.
+- `PackedRows`: several rows in one sequence, each with a mask of its own, that do not see each other;
+- a `BlockMask`: any of these for flex attention, which leaves out blocks that nobody sees (`flex_mask`).
 """
 
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
@@ -61,6 +63,8 @@ def attend(module, query, key, value, mask, prefix_key=None, prefix_value=None, 
         return torch.cat(outputs, dim=1)
 
     if prefix_key is not None:
+        if prefix_key.shape[0] != key.shape[0]:  # packed rows in one call: the prefixes of all rows stand in front
+            prefix_key, prefix_value = (p.transpose(0, 1).flatten(1, 2)[None] for p in (prefix_key, prefix_value))
         key = torch.cat((prefix_key, key), dim=2)
         value = torch.cat((prefix_value, value), dim=2)
     num_queries = query.shape[2]
@@ -68,7 +72,10 @@ def attend(module, query, key, value, mask, prefix_key=None, prefix_value=None, 
         # Kernels align the causal rule at the first query and key. Empty queries in front move ours to the end,
         # which costs less than a mask: the first queries see few keys.
         query = F.pad(query, (0, 0, key.shape[2] - num_queries, 0))
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention)
+    name = module.config._attn_implementation
+    if name == "flex_attention" and not isinstance(mask, BlockMask):
+        name = "sdpa"  # generation, with its cache
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
     output, _ = function(
         module, query, key, value, mask, dropout=dropout if module.training else 0.0, scaling=module.scaling
     )
@@ -93,3 +100,31 @@ def visible_mask(num_queries, num_past, num_prefix, attention_mask, context_leng
         if attention_mask is not None:
             visible = visible & attention_mask[:, None, None, :num_keys].bool()
     return F.pad(visible, (num_prefix, 0), value=True)
+
+
+def flex_mask(batch_size, length, row_lengths, context_length, num_prefix, device):
+    """The mask of a training batch for flex attention; arguments as above, row_lengths of packed rows or None."""
+    if row_lengths is None:
+
+        def visible(batch, head, query, key):
+            place = key - num_prefix  # below 0 in the prefix
+            seen = place <= query
+            return seen if context_length is None else seen | (place < context_length[batch])
+
+        num_keys = num_prefix + length
+    else:
+        batch_size, num_keys = 1, num_prefix * len(row_lengths) + length
+        lengths = torch.tensor(row_lengths)
+        row = torch.arange(len(row_lengths)).repeat_interleave(lengths)
+        place = torch.cat([torch.arange(n) for n in row_lengths])
+        key_row = torch.cat((torch.arange(len(row_lengths)).repeat_interleave(num_prefix), row))
+        key_place = F.pad(place, (num_prefix * len(row_lengths), 0), value=-1)
+        row, place, key_row, key_place = (tensor.to(device) for tensor in (row, place, key_row, key_place))
+
+        def visible(batch, head, query, key):
+            seen = key_place[key] <= place[query]
+            if context_length is not None:
+                seen = seen | (key_place[key] < context_length[row[query]])
+            return seen & (key_row[key] == row[query])
+
+    return create_block_mask(visible, batch_size, None, length, num_keys, device=device)

@@ -16,6 +16,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
     _skip_keys_device_placement = ["past_key_values"]
     # Released checkpoints carry rotary tables as buffers; we compute the angles from the positions.
@@ -49,6 +50,11 @@ class ChatGLMBackbone(ChatGLMPreTrainedModel):
             if past_key_values is not None:
                 past_key_values.prefix_keys_values = prefix
         return prefix.expand(-1, num_rows, -1, -1, -1)
+
+    def uses_flex(self, attention_mask, past_key_values):
+        """Flex attention is for training: rows without a cache, padded on the right or packed."""
+        is_chosen = self.config._attn_implementation == "flex_attention"
+        return is_chosen and attention_mask is None and past_key_values is None
 
     def run_layers(
         self, layers, final_norm, hidden_states, mask, rotary, prefix, past_key_values, output_hidden_states

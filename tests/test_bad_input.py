@@ -100,6 +100,8 @@ TRAIN_FLAGS = [
          "--lora_alpha: belongs to --train_type lora, this run is --train_type all"),
     case("freeze-with-lora", "--freeze_module_name layers.1",
          "--freeze_module_name: belongs to --train_type freeze, this run is --train_type lora"),
+    case("flex-on-a-cpu", "--attention flex --device cpu",
+         "--attention flex: has no backward pass on a CPU: use --attention sdpa"),
     case("interval-0", "--gradient_checkpointing --gradient_checkpointing_interval 0",
          "--gradient_checkpointing_interval 0: must be at least 1"),
     case("interval-without-checkpointing", "--gradient_checkpointing_interval 2",

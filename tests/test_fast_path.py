@@ -67,14 +67,14 @@ def gradients(model, loss):
     return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def check_same(found, wanted):
+def check_same(found, wanted, tolerance=1e-4):
     assert found[0] == pytest.approx(wanted[0], rel=1e-6)
     assert set(found[1]) == set(wanted[1])
     # Gradients that are zero in exact arithmetic are compared to the size of the others.
     floor = 1e-6 * max(gradient.norm() for gradient in wanted[1].values())
     for name, gradient in wanted[1].items():
         error = (found[1][name] - gradient).norm() / gradient.norm().clamp(min=floor)
-        assert error < 1e-4, (name, error)
+        assert error < tolerance, (name, error)
 
 
 @pytest.mark.parametrize("kind", ["all", "freeze", "lora", "prefix_projection", "prefix_embedding"])
@@ -251,3 +251,30 @@ def test_causal_attention_gets_no_mask(mode_name, kind, monkeypatch):
     for packed in (False, True):
         model(**collate(rows_of(golden), 0, packed))
     assert len(seen) >= 5 and set(seen) == {(None, True, True, golden.config().num_key_value_heads)}
+
+
+@pytest.mark.parametrize("kind", ["all", "prefix_embedding"])
+@pytest.mark.parametrize("mode_name", MODES)
+def test_flex_attention_sees_the_same(mode_name, kind, monkeypatch):
+    """Forward only, uncompiled: a CPU has no backward pass for it (tests/test_gpu.py has)."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+    from transformers.integrations import flex_attention as library
+
+    masks = []
+
+    def uncompiled(query, key, value, training=False, **kwargs):
+        masks.append(kwargs["block_mask"])
+        return flex_attention(query, key, value, **kwargs)
+
+    monkeypatch.setattr(library, "compile_friendly_flex_attention", uncompiled)
+    golden, model = build(mode_name, kind)
+    for packed in (False, True):
+        batch = collate(rows_of(golden), 0, packed)
+        with torch.no_grad():
+            wanted = model(**batch).loss.item()
+            assert not masks
+            model.set_attn_implementation("flex_attention")
+            assert model(**batch).loss.item() == pytest.approx(wanted, rel=1e-5)
+        assert masks and all(isinstance(mask, BlockMask) for mask in masks)
+        masks.clear()
+        model.set_attn_implementation("sdpa")

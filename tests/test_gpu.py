@@ -8,6 +8,10 @@ from conftest import GOLDEN_FOLDERS, ROOT
 from launching import check_done, free_port, run_command
 from safetensors.torch import load_file
 
+from test_fast_path import build, check_same, gradients, rows_of
+
+from batches import collate, to_device
+from benchmarks.plain import pad, plain_loss, plain_settings
 from modes import MODES
 from weights import load_base, stored_tensors
 
@@ -47,3 +51,32 @@ def test_logits_on_a_card(golden):
     model = golden.model().cuda()
     logits = model(golden.tensors["one.input_ids"].cuda()).logits.cpu()
     assert (logits - golden.tensors["one.logits"]).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+@pytest.mark.parametrize("kind", ["all", "lora", "prefix_embedding"])
+@pytest.mark.parametrize("mode", MODES)
+def test_fast_step_equals_plain_step_on_a_card(mode, kind, attention):
+    golden, model = build(mode, kind)
+    model, rows, device = model.cuda(), rows_of(golden), torch.device("cuda")
+    with plain_settings(model, checkpointing=False):
+        batch = {name: tensor.to(device) for name, tensor in pad(rows, 0).items()}
+        wanted = gradients(model, plain_loss(model, batch, 100))
+    model.config._attn_implementation = attention
+    for packed in (False, True):
+        batch = to_device(collate(rows, 0, packed), device)
+        found = gradients(model, model(**batch, num_items_in_batch=100).loss)
+        assert found[0] == pytest.approx(wanted[0], rel=1e-4)
+        check_same((wanted[0], found[1]), wanted, tolerance=5e-3)  # the card's sums are shorter
+
+
+def test_a_micro_batch_does_not_wait_for_the_card():
+    golden, model = build("glm3", "lora")
+    batch = to_device(collate(rows_of(golden), 0, packed=True), torch.device("cuda"))
+    model = model.cuda()
+    model(**batch, num_items_in_batch=100).loss.backward()  # the first call chooses kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(**batch, num_items_in_batch=100).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
