@@ -24,7 +24,11 @@ TINY_GLM2 = {
 # released shapes, which are the defaults of the configuration classes.
 PRESETS = {
     "tiny": {"glm": {**TINY, "vocab_size": 130528, "inner_hidden_size": 64}, "glm2": TINY_GLM2, "glm3": TINY_GLM2},
-    "small": {"glm": {**SMALL, "vocab_size": 130528, "inner_hidden_size": 2048}, "glm2": SMALL_GLM2, "glm3": SMALL_GLM2},
+    "small": {
+        "glm": {**SMALL, "vocab_size": 130528, "inner_hidden_size": 2048},
+        "glm2": SMALL_GLM2,
+        "glm3": SMALL_GLM2,
+    },
     "6b": {"glm": {}, "glm2": {}, "glm3": {}},
 }
 
