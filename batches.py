@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy
 
 IGNORE = -100  # label of a position that carries no loss
-BLOCK = 16  # rows of similar length that stay together when the order is drawn
+BLOCK = 4  # rows of similar length that stay together when the order is drawn; an update mixes several blocks
 WINDOW = 32  # updates whose rows are sorted by length before they are cut into blocks
 
 
