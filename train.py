@@ -117,9 +117,10 @@ def main(argv):
     optimizer = build_optimizer(model, args, is_compiled)
     scheduler = build_scheduler(optimizer, args, num_steps)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config)
+    unit = "packed sequences" if args.packing else "rows"
     print_rank_0(
         f"{args.mode} on {world} x {device.type}, {precision}, {args.ds_file}, {optimizer_name}: {num_steps} updates of"
-        f" {updates.sequences_per_update} {'packed sequences' if args.packing else 'rows'}, {len(updates)} in each of {args.num_train_epochs} epochs"
+        f" {updates.sequences_per_update} {unit}, {len(updates)} in each of {args.num_train_epochs} epochs"
     )
 
     def save(epoch, step):
