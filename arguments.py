@@ -118,7 +118,7 @@ def train_parser():
         "--attention",
         choices=ATTENTION,
         default="sdpa",
-        help="sdpa: torch's fused kernels; flex: torch's flex attention, for cards; eager: written out, to compare with",
+        help="sdpa: torch's fused kernels; flex: torch's flex attention, for cards; eager: written out, to compare",
     )
     training.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations to save memory")
     training.add_argument(

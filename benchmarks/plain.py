@@ -47,7 +47,8 @@ def plain_loss(model, batch, num_items):
 
 def rms_norm(self, hidden_states):
     """RMSNorm.forward, operator by operator."""
-    variance = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32)).pow(2).mean(-1, keepdim=True)
+    wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+    variance = wide.pow(2).mean(-1, keepdim=True)
     return (self.weight * (hidden_states * torch.rsqrt(variance + self.eps))).to(hidden_states.dtype)
 
 
@@ -77,8 +78,8 @@ def rotate_halves(x, cos, sin, _):
 def plain_settings(model, checkpointing):
     """The model takes the plain way within this block, backward pass included.
 
-    Eager attention, plain operators, and with `checkpointing` transformers' switch for it: every layer is recomputed, and a hook
-    makes the embeddings require gradients.
+    Eager attention, plain operators, and with `checkpointing` transformers' switch for it: every layer is recomputed,
+    and a hook makes the embeddings require gradients.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     before = model.config._attn_implementation, [layer.gradient_checkpointing for layer in layers]

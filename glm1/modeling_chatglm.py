@@ -35,7 +35,7 @@ def rotary_angles(positions, rotary_size, dtype):
 
 
 def rotate(x, cos, sin):
-    """Rotate x (B, N, L, D) by cos and sin (B, 1, L, D): in each half of the channels its first half with its second."""
+    """Rotate x (B, N, L, D) by cos and sin (B, 1, L, D): within each half of the channels, first half with second."""
     result = x * cos
     (first, second), (new_first, new_second), (first_sin, second_sin) = (
         tensor.unflatten(-1, (2, 2, -1)).unbind(-2) for tensor in (x, result, sin)
