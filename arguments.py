@@ -324,6 +324,37 @@ def merge_parser():
     return parser
 
 
+def add_sampling_flags(parser):
+    """How the tokens of an answer are chosen."""
+    parser.add_argument("--do_sample", action="store_true", help="draw tokens; off: always the likeliest")
+    parser.add_argument("--temperature", type=float, default=0.8, help="with --do_sample: below 1 is more careful")
+    parser.add_argument("--top_p", type=float, default=0.8, help="with --do_sample: share of probability kept; 1: all")
+    parser.add_argument("--top_k", type=int, default=0, help="with --do_sample: tokens kept; 0: all")
+    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 avoids repetition; 1: off")
+
+
+def sampling_problems(args, typed):
+    """What is wrong with --max_src_len of a question to answer and with the flags of `add_sampling_flags`.
+
+    typed: names of the flags on the command line.
+    """
+    problems = []
+    if args.max_src_len < LEAST_SRC_LEN:
+        problems.append(f"--max_src_len {args.max_src_len}: leaves nothing of a question: use at least {LEAST_SRC_LEN}")
+    for name in ("temperature", "repetition_penalty"):
+        if not 0 < getattr(args, name) < math.inf:
+            problems.append(f"--{name} {getattr(args, name)}: must be above 0 and finite")
+    if not 0 < args.top_p <= 1:
+        problems.append(f"--top_p {args.top_p}: must be above 0 and at most 1")
+    if not args.do_sample:
+        problems += [
+            f"--{name}: needs --do_sample: add it or remove this flag"
+            for name in ("temperature", "top_p", "top_k", "seed")
+            if name in typed
+        ]
+    return problems
+
+
 def predict_parser():
     """Flags of predict.py."""
     parser = OneLineParser(prog="predict.py", description="Answer rows of a file, one prompt, or a conversation.")
@@ -353,11 +384,7 @@ def predict_parser():
         help="answers for each row; above 1 needs --do_sample or --num_beams",
     )
     parser.add_argument("--num_beams", type=int, default=1, help="beam search; 1: off")
-    parser.add_argument("--do_sample", action="store_true", help="draw tokens; off: always the likeliest")
-    parser.add_argument("--temperature", type=float, default=0.8, help="with --do_sample: below 1 is more careful")
-    parser.add_argument("--top_p", type=float, default=0.8, help="with --do_sample: share of probability kept; 1: all")
-    parser.add_argument("--top_k", type=int, default=0, help="with --do_sample: tokens kept; 0: all")
-    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 avoids repetition; 1: off")
+    add_sampling_flags(parser)
     parser.add_argument("--seed", type=int, default=1234, help="of the draws")
     add_row_flags(parser)
     add_device_flags(parser)
@@ -375,24 +402,12 @@ def parse_predict(argv):
         at_least_zero="batch_tokens top_k",
         seed="seed",
     )
-    if args.max_src_len < LEAST_SRC_LEN:
-        problems.append(f"--max_src_len {args.max_src_len}: leaves nothing of a question: use at least {LEAST_SRC_LEN}")
-    for name in ("temperature", "repetition_penalty"):
-        if not 0 < getattr(args, name) < math.inf:
-            problems.append(f"--{name} {getattr(args, name)}: must be above 0 and finite")
-    if not 0 < args.top_p <= 1:
-        problems.append(f"--top_p {args.top_p}: must be above 0 and at most 1")
-    if not args.do_sample:
-        problems += [
-            f"--{name}: needs --do_sample: add it or remove this flag"
-            for name in ("temperature", "top_p", "top_k", "seed")
-            if name in typed
-        ]
-        if args.num_return_sequences > max(1, args.num_beams):
-            problems.append(
-                f"--num_return_sequences {args.num_return_sequences}: greedy search has one answer: add --do_sample,"
-                " or --num_beams of as many"
-            )
+    problems += sampling_problems(args, typed)
+    if not args.do_sample and args.num_return_sequences > max(1, args.num_beams):
+        problems.append(
+            f"--num_return_sequences {args.num_return_sequences}: greedy search has one answer: add --do_sample,"
+            " or --num_beams of as many"
+        )
     if args.prompt is not None and not args.prompt.strip():
         problems.append(f"--prompt {args.prompt!r}: is empty: ask something")
     if args.test_path:

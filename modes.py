@@ -14,6 +14,7 @@ class Mode:
     package: str
     required_keys: tuple  # keys that every config.json of the family has
     released_name: str  # part of the released repository's name
+    in_vllm: bool  # does vLLM have the network?
 
     @property
     def config_class(self):
@@ -37,9 +38,9 @@ class Mode:
 
 
 MODES = {
-    "glm": Mode("glm", "glm1", ("inner_hidden_size", "max_sequence_length"), "chatglm-6b"),
-    "glm2": Mode("glm2", "glm2", ("padded_vocab_size", "multi_query_group_num"), "chatglm2"),
-    "glm3": Mode("glm3", "glm3", ("padded_vocab_size", "multi_query_group_num"), "chatglm3"),
+    "glm": Mode("glm", "glm1", ("inner_hidden_size", "max_sequence_length"), "chatglm-6b", False),
+    "glm2": Mode("glm2", "glm2", ("padded_vocab_size", "multi_query_group_num"), "chatglm2", True),
+    "glm3": Mode("glm3", "glm3", ("padded_vocab_size", "multi_query_group_num"), "chatglm3", True),
 }
 
 

@@ -16,15 +16,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-from data_set import (
-    Columns,
-    check_items,
-    data_files,
-    encode_row,
-    no_row,
-    open_rows,
-    read_items,
-)
+from data_set import Columns, check_items, data_files, encode_row, no_row, open_rows, read_items
 from modes import Mode
 from utils import is_main, print_rank_0
 

@@ -9,7 +9,6 @@ are encoded and answers decoded here. scripts/predict_vllm.sh starts the server 
 
 import http.client
 import json
-import math
 import os
 import sys
 import threading
@@ -20,22 +19,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from arguments import (  # noqa: E402
-    LEAST_SRC_LEN,
     OneLineParser,
     add_row_flags,
+    add_sampling_flags,
     collect,
     columns_of,
     model_label,
     model_problems,
     output_file_problems,
     range_problems,
+    sampling_problems,
 )
 from checkpoint import RUN_FILE, open_checkpoint, read_run  # noqa: E402
 from data_set import data_files, read_rows  # noqa: E402
+from modes import MODES  # noqa: E402
 from predict import output_row  # noqa: E402
 from utils import fail, prepare_environment  # noqa: E402
 
-VLLM_MODES = ("glm2", "glm3")  # one network; vLLM has none with the two-dimensional positions of glm
+VLLM_MODES = [name for name, mode in MODES.items() if mode.in_vllm]
 PAUSES = (0.5, 1, 2, 4, 8)  # seconds before each new try of a request
 TIMEOUT = 3600  # seconds for one answer, the wait in the server's queue included
 
@@ -57,11 +58,7 @@ def parser():
     parser.add_argument(
         "--num_return_sequences", type=int, default=1, help="answers for each row; above 1 needs --do_sample"
     )
-    parser.add_argument("--do_sample", action="store_true", help="draw tokens; off: always the likeliest")
-    parser.add_argument("--temperature", type=float, default=0.8, help="with --do_sample: below 1 is more careful")
-    parser.add_argument("--top_p", type=float, default=0.8, help="with --do_sample: share of probability kept; 1: all")
-    parser.add_argument("--top_k", type=int, default=0, help="with --do_sample: tokens kept; 0: all")
-    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 avoids repetition; 1: off")
+    add_sampling_flags(parser)
     parser.add_argument("--seed", type=int, default=1234, help="of the draws: row i has seed + i")
     add_row_flags(parser)
     parser.add_argument(
@@ -79,23 +76,11 @@ def parse(argv):
     problems += range_problems(
         args, at_least_one="num_requests max_new_tokens num_return_sequences", at_least_zero="top_k", seed="seed"
     )
-    if args.max_src_len < LEAST_SRC_LEN:
-        problems.append(f"--max_src_len {args.max_src_len}: leaves nothing of a question: use at least {LEAST_SRC_LEN}")
-    for name in ("temperature", "repetition_penalty"):
-        if not 0 < getattr(args, name) < math.inf:
-            problems.append(f"--{name} {getattr(args, name)}: must be above 0 and finite")
-    if not 0 < args.top_p <= 1:
-        problems.append(f"--top_p {args.top_p}: must be above 0 and at most 1")
-    if not args.do_sample:
-        problems += [
-            f"--{name}: needs --do_sample: add it or remove this flag"
-            for name in ("temperature", "top_p", "top_k", "seed")
-            if name in typed
-        ]
-        if args.num_return_sequences > 1:
-            problems.append(
-                f"--num_return_sequences {args.num_return_sequences}: greedy search has one answer: add --do_sample"
-            )
+    problems += sampling_problems(args, typed)
+    if not args.do_sample and args.num_return_sequences > 1:
+        problems.append(
+            f"--num_return_sequences {args.num_return_sequences}: greedy search has one answer: add --do_sample"
+        )
     problems += collect(data_files, args.test_path, prefix="--test_path ")
     if args.output_path is None:
         stem = os.path.splitext(os.path.basename(os.path.normpath(args.test_path[0])))[0]
