@@ -75,6 +75,11 @@ def train_parser():
     data.add_argument("--max_src_len", type=int, default=256, help="tokens of the question; the rest is cut")
     data.add_argument("--is_skip", action="store_true", help="leave out rows that would be cut; off: cut them")
     data.add_argument(
+        "--skip_bad_rows",
+        action="store_true",
+        help="leave out rows that are not right and list them; off: the first one ends the run",
+    )
+    data.add_argument(
         "--packing",
         action="store_true",
         help="put several rows, which do not see each other, into a sequence of --max_len; off: pad a batch's rows",
@@ -90,7 +95,9 @@ def train_parser():
     model.add_argument("--train_type", choices=TRAIN_TYPES, default="lora", help="what trains")
 
     training = parser.add_argument_group("training")
-    training.add_argument("--output_dir", required=True, help="new or empty folder for checkpoints and logs")
+    training.add_argument(
+        "--output_dir", required=True, help="new or empty folder for checkpoints and logs; with --resume auto the run's"
+    )
     training.add_argument(
         "--per_device_train_batch_size",
         type=int,
@@ -135,6 +142,29 @@ def train_parser():
     training.add_argument(
         "--save_model_step", type=int, default=0, help="updates between checkpoints; 0: each epoch's end only"
     )
+    training.add_argument(
+        "--save_state_step",
+        type=int,
+        default=0,
+        help="updates between states to resume from, state-step-N; 0: only when the run is asked to leave (SIGTERM)",
+    )
+    training.add_argument(
+        "--save_total_limit",
+        type=int,
+        default=0,
+        help="checkpoints, and states, that are kept, the newest ones; 0: all checkpoints and the last two states",
+    )
+    training.add_argument(
+        "--resume",
+        metavar="auto|PATH",
+        help="go on with the newest whole state in --output_dir (auto: begin where there is none) or with this state",
+    )
+    training.add_argument(
+        "--step_timeout",
+        type=float,
+        default=1800.0,
+        help="seconds that a micro-batch or an update may take before the run ends and says where it hung; 0: off",
+    )
     add_device_flags(training)
 
     freeze = parser.add_argument_group("--train_type freeze")
@@ -174,7 +204,8 @@ def train_problems(args, typed):
         args,
         at_least_one="per_device_train_batch_size gradient_accumulation_steps num_train_epochs show_loss_step"
         " max_src_len max_len pre_seq_len lora_dim gradient_checkpointing_interval",
-        at_least_zero="learning_rate weight_decay max_grad_norm save_model_step lora_alpha num_proc",
+        at_least_zero="learning_rate weight_decay max_grad_norm save_model_step save_state_step save_total_limit"
+        " step_timeout lora_alpha num_proc",
         share="warmup_ratio lora_dropout",
         seed="seed",
     )
@@ -194,7 +225,9 @@ def train_problems(args, typed):
     if args.mode is not None and min(args.max_len, args.max_src_len) >= 1:
         problems += length_problems(args)
     if is_main():  # it makes the folder, and may be ahead of the others
-        problems += output_problems(args.output_dir, args.model_name_or_path)
+        problems += output_problems(args.output_dir, args.model_name_or_path, args.resume)
+        if args.resume not in (None, "auto") and not os.path.isfile(os.path.join(args.resume, "state.json")):
+            problems.append(f"--resume {args.resume}: no state in it: name a state-step-N folder, or auto")
     try:
         problems += conflicts(read_ds_file(args.ds_file), args, world_size())
     except ValueError as error:
@@ -281,17 +314,28 @@ def folder_problems(args, flag, path):
     return []
 
 
-def output_problems(output_dir, model_path):
-    """The output folder must be new or empty, and not the model's."""
+def output_problems(output_dir, model_path, resume):
+    """The output folder must be new, empty or that of the run that is resumed, and not the model's."""
     if os.path.exists(model_path) and os.path.realpath(output_dir) == os.path.realpath(model_path):
         return [f"--output_dir {output_dir}: is the model's own folder: choose another"]
     if os.path.exists(output_dir):
         if not os.path.isdir(output_dir):
             return [f"--output_dir {output_dir}: is a file: choose a folder"]
-        if os.listdir(output_dir):
+        if resume == "auto" and not is_run_folder(output_dir):
+            return [f"--output_dir {output_dir}: is not empty, and not of a run to --resume: choose the run's folder"]
+        is_own = resume is not None and os.path.realpath(os.path.dirname(resume.rstrip("/"))) == os.path.realpath(
+            output_dir
+        )
+        if os.listdir(output_dir) and resume != "auto" and not is_own:
             return [f"--output_dir {output_dir}: is not empty: choose a new folder, so that no earlier run is lost"]
     problem = place_problem("--output_dir", output_dir)
     return [problem] if problem else []
+
+
+def is_run_folder(folder):
+    """Is the folder empty, or does it hold what train.py writes first?"""
+    names = os.listdir(folder)
+    return not names or any(name.startswith(("train_log.jsonl", "state-step-")) for name in names)
 
 
 def place_problem(flag, path):
@@ -472,4 +516,17 @@ def score_parser():
         " where a row has no such key",
     )
     parser.add_argument("--reference_column", default="output", help="key of the reference, a string")
+    return parser
+
+
+def doctor_parser():
+    """Flags of doctor.py."""
+    parser = OneLineParser(prog="doctor.py", description="Look at this machine, the packages and checkpoint folders.")
+    parser.add_argument("folders", nargs="*", default=[], help="checkpoint, adapter, prefix or training output folders")
+    parser.add_argument("--mode", choices=MODES, help="model family of the folders; left out: read from each")
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="read every weight, compare SHA-256 and compile the offload optimizer; off: headers, names and sizes",
+    )
     return parser

@@ -15,12 +15,12 @@ WINDOW = 32  # updates whose rows are sorted by length before they are cut into 
 
 @dataclass
 class Update:
-    """One optimizer update on this rank: row numbers of its micro-batches, and the whole update's supervised tokens
-    and rows."""
+    """One optimizer update: row numbers of this rank's micro-batches, and of the whole update its rows' numbers and
+    its supervised tokens."""
 
     micro_batches: list
+    rows: list
     num_labels: int
-    num_rows: int
 
 
 class Updates:
@@ -63,15 +63,15 @@ class Updates:
             plan = numpy.take_along_axis(plan, keys.argsort(axis=1, kind="stable"), axis=1)
         return plan
 
-    def epoch(self, epoch):
-        """Yield the updates of an epoch (counted from 0)."""
-        for sequences in self.order(epoch):
+    def epoch(self, epoch, first=0):
+        """Yield the updates of an epoch (counted from 0), from its `first` one on."""
+        for sequences in self.order(epoch)[first:]:
             sequences = sequences[sequences >= 0]
             most = -(-len(sequences) // self.world_size)  # sequences of the fullest rank
             mine = sequences[self.rank :: self.world_size]
             micro_batches = [self.rows(mine[i : i + self.batch_size]) for i in range(0, most, self.batch_size)]
             rows = self.rows(sequences)
-            yield Update(micro_batches, int(self.num_labels[rows].sum()), len(rows))
+            yield Update(micro_batches, rows, int(self.num_labels[rows].sum()))
 
     def rows(self, sequences):
         """Numbers of the rows in these sequences."""

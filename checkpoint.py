@@ -1,16 +1,19 @@
 """Runs on disk: folders opened and understood, weights saved with the run.json beside them."""
 
 import importlib.metadata
+import math
 import os
-import shutil
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
+from folders import new_folder, require_space
 from modes import MODES, Mode, possible_modes, read_json
 from tuning import ADAPTER_FILE, PREFIX_FILE, TRAIN_TYPES, load_trained
-from utils import is_main
+from utils import BadNumbers, is_main, on_main
 from weights import (
     check_weights,
+    disk_errors,
+    finite_problem,
     load_base,
     safetensors_shapes,
     weight_files,
@@ -20,6 +23,8 @@ from weights import (
 )
 
 RUN_FILE = "run.json"
+CHECKPOINT = r"epoch-\d+-step-(\d+)"
+TOKENIZER_BYTES = 4 << 20  # room for what lies beside the weights
 
 
 def resolve_folder(name, flag="--model_name_or_path"):
@@ -92,55 +97,65 @@ def gather_weights(model, names, zero3):
     return state
 
 
+def checkpoint_bytes(model, train_type):
+    """About what a checkpoint of this train type takes."""
+    whole = train_type.weights == "whole"
+    sizes = [
+        getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+        for parameter in model.parameters()
+        if whole or parameter.requires_grad
+    ]
+    return sum(sizes) + TOKENIZER_BYTES
+
+
 def save_checkpoint(model, tokenizer, folder, train_type, run, zero3):
     """Save a run's weights as the table of train types says; `folder` appears whole or not at all. Collective.
 
     lora: adapter_model.safetensors and adapter_config.json. ptuning: prefix_encoder.safetensors and config.json.
-    freeze and all: a whole checkpoint under the released names. run.json lies beside them all.
+    freeze and all: a whole checkpoint under the released names. run.json and the manifest lie beside them all.
+
+    Returns, on every rank, why it could not be saved (a full disk: nothing has changed), or None. BadNumbers where a
+    weight is not finite.
     """
     whole = train_type.weights == "whole"
     names = {n for n, p in model.named_parameters(remove_duplicate=False) if whole or p.requires_grad}
-    state = gather_weights(model, names, zero3)
-    if not is_main():
-        return
+    try:
+        on_main(lambda: require_space(folder, checkpoint_bytes(model, train_type), "a checkpoint"))
+        state = gather_weights(model, names, zero3)
+        if bad := on_main(lambda: finite_problem(state.items())):
+            raise BadNumbers(f"{bad}: {folder} was not saved")
+        on_main(lambda: write_checkpoint(model, tokenizer, folder, train_type, run, state))
+    except ValueError as error:  # the same on all ranks
+        return str(error)
+    return None
+
+
+def write_checkpoint(model, tokenizer, folder, train_type, run, state):
+    """The files of `save_checkpoint`, from gathered weights {name: tensor}."""
     with new_folder(folder) as scratch:
         if train_type.weights == "adapter":
-            model.save_pretrained(scratch, state_dict=state)
+            with disk_errors():
+                model.save_pretrained(scratch, state_dict=state)
             readme = os.path.join(scratch, "README.md")  # a form to fill in, and nobody did
             if os.path.exists(readme):
                 os.remove(readme)
         else:
             save_config(model.config, scratch, next(iter(state.values())).dtype)
-            if whole:
+            if train_type.weights == "whole":
                 write_weights(state, scratch)
             else:
                 write_safetensors(state, os.path.join(scratch, PREFIX_FILE))
         tokenizer.save_pretrained(scratch)
         write_json(run, os.path.join(scratch, RUN_FILE))
+        check_written(scratch, state)
 
 
-@contextmanager
-def new_folder(folder):
-    """A folder to write in that gets its name when all is there: whole or absent."""
-    folder = os.path.normpath(folder)
-    scratch = folder + ".partial"
-    shutil.rmtree(scratch, ignore_errors=True)
-    os.makedirs(scratch)
-    try:
-        yield scratch
-        for name in os.listdir(scratch):
-            # safetensors makes files that only their owner may read
-            os.chmod(os.path.join(scratch, name), 0o666 & ~current_umask())
-        os.rename(scratch, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def current_umask():
-    """The umask of this process, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def check_written(folder, state):
+    """Do the files hold as many tensors and values as they should? They are read back from their headers."""
+    found = [safetensors_shapes(os.path.join(folder, n)) for n in os.listdir(folder) if n.endswith(".safetensors")]
+    shapes = [shape for shapes in found for shape, _ in shapes.values()]
+    expected = len(state), sum(tensor.numel() for tensor in state.values())
+    assert (len(shapes), sum(map(math.prod, shapes))) == expected, f"{folder}: {len(shapes)} tensors, not {expected}"
 
 
 def save_config(config, folder, dtype):

@@ -1,14 +1,20 @@
 """Rows: read, checked and turned into ids."""
 
+import codecs
+import collections
+import functools
 import io
+import itertools
 import json
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 BOM = b"\xef\xbb\xbf"
 ARRAY_PIECE = 1 << 20  # characters of a JSON array that are read at a time
-MAX_ARRAY_ROW = 1 << 26  # characters after which a row of an array that is still not whole is an error
+MAX_ROW = 1 << 24  # bytes of a row at most: to encode one takes about fifty times its size in memory
 
 
 @dataclass(frozen=True)
@@ -41,19 +47,38 @@ def data_files(paths):
     return files
 
 
-def read_items(path):
-    """Yield (place, JSON text as bytes) from JSON Lines or one JSON array: lines, or the values in the array.
+class Part(NamedTuple):
+    """Consecutive lines of a file, or values of the JSON array in it."""
 
-    place is file:line, or file:row of an array. Lines may be empty or anything but JSON.
-    """
+    path: str
+    is_array: bool
+    items: Iterable  # bytes; the last may be the ValueError that ended the reading
+    first: int = 1  # number of the first item; lines and values are counted from 1
+
+
+def place_of(path, is_array, number):
+    """How messages name a line, or a row of an array."""
+    return f"{path}:row {number}" if is_array else f"{path}:{number}"
+
+
+def read_file(path):
+    """The whole file, JSON Lines or one JSON array, as a Part whose items are read when they are asked for."""
     with open_rows(path) as file:
-        start = file.read(4096).removeprefix(BOM).lstrip()
-    if start.startswith(b"["):
-        yield from read_array(path)
-        return
+        is_array = file.read(4096).removeprefix(BOM).lstrip().startswith(b"[")
+    return Part(path, is_array, read_array(path) if is_array else read_lines(path))
+
+
+def read_lines(path):
+    """Yield the lines, which may be empty or anything but JSON; of one that is over MAX_ROW only the start."""
     with open_rows(path) as file:
-        for number, line in enumerate(file, start=1):
-            yield f"{path}:{number}", line.removeprefix(BOM) if number == 1 else line
+        start = file.read(len(BOM))
+        file.seek(len(start) if start == BOM else 0)
+        read = functools.partial(file.readline, MAX_ROW + 1)
+        for line in iter(read, b""):
+            rest = line
+            while len(rest) > MAX_ROW and not rest.endswith(b"\n"):
+                rest = read()
+            yield line
 
 
 def open_rows(path):
@@ -64,10 +89,28 @@ def open_rows(path):
         raise ValueError(f"{path}: cannot be read ({error.strerror}): check its permissions") from None
 
 
+class KeyTwice(ValueError):
+    """A key that stands twice in an object."""
+
+
+def make_object(pairs):
+    """The object of (key, value) pairs; json alone would keep the last of two values and say nothing."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise KeyTwice(collections.Counter(key for key, _ in pairs).most_common(1)[0][0])
+    return found
+
+
+parse_json = json.JSONDecoder(object_pairs_hook=make_object).decode
+
+
 def parse_line(text, place):
     """The JSON value of a line."""
     try:
-        return json.loads(text)
+        return parse_json(text)
+    except KeyTwice as error:
+        key = repr(str(error)[:60])
+        raise ValueError(f"{place}: field {key} stands twice: a row has a field once: remove one of them") from None
     except json.JSONDecodeError as error:
         reason = f"{error.msg} at column {error.colno}"
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
@@ -76,15 +119,13 @@ def parse_line(text, place):
 
 
 def read_array(path):
-    """Yield (place, JSON text as bytes) of the values in one JSON array; a piece of the file is in memory at a time."""
+    """Yield the values in one JSON array, as JSON text in bytes; a piece of the file is in memory at a time."""
     with open_rows(path) as file:
         text = ArrayText(path, file)
         text.take("[")
         separator = text.take("]") if text.peek() == "]" else ","
-        number = 0
         while separator == ",":
-            number += 1
-            yield f"{path}:row {number}", text.take_value().encode()
+            yield text.take_value().encode()
             separator = text.take(",]")
         if text.peek():
             raise text.error("Extra data", text.at)
@@ -137,30 +178,41 @@ class ArrayText:
             except json.JSONDecodeError as caught:
                 end, error = len(self.text), caught
             except (ValueError, RecursionError) as caught:
-                raise ValueError(f"{self.path}: not a JSON array ({caught}): give rows of plain strings") from None
+                where = f"in the value that begins at line {self.line_of(self.at)}"
+                reason = f"not a JSON array ({caught} {where}): give rows of plain strings"
+                raise ValueError(f"{self.path}: {reason}") from None
             # Where the piece ends inside a value, the value looks broken: read on and look again, each time at twice
             # as much, so that a long row is not looked at too often.
             rest = len(self.text) - self.at
-            if end < len(self.text) or rest > MAX_ARRAY_ROW or not self.refill(max(ARRAY_PIECE, rest)):
+            if end < len(self.text) or rest > MAX_ROW or not self.refill(max(ARRAY_PIECE, rest)):
                 break
         if error is not None:
-            raise self.error(error.msg, error.pos)
+            too_long = f", or a row of more than {MAX_ROW:,} bytes" if rest > MAX_ROW else ""
+            raise self.error(error.msg + too_long, error.pos)
         start, self.at = self.at, end
         return self.text[start:end]
 
+    def line_of(self, position):
+        """Number of the line in which the character stands."""
+        return self.num_lines + self.text.count("\n", 0, position) + 1
+
     def error(self, message, position):
         """The error for a character that JSON does not allow where it stands."""
-        line = self.num_lines + self.text.count("\n", 0, position) + 1
-        return ValueError(f"{self.path}:{line}: not a JSON array ({message}): mend this line")
+        return ValueError(f"{self.path}:{self.line_of(position)}: not a JSON array ({message}): mend this line")
 
     def not_utf_8(self):
-        """The error for bytes that are not UTF-8; the file is read again to find their line."""
+        """The error for bytes that are not UTF-8; the file is read again, in pieces, to find their line."""
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        line, size = 1, 0  # size: bytes of the line that have been read
         with open_rows(self.path) as file:
-            for number, line in enumerate(file, start=1):
+            for piece in itertools.chain(iter(functools.partial(file.readline, ARRAY_PIECE), b""), [b""]):
+                size += len(piece)
                 try:
-                    decode_line(line.removeprefix(BOM) if number == 1 else line, f"{self.path}:{number}")
-                except ValueError as error:
-                    return error
+                    decoder.decode(piece, final=not piece)
+                except UnicodeDecodeError as error:
+                    return not_utf_8(f"{self.path}:{line}", error, size - len(error.object))
+                if piece.endswith(b"\n"):
+                    line, size = line + 1, 0
         raise AssertionError(f"{self.path} has changed while it was read")
 
 
@@ -169,8 +221,13 @@ def decode_line(line, place):
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        reason = f"{error.reason} at byte {error.start} of the line"
-        raise ValueError(f"{place}: not UTF-8 ({reason}): save the file as UTF-8") from None
+        raise not_utf_8(place, error) from None
+
+
+def not_utf_8(place, error, column=0):
+    """The error for bytes that are not UTF-8; `column` is the place in the line of the first that were decoded."""
+    reason = f"{error.reason} at byte {column + error.start} of the line"
+    return ValueError(f"{place}: not UTF-8 ({reason}): save the file as UTF-8")
 
 
 def read_rows(paths, columns, need_response=True):
@@ -180,7 +237,7 @@ def read_rows(paths, columns, need_response=True):
     """
     num_rows = 0
     for path in data_files(paths):
-        for row in check_items(read_items(path), columns, need_response):
+        for _, row in check_items(read_file(path), columns, need_response):
             yield row
             num_rows += 1
     if not num_rows:
@@ -192,17 +249,34 @@ def no_row(paths):
     return ValueError(f"{' '.join(paths)}: no row in it: give at least one")
 
 
-def check_items(items, columns, need_response=True):
-    """Yield the checked rows of (place, JSON text as bytes, or the error that stands for it).
+def check_items(part, columns, need_response=True, bad_rows=None):
+    """Yield (number, checked row) of the items of a Part.
 
-    Lines of white space are no rows; errors are raised in their turn.
+    bad_rows: a list for the messages of the rows that are not right; without it the first of them is raised. What
+    ended the reading of a file is raised in any case.
     """
-    for place, item in items:
+    for number, item in enumerate(part.items, part.first):
         if isinstance(item, ValueError):
             raise item
-        text = decode_line(item, place)
-        if text.strip():
-            yield check_row(parse_line(text, place), place, columns, need_response)
+        try:
+            row = check_item(item, place_of(part.path, part.is_array, number), columns, need_response)
+        except ValueError as error:
+            if bad_rows is None:
+                raise
+            bad_rows.append(str(error))
+            continue
+        if row is not None:
+            yield number, row
+
+
+def check_item(item, place, columns, need_response):
+    """The checked row of a line, or of a value in an array; None for white space, which is no row."""
+    if len(item) > MAX_ROW:
+        raise ValueError(
+            f"{place}: a row of more than {MAX_ROW:,} bytes: give each row a line of its own, or shorten it"
+        )
+    text = decode_line(item, place)
+    return check_row(parse_line(text, place), place, columns, need_response) if text.strip() else None
 
 
 def json_type(value):
@@ -215,8 +289,9 @@ def check_row(row, place, columns, need_response):
     """One checked row."""
     if not isinstance(row, dict):
         raise ValueError(f"{place}: {json_type(row)}, not an object: a row is {{...}} with string fields")
-    names = [*columns.sources, columns.response] if need_response else list(columns.sources)
-    for name in names:
+    answer = row.get(columns.response)
+    has_answer = need_response or isinstance(answer, str)
+    for name in (*columns.sources, columns.response) if has_answer else columns.sources:
         if name not in row:
             raise ValueError(
                 f"{place}: no field {name!r} (it has {', '.join(map(repr, row))[:200] or 'none'}):"
@@ -225,16 +300,17 @@ def check_row(row, place, columns, need_response):
         if not isinstance(row[name], str):
             raise ValueError(f"{place}: field {name!r} is {json_type(row[name])}: it must be a string")
         try:
-            row[name].encode("utf-8")
+            encoded = row[name].encode("utf-8")
         except UnicodeEncodeError:
             raise ValueError(f"{place}: field {name!r} holds half a surrogate pair: it must be valid text") from None
+        if 0 in encoded:
+            raise ValueError(f"{place}: field {name!r} holds a NUL character: it must be text: remove it")
     query = "".join(row[name] for name in columns.sources)
     if not query.strip():
         raise ValueError(f"{place}: {' and '.join(columns.sources)} empty: a row needs a question")
-    answer = row.get(columns.response)
     if need_response and not answer.strip():
         raise ValueError(f"{place}: field {columns.response!r} is empty: a row needs an answer to learn")
-    return {"query": query, "answer": answer if isinstance(answer, str) else None, "place": place}
+    return {"query": query, "answer": answer if has_answer else None, "place": place}
 
 
 def encode_row(query, answer, tokenizer, prompt, max_len, max_src_len):

@@ -102,8 +102,11 @@ def wanted_precision(config, precision):
     return precision
 
 
-def complete_config(config, args, world_size, precision):
-    """The configuration that DeepSpeed gets: the file, with what the flags decide filled in."""
+def complete_config(config, args, world_size, precision, load_universal=False):
+    """The configuration that DeepSpeed gets: the file, with what the flags decide filled in.
+
+    load_universal: a state was converted for this number of processes and will be loaded.
+    """
     config = json.loads(json.dumps(config))
     config.pop("optimizer", None)
     # One engine step is one update, whatever its number of micro-batches (the last one of an epoch may be short),
@@ -121,6 +124,8 @@ def complete_config(config, args, world_size, precision):
     config["data_types"] = {"grad_accum_dtype": "fp32", **config.get("data_types", {})}
     config["zero_allow_untested_optimizer"] = True
     config["zero_force_ds_cpu_optimizer"] = False
+    if load_universal:
+        config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
     return config
 
 

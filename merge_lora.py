@@ -9,7 +9,8 @@ import os
 import sys
 
 from arguments import merge_parser, place_problem
-from checkpoint import load_base_and_trained, new_folder, open_checkpoint, save_config
+from checkpoint import load_base_and_trained, open_checkpoint, save_config
+from folders import new_folder
 from utils import choose_device, fail, prepare_environment, torch_dtype
 from weights import saved_dtype, write_json, write_weights
 

@@ -15,17 +15,20 @@ import tempfile
 import threading
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from data_set import Columns, check_items, data_files, encode_row, no_row, open_rows, read_items
+from data_set import Columns, Part, check_items, data_files, encode_row, no_row, open_rows, place_of, read_file
 from modes import Mode
 from utils import is_main, print_rank_0
 
-ENCODING_VERSION = 2  # part of the cache key: raise it when the same row would give other ids, or other files
+ENCODING_VERSION = 3  # part of the cache key: raise it when the same row would give other ids, or other files
 BATCH_ROWS, BATCH_BYTES = 1000, 1 << 20  # what a process encodes at a time: the first limit that is reached
 BATCHES_IN_FLIGHT = 3  # for each process, being encoded or waiting; this bounds the memory
 MIN_POOL_BATCHES = 20  # fewer are encoded by one process before several have started
 BEAT_SECONDS, SILENT_SECONDS, POLL_SECONDS = 5, 120, 0.2  # of the process that encodes and of those that wait
-COUNTS = ("rows", "skipped", "rows_cut", "source_tokens_cut", "answer_tokens_cut", "longest", "tokens", "labels")
+COUNTS = "rows bad_rows skipped rows_cut source_tokens_cut answer_tokens_cut longest tokens labels".split()
+NUMBERS = ("ids", "offsets", "num_unlabelled", "places")  # files that are mapped
+BAD_ROWS = "bad_rows.txt"  # a line for each: the number of its file, a space, what is wrong without the file's path
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Encoding:
     max_len: int
     max_src_len: int
     is_skip: bool
+    skip_bad_rows: bool = False
 
     @property
     def id_type(self):
@@ -45,59 +49,86 @@ class Encoding:
         return "uint16" if self.tokenizer.vocab_size <= 1 << 16 else "int32"
 
 
-def encode_batch(batch, encoding):
-    """Encode the rows of `check_items`.
+class Encoded(NamedTuple):
+    """The encoded rows of a batch as numpy arrays, and what there is to say about them."""
 
-    Returns (ids of all rows one after another, tokens of each row, num_unlabelled of each row, counts).
-    """
+    ids: object  # of all rows one after another
+    lengths: object  # tokens of each row
+    num_unlabelled: object  # of each row
+    places: object  # of each row: number of its line, or of its value in an array
+    files: list  # (number of a file, is it an array, rows of it)
+    bad_rows: list  # lines of BAD_ROWS
+    counts: dict
+
+
+def encode_batch(batch, encoding):
+    """Encode the rows of [(number of the file, Part of it), ...]: Encoded."""
     import numpy
 
-    counts, ids, lengths, num_unlabelled = dict.fromkeys(COUNTS, 0), [], [], []
+    counts, ids, lengths, num_unlabelled, places = dict.fromkeys(COUNTS, 0), [], [], [], []
+    files, bad_rows = [], []
     prompt = encoding.mode.prompt
-    for row in check_items(batch, encoding.columns):
-        item = encode_row(
-            row["query"], row["answer"], encoding.tokenizer, prompt, encoding.max_len, encoding.max_src_len
-        )
-        length = len(item["input_ids"])
-        counts["longest"] = max(counts["longest"], length + item["source_cut"] + item["answer_cut"])
-        if item["source_cut"] or item["answer_cut"]:
-            counts["rows_cut"] += 1
-            counts["source_tokens_cut"] += item["source_cut"]
-            counts["answer_tokens_cut"] += item["answer_cut"]
-            if encoding.is_skip:
-                counts["skipped"] += 1
-                continue
-        counts["rows"] += 1
-        counts["tokens"] += length
-        counts["labels"] += length - item["num_unlabelled"]
-        ids += item["input_ids"]
-        lengths.append(length)
-        num_unlabelled.append(item["num_unlabelled"])
-    return (
+    for file, part in batch:
+        messages = [] if encoding.skip_bad_rows else None
+        num_before = len(lengths)
+        for number, row in check_items(part, encoding.columns, bad_rows=messages):
+            item = encode_row(
+                row["query"], row["answer"], encoding.tokenizer, prompt, encoding.max_len, encoding.max_src_len
+            )
+            length = len(item["input_ids"])
+            counts["longest"] = max(counts["longest"], length + item["source_cut"] + item["answer_cut"])
+            if item["source_cut"] or item["answer_cut"]:
+                counts["rows_cut"] += 1
+                counts["source_tokens_cut"] += item["source_cut"]
+                counts["answer_tokens_cut"] += item["answer_cut"]
+                if encoding.is_skip:
+                    counts["skipped"] += 1
+                    continue
+            counts["rows"] += 1
+            counts["tokens"] += length
+            counts["labels"] += length - item["num_unlabelled"]
+            ids += item["input_ids"]
+            lengths.append(length)
+            num_unlabelled.append(item["num_unlabelled"])
+            places.append(number)
+        files.append((file, part.is_array, len(lengths) - num_before))
+        bad_rows += [f"{file} {printable(message.removeprefix(part.path))}\n" for message in messages or ()]
+    counts["bad_rows"] = len(bad_rows)
+    return Encoded(
         numpy.array(ids, encoding.id_type),
         numpy.array(lengths, "int64"),
         numpy.array(num_unlabelled, "int32"),
+        numpy.array(places, "int64"),
+        files,
+        bad_rows,
         counts,
     )
 
 
-def read_batches(paths):
-    """Yield lists of items for `check_items` from all files.
+def read_batches(files):
+    """Yield the items of all files in batches for `encode_batch`; small files share one.
 
     Where reading fails, the error is the last item: rows before it, which other processes check, may have faults of
     their own, and the first fault is the one to report.
     """
-    batch, num_bytes = [], 0
-    try:
-        for path in data_files(paths):
-            for place, item in read_items(path):
-                batch.append((place, item))
+    batch, num_items, num_bytes = [], 0, 0
+    for file, path in enumerate(files):
+        try:
+            whole = read_file(path)
+            items = []
+            batch.append((file, whole._replace(items=items)))
+            for number, item in enumerate(whole.items, start=1):
+                items.append(item)
+                num_items += 1
                 num_bytes += len(item)
-                if len(batch) == BATCH_ROWS or num_bytes >= BATCH_BYTES:
+                if num_items == BATCH_ROWS or num_bytes >= BATCH_BYTES:
                     yield batch
-                    batch, num_bytes = [], 0
-    except ValueError as error:
-        batch.append(("", error))
+                    items = []
+                    batch = [(file, whole._replace(items=items, first=number + 1))]
+                    num_items, num_bytes = 0, 0
+        except ValueError as error:
+            batch.append((file, Part(path, False, [error])))
+            break
     if batch:
         yield batch
 
@@ -148,10 +179,11 @@ def cache_key(files, tokenizer, settings):
     """SHA-256 over the rows' bytes, the tokenizer's files and everything that decides the ids."""
     digest = hashlib.sha256(json.dumps([ENCODING_VERSION, settings], sort_keys=True).encode())
     for path in [*files, tokenizer.vocab_file]:
-        digest.update(b"\0file\0")
+        content = hashlib.sha256()  # of its own, because it matters where one file ends and the next begins
         with open_rows(path) as file:
             while block := file.read(1 << 20):
-                digest.update(block)
+                content.update(block)
+        digest.update(content.digest())
     return digest.hexdigest()[:32]
 
 
@@ -166,11 +198,15 @@ def cache_folder():
 class EncodedRows:
     """Encoded rows in their folder, mapped into memory: what is touched is read, once for all processes of a host.
 
-    rows[n] is {"input_ids": integers (L,), a view of the file, "num_unlabelled": int}.
+    rows[n] is {"input_ids": integers (L,), a view of the file, "num_unlabelled": int}. files: the paths of the rows,
+    which may be others than those that they were encoded from. bad_rows: a message about each row that was left out
+    because it was not right. key: the same for the same rows with the same tokenizer and settings.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, files):
         import numpy
+
+        self.key, self.files = os.path.basename(folder), files
 
         def numbers(name, dtype):
             # A plain view: slices of a memmap take ten times longer.
@@ -182,7 +218,16 @@ class EncodedRows:
             self.ids = numbers("ids", self.counts["id_type"])
             self.offsets = numbers("offsets", "int64")  # row n is ids[offsets[n]:offsets[n + 1]]
             self.num_unlabelled = numbers("num_unlabelled", "int32")
-            is_whole = len(self.offsets) == len(self) + 1 and self.offsets[-1] == len(self.ids)
+            self.places = numbers("places", "int64")
+            self.file_ends = numpy.cumsum([file["rows"] for file in self.counts["files"]])
+            self.bad_rows = read_bad_rows(folder, files)
+            is_whole = (
+                len(self.offsets) == len(self) + 1
+                and self.offsets[-1] == len(self.ids)
+                and len(self) == len(self.places) == self.file_ends[-1]
+                and len(self.bad_rows) == self.counts["bad_rows"]
+            )
+            self.counts["first_bad_row"] = next(iter(self.bad_rows), None)
         except (OSError, ValueError):
             is_whole = False
         if not is_whole:  # the machine went down before the disk had it all
@@ -196,6 +241,12 @@ class EncodedRows:
         ids = self.ids[self.offsets[n] : self.offsets[n + 1]]
         return {"input_ids": ids, "num_unlabelled": int(self.num_unlabelled[n])}
 
+    def place(self, n):
+        """Where row n stands, as messages about rows say it: file:line, or file:row of an array."""
+        n = range(len(self))[n]
+        file = int(self.file_ends.searchsorted(n, side="right"))
+        return place_of(self.files[file], self.counts["files"][file]["is_array"], int(self.places[n]))
+
     @property
     def lengths(self):
         """Tokens of each row: int64 (N,)."""
@@ -207,20 +258,23 @@ class EncodedRows:
         return self.lengths - self.num_unlabelled
 
 
-def load_rows(paths, columns, tokenizer, mode, max_len, max_src_len, is_skip, num_proc=0, encodes=True):
+def load_rows(
+    paths, columns, tokenizer, mode, max_len, max_src_len, is_skip, num_proc=0, encodes=True, skip_bad_rows=False
+):
     """(EncodedRows, dict of counts) of the training set, from the cache where it is there.
 
     Otherwise it is encoded by `num_proc` processes (0: all cores) if this process is the one that `encodes`, and
-    waited for in the others.
+    waited for in the others. skip_bad_rows: leave out the rows that are not right; else the first one is an error.
     """
-    encoding = Encoding(columns, tokenizer, mode, max_len, max_src_len, is_skip)
-    settings = [mode.name, columns.prompt, columns.response, max_len, max_src_len, is_skip]
-    folder = os.path.join(cache_folder(), cache_key(data_files(paths), tokenizer, settings))
+    encoding = Encoding(columns, tokenizer, mode, max_len, max_src_len, is_skip, skip_bad_rows)
+    settings = [mode.name, columns.prompt, columns.response, max_len, max_src_len, is_skip, skip_bad_rows]
+    files = data_files(paths)
+    folder = os.path.join(cache_folder(), cache_key(files, tokenizer, settings))
     if not encodes:
         wait_for_rows(folder)
     elif not os.path.isdir(folder):
         encode_to_folder(folder, paths, encoding, num_proc)
-    rows = EncodedRows(folder)
+    rows = EncodedRows(folder, files)
     return rows, rows.counts
 
 
@@ -246,12 +300,13 @@ def encode_to_folder(folder, paths, encoding, num_proc):
 
 
 def write_rows(folder, paths, encoding, num_proc):
-    """Encode all rows into files of plain numbers, which `EncodedRows` maps, and counts.json."""
+    """Encode all rows into the files that `EncodedRows` reads."""
     import numpy
     from tqdm import tqdm
 
     started = time.time()
-    batches = read_batches(paths)
+    files = data_files(paths)
+    batches = read_batches(files)
     head = list(itertools.islice(batches, MIN_POOL_BATCHES))
     num_proc = 1 if len(head) < MIN_POOL_BATCHES else num_proc or len(os.sched_getaffinity(0))
     batches = itertools.chain(head, batches)
@@ -261,23 +316,30 @@ def write_rows(folder, paths, encoding, num_proc):
         results = encode_in_pool(batches, encoding, num_proc)
 
     counts = dict.fromkeys(COUNTS, 0)
+    of_files = [{"rows": 0, "is_array": False} for _ in files]
     is_shown = is_main() and sys.stderr.isatty()
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(results))  # ends the pool, whatever happens here
-        files = {
-            name: stack.enter_context(open(os.path.join(folder, f"{name}.bin"), "wb"))
-            for name in ("ids", "offsets", "num_unlabelled")
-        }
+        arrays = {name: stack.enter_context(open(os.path.join(folder, f"{name}.bin"), "wb")) for name in NUMBERS}
+        bad_rows = stack.enter_context(open(os.path.join(folder, BAD_ROWS), "w", encoding="utf-8"))
         bar = stack.enter_context(tqdm(desc="encoding", unit="row", unit_scale=True, disable=not is_shown))
-        numpy.zeros(1, "int64").tofile(files["offsets"])
-        for ids, lengths, num_unlabelled, found in results:
-            ids.tofile(files["ids"])
-            (counts["tokens"] + lengths.cumsum()).tofile(files["offsets"])
-            num_unlabelled.tofile(files["num_unlabelled"])
-            longest = max(counts["longest"], found["longest"])
-            counts = {name: counts[name] + found[name] for name in COUNTS} | {"longest": longest}
-            bar.update(found["rows"] + found["skipped"])
+        numpy.zeros(1, "int64").tofile(arrays["offsets"])
+        for found in results:
+            found.ids.tofile(arrays["ids"])
+            (counts["tokens"] + found.lengths.cumsum()).tofile(arrays["offsets"])
+            found.num_unlabelled.tofile(arrays["num_unlabelled"])
+            found.places.tofile(arrays["places"])
+            bad_rows.writelines(found.bad_rows)
+            for number, is_array, num_rows in found.files:
+                of_files[number] = {"rows": of_files[number]["rows"] + num_rows, "is_array": is_array}
+            longest = max(counts["longest"], found.counts["longest"])
+            counts = {name: counts[name] + found.counts[name] for name in COUNTS} | {"longest": longest}
+            bar.update(found.counts["rows"] + found.counts["skipped"])
     num_rows = counts["rows"] + counts["skipped"]
+    if not num_rows and counts["bad_rows"]:
+        first = read_bad_rows(folder, files)[0]
+        left = f"--skip_bad_rows left no row of {counts['bad_rows']:,}"
+        raise ValueError(f"{' '.join(paths)}: {left}, the first of them is {first}")
     if not num_rows:
         raise no_row(paths)
     if not counts["rows"]:
@@ -285,10 +347,22 @@ def write_rows(folder, paths, encoding, num_proc):
             f"{' '.join(paths)}: --is_skip left no row of {counts['skipped']}: raise --max_len or --max_src_len"
         )
     with open(os.path.join(folder, "counts.json"), "w", encoding="utf-8") as file:
-        json.dump({**counts, "id_type": encoding.id_type}, file)
+        json.dump({**counts, "id_type": encoding.id_type, "files": of_files}, file)
     if not is_shown:
         processes = "1 process" if num_proc == 1 else f"{num_proc} processes"
         print_rank_0(f"encoded {num_rows:,} rows in {time.time() - started:.1f} s with {processes}")
+
+
+def printable(text):
+    """The text in one line, with what cannot be shown written as in a Python string."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def read_bad_rows(folder, files):
+    """Messages about the rows that were left out of encoded rows, with the paths that the files have in this run."""
+    with open(os.path.join(folder, BAD_ROWS), encoding="utf-8") as file:
+        lines = [line.rstrip("\n").partition(" ") for line in file]
+    return [printable(files[int(number)]) + message for number, _, message in lines]
 
 
 @contextlib.contextmanager
@@ -348,4 +422,6 @@ def describe_counts(counts, max_len, max_src_len, is_skip):
             f"\nrows: {done} over --max_len {max_len} / --max_src_len {max_src_len}:"
             f" {counts['source_tokens_cut']:,} source and {counts['answer_tokens_cut']:,} answer tokens lost"
         )
+    if counts["bad_rows"]:
+        text += f"\nrows: left out {counts['bad_rows']:,} bad rows, for example {counts['first_bad_row']}"
     return text

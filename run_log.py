@@ -1,20 +1,66 @@
-"""What a run shows and keeps: progress bar, train_log.jsonl, TensorBoard, loss.png. On rank 0 only."""
+"""What a run shows and keeps: progress bar, train_log.jsonl, events.jsonl, TensorBoard, loss.png. On rank 0 only."""
 
+import errno
 import json
 import math
 import os
 import sys
 import time
 
-from utils import is_main
+from guard import name_rows
+from utils import is_main, print_rank_0
+
+
+class JsonLines:
+    """A JSON Lines file that outlives a full disk: lines that cannot be written wait for the next one."""
+
+    def __init__(self, path, up_to_step):
+        """Goes on after the lines up to a step; half a line of a killed process is dropped."""
+        self.path, self.records, self.waiting, self.is_complaining = path, [], b"", False
+        if up_to_step and os.path.exists(path):
+            with open(path, encoding="utf-8", errors="replace") as file:
+                self.records = [record for line in file if (record := parse(line)) and record["step"] <= up_to_step]
+        with open(path + ".partial", "w", encoding="utf-8") as file:
+            file.writelines(to_line(record) for record in self.records)
+        os.replace(path + ".partial", path)
+
+    def add(self, record):
+        """Append a record."""
+        self.records.append(record)
+        self.waiting += to_line(record).encode()
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                size = file.seek(0, os.SEEK_END)
+                if file.write(self.waiting) < len(self.waiting):
+                    file.truncate(size)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.waiting = b""
+        except OSError as error:
+            if not self.is_complaining:
+                print(f"\n{self.path}: {error.strerror}: the run goes on, its lines wait", file=sys.stderr, flush=True)
+        self.is_complaining = bool(self.waiting)
+
+
+def to_line(record):
+    """A record as a line of JSON."""
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def parse(line):
+    """The record in a line, None where it is not whole."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 class RunLog:
     """Writes one record at a time to every place; does nothing on other ranks."""
 
-    def __init__(self, output_dir, num_steps):
+    def __init__(self, output_dir, num_steps, step=0):
+        """step: updates that are done already, where a run is resumed: its log goes on after them."""
         self.enabled = is_main()
-        self.records = []
         self.started = time.time()
         if not self.enabled:
             return
@@ -23,11 +69,38 @@ class RunLog:
 
         self.output_dir = output_dir
         os.makedirs(output_dir, exist_ok=True)
-        self.file = open(os.path.join(output_dir, "train_log.jsonl"), "w", encoding="utf-8", buffering=1)
-        self.writer = SummaryWriter(os.path.join(output_dir, "tensorboard"))
+        self.log = JsonLines(os.path.join(output_dir, "train_log.jsonl"), step)
+        self.events = JsonLines(os.path.join(output_dir, "events.jsonl"), step)
+        self.writer = SummaryWriter(os.path.join(output_dir, "tensorboard"), purge_step=step + 1 if step else None)
+        if self.log.records:
+            self.started -= self.log.records[-1]["seconds"]
         # A log file gets a line now and then instead of ten a second.
         interval = 0.1 if sys.stderr.isatty() else 10.0
-        self.bar = tqdm(total=num_steps, desc="training", unit="step", dynamic_ncols=True, mininterval=interval)
+        self.bar = tqdm(
+            total=num_steps, initial=step, desc="training", unit="step", dynamic_ncols=True, mininterval=interval
+        )
+
+    def event(self, step, event, **values):
+        """Keep something that happened at a step and is not a figure: a save, a spike, the end."""
+        if self.enabled:
+            self.events.add({"step": step, "event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **values})
+
+    def bad_rows(self, messages):
+        """Keep what is wrong with each row that was left out: bad_rows.txt."""
+        if self.enabled and messages:
+            with open(os.path.join(self.output_dir, "bad_rows.txt"), "w", encoding="utf-8") as file:
+                file.writelines(f"{message}\n" for message in messages)
+
+    def saved(self, step, path, problem):
+        """A checkpoint or state is saved, or not, and why."""
+        print_rank_0(f"\n{path} was not saved, the run goes on: {problem}" if problem else f"\nsaved {path}")
+        self.event(step, "not saved" if problem else "saved", path=path, **({"problem": problem} if problem else {}))
+
+    def spike(self, step, loss, usual_loss, places):
+        """The loss of an update is far above the usual one: keep the places of its rows, and show the first."""
+        places = list(places)
+        print_rank_0(f"\nstep {step}: loss {loss:.4f}, usually {usual_loss:.4f}; rows {name_rows(places)}")
+        self.event(step, "loss spike", loss=loss, usual_loss=usual_loss, rows=places)
 
     def advance(self):
         """One update is done."""
@@ -51,11 +124,10 @@ class RunLog:
             "tokens_per_second": tokens_per_second,
             "seconds": time.time() - self.started,
         }
-        self.records.append(record)
-        self.file.write(json.dumps(record) + "\n")
+        self.log.add(record)
         for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second"):
-            if record[name] is not None:
-                self.writer.add_scalar(name, record[name], step)
+            if record[name] is not None and self.writer is not None:
+                self.add_scalar(name, record[name], step)
         norm = "not finite" if grad_norm is None else f"{grad_norm:.2f}"
         shown = "not finite" if loss is None else f"{loss:.4f}"
         self.bar.set_postfix_str(
@@ -63,15 +135,26 @@ class RunLog:
             refresh=sys.stderr.isatty(),
         )
 
+    def add_scalar(self, name, value, step):
+        """A point of TensorBoard's curves, which end where the disk is full."""
+        try:
+            self.writer.add_scalar(name, value, step)
+        except OSError as error:
+            print(f"\ntensorboard: {error.strerror}: its curves end here", file=sys.stderr, flush=True)
+            self.writer = None
+
     def close(self):
         """Draw loss.png and close the files."""
         if not self.enabled:
             return
         self.bar.close()
-        self.file.close()
-        self.writer.close()
-        if self.records:
-            draw_loss(self.records, os.path.join(self.output_dir, "loss.png"))
+        try:
+            if self.log.records:
+                draw_loss(self.log.records, os.path.join(self.output_dir, "loss.png"))
+            if self.writer is not None:
+                self.writer.close()
+        except OSError as error:
+            print(f"\n{self.output_dir}: {error.strerror}: no loss.png", file=sys.stderr, flush=True)
 
 
 def draw_loss(records, path):

@@ -4,13 +4,17 @@
         --mode glm3 --train_type lora --output_dir ./output-glm3
 """
 
+import math
 import os
 import sys
 import time
+from dataclasses import asdict
 
 from arguments import ATTENTION, columns_of, folder_problems, length_problems, parse_train
 from batches import Updates, collate, to_device
 from checkpoint import (
+    CHECKPOINT,
+    checkpoint_bytes,
     describe_run,
     read_config,
     read_tokenizer,
@@ -19,30 +23,48 @@ from checkpoint import (
 )
 from data_set import show_row
 from ds_config import complete_config, offloads, read_ds_file, wanted_precision
+from folders import is_whole, keep_newest, require_space
+from guard import check_skipped, explain_bad_loss
 from modes import MODES
 from optimizer import build_optimizer, build_scheduler, choose_adam
+from resume import (
+    FINGERPRINT_FILE,
+    STATE,
+    Progress,
+    choose_state,
+    convert,
+    fingerprint,
+    load_state,
+    save_state,
+    state_bytes,
+)
 from row_cache import describe_counts, load_rows
 from run_log import RunLog
 from tuning import TRAIN_TYPES, checkpoint_layers, count_parameters
 from utils import (
-    barrier,
+    EXIT_LEFT,
+    BadNumbers,
     choose_device,
     choose_precision,
+    control_group,
     fail,
     is_local_main,
+    on_main,
     prepare_environment,
     print_rank_0,
     set_seed,
     start_distributed,
     stop_distributed,
+    sum_over_ranks,
     torch_dtype,
     world_size,
 )
-from weights import check_weights, load_base
+from watch import together
+from weights import check_weights, load_base, write_json
 
 
-def main(argv):
-    """Train: from the flags to the saved weights."""
+def main(argv, watch):
+    """Train: from the flags to the saved weights. watch: what looks after the processes."""
     # Flags, and everything that they alone can get wrong.
     args = parse_train(argv)
     prepare_environment(args.device)
@@ -57,7 +79,8 @@ def main(argv):
     precision = choose_precision(wanted_precision(ds_config, args.precision), device)
     dtype = torch_dtype(precision)
     start_distributed(device)
-    rank, world = dist.get_rank(), world_size()
+    watch.start(args.output_dir, args.step_timeout)
+    rank, world, group = dist.get_rank(), world_size(), control_group(device)
     set_seed(args.seed)
 
     # Checkpoint: names and shapes are checked before any weight is read.
@@ -85,6 +108,7 @@ def main(argv):
         args.is_skip,
         args.num_proc,
         encodes=is_local_main(),
+        skip_bad_rows=args.skip_bad_rows,
     )
     if len(rows) < world:
         fail(f"--train_path: {len(rows)} rows for {world} processes: give at least one row to each, or start fewer")
@@ -103,8 +127,20 @@ def main(argv):
     print_rank_0(updates.describe())
     num_steps = len(updates) * args.num_train_epochs
 
+    # State: what a run is resumed from, if it is that of this run.
+    identity = on_main(lambda: fingerprint(args, folder, rows.key, precision, optimizer_name, device, ds_config))
+    split = [args.per_device_train_batch_size, args.gradient_accumulation_steps, world]
+    state, info = on_main(lambda: choose_state(args, identity, split))
+    progress = Progress.from_info(info)
+    last = os.path.join(args.output_dir, f"epoch-{args.num_train_epochs}-step-{num_steps}")
+    if args.resume and on_main(lambda: is_whole(last)):
+        print_rank_0(f"done already: {last} is the run's last checkpoint")
+        return
+    if info and info["world_size"] != world:
+        convert(state)
+
     # Model: under ZeRO-3 the weights are split over the ranks while they load.
-    ds_config = complete_config(ds_config, args, world, precision)
+    ds_config = complete_config(ds_config, args, world, precision, load_universal=info and info["world_size"] != world)
     zero3 = ds_config["zero_optimization"]["stage"] == 3
     model = load_base(folder, mode, config, dtype, device, ds_config, ATTENTION[args.attention])
     model = train_type.prepare(model, args)
@@ -112,6 +148,8 @@ def main(argv):
         checkpoint_layers(model, args.gradient_checkpointing_interval)
     trained, total = count_parameters(model)
     print_rank_0(f"{args.train_type}: {trained:,} of {total:,} weights train ({trained / total:.4%})")
+    sizes = [checkpoint_bytes(model, train_type), state_bytes(trained, dtype) if args.save_state_step else 0]
+    on_main(lambda: require_space(args.output_dir, sum(sizes), "a checkpoint" + " and a state" * bool(sizes[1])))
 
     # Engine.
     optimizer = build_optimizer(model, args, is_compiled)
@@ -122,25 +160,40 @@ def main(argv):
         f"{args.mode} on {world} x {device.type}, {precision}, {args.ds_file}, {optimizer_name}: {num_steps} updates of"
         f" {updates.sequences_per_update} {unit}, {len(updates)} in each of {args.num_train_epochs} epochs"
     )
+    if state:
+        load_state(engine, state, info, args.seed)
+    log = RunLog(args.output_dir, num_steps, progress.step)
+    log.bad_rows(rows.bad_rows)
+    on_main(lambda: write_json(identity, os.path.join(args.output_dir, FINGERPRINT_FILE)))
+    if state:
+        log.event(progress.step, "resumed", path=state)
 
-    def save(epoch, step):
-        """Write the trained weights; all ranks take part."""
-        path = os.path.join(args.output_dir, f"epoch-{epoch + 1}-step-{step}")
-        run = describe_run(
-            args, folder, precision, epoch=epoch + 1, step=step, trained_weights=trained, all_weights=total
-        )
-        save_checkpoint(engine.module, tokenizer, path, train_type, run, zero3)
-        barrier()
-        print_rank_0(f"\nsaved {path}")
+    def save(step, epoch):
+        """Write the trained weights; all ranks take part. Returns why a full disk did not allow it, or None."""
+        path = os.path.join(args.output_dir, f"epoch-{epoch}-step-{step}")
+        run = describe_run(args, folder, precision, epoch=epoch, step=step, trained_weights=trained, all_weights=total)
+        problem = save_checkpoint(engine.module, tokenizer, path, train_type, run, zero3)
+        log.saved(step, path, problem)
+        return problem or on_main(lambda: keep_newest(args.output_dir, CHECKPOINT, args.save_total_limit))
+
+    def save_to_resume(step):
+        """Write the state of all ranks. Returns why a full disk did not allow it, or None."""
+        path = os.path.join(args.output_dir, f"state-step-{step}")
+        values = {"progress": asdict(progress), "fingerprint": identity, "split": split, "world_size": world}
+        problem = save_state(engine, path, values, state_bytes(trained, dtype))
+        log.saved(step, path, problem)
+        return problem or on_main(lambda: keep_newest(args.output_dir, STATE, args.save_total_limit or 2))
 
     # The loop. A step is one optimizer update.
-    log = RunLog(args.output_dir, num_steps)
-    step = num_applied = 0
-    window_loss, window_labels, window_tokens, window_start = torch.zeros((), device=device), 0, 0, time.time()
+    window_tokens, window_start = 0, time.time()
+    problem = None
     engine.train()
-    for epoch in range(args.num_train_epochs):
-        for update in updates.epoch(epoch):
+    for epoch in range(progress.step // len(updates), args.num_train_epochs):
+        for update in updates.epoch(epoch, first=progress.step % len(updates)):
+            step = progress.step + 1
+            update_loss = torch.zeros((), device=device)
             for i, row_numbers in enumerate(update.micro_batches):
+                watch.begin(step, rows, row_numbers)
                 micro_batch = [rows[n] for n in row_numbers]
                 batch = to_device(collate(micro_batch, config.pad_token_id, args.packing), device)
                 engine.set_gradient_accumulation_boundary(i == len(update.micro_batches) - 1)
@@ -148,42 +201,68 @@ def main(argv):
                 # averaged over the ranks afterwards, hence the factor: any split gives the same gradient.
                 loss = engine(**batch, num_items_in_batch=update.num_labels / world).loss
                 engine.backward(loss, scale_wrt_gas=False)
-                window_loss += loss.detach() * (update.num_labels / world)
+                update_loss += loss.detach() * (update.num_labels / world)
                 window_tokens += sum(len(row["input_ids"]) for row in micro_batch)
+            update_loss, num_asked = sum_over_ranks(update_loss, watch.asked is not None, group=group)
+            if not math.isfinite(update_loss):
+                explain_bad_loss(engine.module, update, rows, step, config.pad_token_id, device, precision)
             rate = scheduler.get_last_lr()[0]
             engine.step()
-            step += 1
-            num_applied += engine.was_step_applied()
-            window_labels += update.num_labels
+            watch.rest()
+            progress.count(update_loss, update.num_labels, engine.was_step_applied())
+            check_skipped(progress.num_skipped, step, precision, getattr(engine.optimizer, "loss_scale", 1))
             log.advance()
 
+            if progress.usual_loss.is_spike(update_loss / update.num_labels):
+                log.spike(step, update_loss / update.num_labels, progress.usual_loss.mean, map(rows.place, update.rows))
             if step % args.show_loss_step == 0 or step == num_steps:
-                dist.all_reduce(window_loss)
                 norm = engine.get_global_grad_norm()
                 log.record(
                     step,
                     epoch=step / len(updates),
-                    loss=window_loss.item() / window_labels,
+                    loss=progress.window_loss / progress.window_labels,
                     learning_rate=rate,
                     grad_norm=None if norm is None else float(norm),
                     tokens_per_second=window_tokens * world / (time.time() - window_start),
                 )
-                window_loss.zero_()
-                window_labels, window_tokens, window_start = 0, 0, time.time()
+                progress.window_loss, progress.window_labels = 0.0, 0
+                window_tokens, window_start = 0, time.time()
 
-            if args.save_model_step and step % args.save_model_step == 0 and step % len(updates):
-                save(epoch, step)
-        save(epoch, step)
+            if step % len(updates) == 0 or is_due(step, args.save_model_step):
+                problem = save(step, epoch + 1)
+            if step < num_steps and (num_asked or is_due(step, args.save_state_step)):
+                problem = save_to_resume(step)
+            if step < num_steps and num_asked:
+                log.close()
+                stop_distributed(engine)
+                leave(args.output_dir, step, problem)
 
     log.close()
     stop_distributed(engine)
-    if num_applied < step:
-        print_rank_0(f"{step - num_applied} of {step} updates were left out: their gradients were not finite")
-    if num_applied == 0:
-        fail(
+    if progress.num_applied < num_steps:
+        print_rank_0(
+            f"{num_steps - progress.num_applied} of {num_steps} updates were left out: their gradients were not finite"
+        )
+    if progress.num_applied == 0:
+        raise BadNumbers(
             "no update was applied, every gradient was infinite or NaN: check the base weights, or use --precision bf16"
         )
-    print_rank_0(f"done: {step} updates, {args.output_dir}")
+    if problem:
+        fail(f"{problem}; make room and start again with --resume auto: the last checkpoint is missing", code=1)
+    print_rank_0(f"done: {num_steps} updates, {args.output_dir}")
+
+
+def is_due(step, interval):
+    """Is it time for what is done every `interval` steps? 0: never."""
+    return interval > 0 and step % interval == 0
+
+
+def leave(output_dir, step, problem):
+    """End a run that was asked to leave."""
+    if problem:
+        fail(f"left after step {step} without a state: {problem}", code=1)
+    print_rank_0(f"left after step {step}: the same command with --resume auto goes on from {output_dir}")
+    sys.exit(EXIT_LEFT)
 
 
 def complete_mode(args, folder):
@@ -193,7 +272,5 @@ def complete_mode(args, folder):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        fail(" ".join(str(error).split()))
+    with together() as watch:
+        main(sys.argv[1:], watch)

@@ -7,6 +7,14 @@ import sys
 import time
 import warnings
 
+EXIT_BAD_NUMBERS = 3  # a loss or gradients that are not finite
+EXIT_STALLED = 4  # --step_timeout
+EXIT_LEFT = 75  # asked to leave, and everything is saved: start again with --resume auto (EX_TEMPFAIL of sysexits.h)
+
+
+class BadNumbers(Exception):
+    """The run cannot go on, its numbers are not finite. The message is for the user."""
+
 
 def is_main():
     """Is this the first process of all hosts? True without a launcher."""
@@ -29,8 +37,8 @@ def print_rank_0(*values, **kwargs):
         print(*values, **kwargs, flush=True)
 
 
-def fail(problems, prog=None):
-    """End the program with exit code 2 and a line for each problem (a message or a list of them).
+def fail(problems, prog=None, code=2):
+    """End the program with an exit code and a line for each problem (a message or a list of them).
 
     All ranks usually find the same: the first one speaks. Another waits until the launcher has ended it, and speaks
     only if the fault is its own.
@@ -41,7 +49,7 @@ def fail(problems, prog=None):
         prog = f"{prog}: rank {os.environ['RANK']}"
     for problem in [problems] if isinstance(problems, str) else problems:
         print(f"{prog}: error: {' '.join(str(problem).splitlines())}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def prepare_environment(device="auto"):
@@ -158,6 +166,44 @@ def stop_distributed(engine=None):
             engine.destroy()
         dist.destroy_process_group()
         time.sleep(0.3)
+
+
+def control_group(device):
+    """A process group for small numbers on the CPU: the usual one there, another one beside a card's."""
+    import torch.distributed as dist
+
+    return None if device.type == "cpu" else dist.new_group(backend="gloo")
+
+
+def sum_over_ranks(*values, group=None):
+    """Sums of numbers over all processes, as floats. Collective, and waits for the card."""
+    import torch
+    import torch.distributed as dist
+
+    numbers = torch.tensor([float(value) for value in values], dtype=torch.float64)
+    dist.all_reduce(numbers, group=group)
+    return numbers.tolist()
+
+
+def on_main(function):
+    """Call a function on the first process; every rank gets what it returns. Collective.
+
+    Its ValueError is raised on every rank, and an OSError as a ValueError.
+    """
+    import torch.distributed as dist
+
+    result = [None, None]
+    if is_main():
+        try:
+            result[0] = function()
+        except OSError as error:
+            result[1] = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+        except ValueError as error:
+            result[1] = str(error)
+    dist.broadcast_object_list(result, src=0)
+    if result[1] is not None:
+        raise ValueError(result[1])
+    return result[0]
 
 
 def barrier():

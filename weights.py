@@ -4,14 +4,16 @@ import copy
 import json
 import os
 import sys
+import warnings
 import zipfile
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 from modes import read_json
 from utils import is_main
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}  # {name in safetensors: in torch} of what is read
 MAX_SHARD_SIZE = "5GB"
 
 
@@ -20,35 +22,58 @@ def weight_files(folder):
 
     ValueError for a file that is missing or a name that points out of the folder.
     """
+    return list(weight_table(folder))
+
+
+def weight_table(folder):
+    """{file: names of the weights that the index places in it, none without an index}, as `weight_files` says.
+
+    Other files in the folder are never opened. A file may be a link: a download cannot make one, and the hub's cache
+    consists of them.
+    """
     for single, index in zip(WEIGHT_FILES, INDEX_FILES):  # the order in which transformers looks
         if os.path.isfile(os.path.join(folder, single)):
-            return [single]
+            return {single: []}
         index_path = os.path.join(folder, index)
         if not os.path.isfile(index_path):
             continue
         weight_map = read_json(index_path).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise ValueError(f"{index_path}: weight_map is not a table of file names: download it again")
-        names = sorted(set(weight_map.values()))
-        for name in names:
+        table = {name: [] for name in sorted(set(weight_map.values()))}
+        for name in table:
             if os.path.basename(name) != name:
                 raise ValueError(f"{index_path}: names {name!r}, outside its folder: do not use this checkpoint")
             if not os.path.isfile(os.path.join(folder, name)):
                 raise ValueError(f"{folder}/{name}: missing, but {index} names it: download it again")
-        if names:
-            return names
+        for weight, name in weight_map.items():
+            table[name].append(weight)
+        if table:
+            return table
     raise ValueError(f"{folder}: no weights in it (none of {', '.join((*WEIGHT_FILES, *INDEX_FILES))})")
 
 
 def weight_shapes(folder):
     """{name: (shape, dtype name)} of all weights in a folder, from headers: no weight is read.
 
-    ValueError for a truncated or unreadable file.
+    ValueError for a truncated or unreadable file, and for files that are not of one checkpoint. A name in the index
+    that no file holds is not said here: whether the model needs it, `check_weights` knows.
     """
-    shapes = {}
-    for name in weight_files(folder):
-        path = os.path.join(folder, name)
-        shapes.update(safetensors_shapes(path) if name.endswith(".safetensors") else bin_shapes(path))
+    shapes, places, table = {}, {}, weight_table(folder)
+    for file in table:
+        path = os.path.join(folder, file)
+        for name, value in (safetensors_shapes(path) if file.endswith(".safetensors") else bin_shapes(path)).items():
+            if name in shapes:
+                raise ValueError(
+                    f"{folder}: {name} is in both {places[name]} and {file}: download the checkpoint again"
+                )
+            shapes[name], places[name] = value, file
+    for file, names in table.items():
+        for name in names:
+            if places.get(name, file) != file:
+                raise ValueError(
+                    f"{folder}: {name} is in {places[name]}, the index says {file}: the files do not belong together"
+                )
     return shapes
 
 
@@ -56,9 +81,8 @@ def saved_dtype(folder):
     """torch dtype of the weights in a folder, float32 where they differ."""
     import torch
 
-    names = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
-    found = {names.get(dtype, dtype) for _, dtype in weight_shapes(folder).values()}
-    return getattr(torch, found.pop()) if len(found) == 1 else torch.float32
+    found = {DTYPES.get(dtype, dtype) for _, dtype in weight_shapes(folder).values()}
+    return getattr(torch, found.pop()) if len(found) == 1 and found <= set(DTYPES.values()) else torch.float32
 
 
 def safetensors_shapes(path):
@@ -75,13 +99,25 @@ def safetensors_shapes(path):
 
 
 def bin_shapes(path):
-    """Names, shapes and dtypes in one .bin file; nothing but tensors is unpickled."""
+    """Names, shapes and dtypes in one .bin file."""
+    return {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in read_bin(path).items()}
+
+
+def read_bin(path):
+    """{name: tensor} of one .bin file; nothing but tensors is unpickled.
+
+    The tensors are parts of the mapped file, of which nothing is read before it is used. Only a file in the format
+    of before torch 1.6 is read whole. ValueError for tensors that claim more than the file holds.
+    """
     import pickle
 
     import torch
 
+    is_archive = zipfile.is_zipfile(path)
     try:
-        state = torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's notes about kinds of tensors that are refused anyway
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except pickle.UnpicklingError:
         raise ValueError(
             f"{path}: holds more than tensors, or is no weight file: it is not read, since that could run code of"
@@ -90,9 +126,36 @@ def bin_shapes(path):
     except Exception as error:  # bytes that are no weights make the reader fail in many ways
         reason = f"{type(error).__name__} while reading"
         raise ValueError(f"{path}: truncated or not a weight file ({reason}): download it again") from None
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(n, str) and is_plain(t) for n, t in state.items()):
         raise ValueError(f"{path}: not a weight file (not a plain table of tensors): download it again")
-    return {key: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for key, t in state.items()}
+    storages = {}
+    for name, tensor in state.items():
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        if tensor.numel() * tensor.element_size() > storage.nbytes():  # an expanded tensor: a few bytes claim a disk
+            raise ValueError(f"{path}: {name} claims more than is stored of it: do not use it")
+    if is_archive and sum(storages.values()) > stored_bytes(path):
+        raise ValueError(f"{path}: its tensors claim more than it holds, or it is compressed: download it again")
+    return state
+
+
+def is_plain(value):
+    """Is it a tensor like those of a network: not sparse or nested, with data, and of no class of its own?"""
+    import torch
+
+    if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.is_nested:
+        return False
+    return value.layout == torch.strided and value.device.type == "cpu"
+
+
+def stored_bytes(path):
+    """Bytes of tensors in a .bin file that is an archive; compressed ones, which cannot be mapped, do not count."""
+    with zipfile.ZipFile(path) as archive:
+        return sum(
+            record.file_size
+            for record in archive.infolist()
+            if "/data/" in record.filename and record.compress_type == zipfile.ZIP_STORED
+        )
 
 
 def empty_model(mode, config):
@@ -109,31 +172,54 @@ def check_weights(folder, mode, config, new_prefix=False):
     The released rotary buffers and a stored copy of a tied output layer are allowed, and with `new_prefix` a missing
     prefix encoder (training makes it, or it lies elsewhere).
     """
-    model = empty_model(mode, config)
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = set(model.all_tied_weights_keys)
     found = weight_shapes(folder)
     found = {name: value for name, value in found.items() if not name.endswith("inv_freq")}
+    model = model_for(folder, mode, config, len(found))
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = set(model.all_tied_weights_keys)
     missing = [n for n in wanted if n not in found and n not in tied]
     if new_prefix:
         missing = [n for n in missing if "prefix_encoder." not in n]
     unexpected = [n for n in found if n not in wanted]
     wrong_shape = [n for n in wanted if n in found and found[n][0] != wanted[n]]
-    integers = [n for n in found if "int" in found[n][1].lower() or found[n][1].startswith(("I", "U"))]
+    check_dtypes(folder, found)  # before the shapes: those of quantised weights differ, too
     if wrong_shape:
         name = wrong_shape[0]
         raise ValueError(
             f"{folder}: {name} has shape {list(found[name][0])}, --mode {mode.name} with this config.json needs"
             f" {list(wanted[name])}{and_others(wrong_shape)}: the files do not belong together"
         )
-    if integers:
-        raise ValueError(f"{folder}: {integers[0]} is quantised ({found[integers[0]][1]}): use the fp16 release")
     if missing:
         raise ValueError(f"{folder}: {missing[0]} is missing{and_others(missing)}: download the checkpoint again")
     if unexpected:
         hint = "it is a prefix encoder's checkpoint" if "prefix_encoder." in unexpected[0] else "wrong --mode or files"
         raise ValueError(f"{folder}: {unexpected[0]} is not of --mode {mode.name}{and_others(unexpected)}: {hint}")
     return list(dict(model.named_parameters()))
+
+
+def check_dtypes(folder, found):
+    """ValueError for the first weight of {name: (shape, dtype name)} that is not of 16 or 32 bits, floating point."""
+    for name, (_, dtype) in found.items():
+        if DTYPES.get(dtype, dtype) not in DTYPES.values():
+            is_unusual = dtype.lower() in ("f64", "float64", "c64", "complex64", "complex128", "bool")
+            kind = "of an unusual type" if is_unusual else "quantised"
+            raise ValueError(f"{folder}: {name} is {kind} ({dtype}): use the fp16 release")
+
+
+def model_for(folder, mode, config, num_stored):
+    """The model without memory; ValueError where config.json describes none, or more layers than weights are stored.
+
+    Without the latter, making the layers one by one would never end.
+    """
+    if isinstance(config.num_layers, int) and config.num_layers > num_stored:
+        raise ValueError(
+            f"{folder}/config.json: num_layers = {config.num_layers}, but only {num_stored} weights are stored:"
+            " the files do not belong together"
+        )
+    try:
+        return empty_model(mode, config)
+    except (ArithmeticError, RuntimeError, TypeError) as error:  # a size that is negative, 0, a fraction, or enormous
+        raise ValueError(f"{folder}/config.json: no network has these sizes ({error}): download it again") from None
 
 
 def and_others(names):
@@ -187,11 +273,17 @@ def load_base(folder, mode, config, dtype, device="cpu", ds_config=None, attn_im
 
 
 def read_generation_config(folder):
-    """The settings in generation_config.json, None without one."""
+    """The settings in generation_config.json, None without one; ValueError that names the file for wrong values."""
     from transformers import GenerationConfig
 
     path = os.path.join(folder, "generation_config.json")
-    return GenerationConfig.from_dict(read_json(path)) if os.path.isfile(path) else None
+    if not os.path.isfile(path):
+        return None
+    values = read_json(path)
+    try:
+        return GenerationConfig.from_dict(values)
+    except (ValueError, TypeError, AttributeError) as error:  # the class does not look at types before it uses them
+        raise ValueError(f"{path}: {error}: mend or remove it") from None
 
 
 def allocated_model(mode, config, dtype, device):
@@ -241,7 +333,6 @@ def stored_tensors(folder):
     rows[a:b] is part of the mapped file, which is not read before it is used: copy it and let it go. Only a .bin file
     in the format of before torch 1.6 is read whole.
     """
-    import torch
     from safetensors import safe_open
 
     for file_name in weight_files(folder):
@@ -252,7 +343,7 @@ def stored_tensors(folder):
                     rows = file.get_slice(name)
                     yield name, tuple(rows.get_shape()), rows
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            state = read_bin(path)
             for name in list(state):
                 rows = state.pop(name)  # so that nothing of this file is held while the next one is read
                 yield name, tuple(rows.shape), rows
@@ -300,11 +391,35 @@ def progress_bar(total):
     )
 
 
+def finite_problem(named_tensors):
+    """The first of (name, tensor) that holds an infinity or NaN, as a line; None without one."""
+    import torch
+
+    for name, tensor in named_tensors:
+        # A sum is quick and not finite if a value is not; it can also run over, hence the second look.
+        if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
+            if not torch.isfinite(tensor).all():
+                return f"{name} holds values that are not finite"
+    return None
+
+
 def write_safetensors(state, path):
     """One .safetensors file."""
     from safetensors.torch import save_file
 
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})
+    with disk_errors():
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})
+
+
+@contextmanager
+def disk_errors():
+    """safetensors' error for a full or broken disk as the OSError that it is."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(0, str(error)) from None
 
 
 def write_weights(state, folder, max_shard_size=MAX_SHARD_SIZE):

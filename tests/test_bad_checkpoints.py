@@ -6,6 +6,7 @@ The released ones through train.py, those that train.py saved through predict.py
 import json
 import pickle
 import warnings
+import zipfile
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from refusing import (
     FOLDERS,
     NO_CHANGE,
     OUTPUT_LAYER,
+    NotNoticed,
     both,
     case,
     change_json,
@@ -50,6 +52,64 @@ RAN = "code-ran"  # the file it makes, in the current folder
 BIN = "pytorch_model.bin"
 NO_NAMES = both(change_json("config.json", _name_or_path=None), change_json("tokenizer_config.json", name_or_path=None))
 NOT_WEIGHTS = r"pytorch_model\.bin: .*(do not use it|download it again)"
+NOT_TENSORS = r"pytorch_model\.bin: not a weight file \(not a plain table of tensors\): download it again"
+SHARDS = ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")
+
+
+class Over:
+    """A pickle of a tensor with an offset, size and steps of its own over the memory of another."""
+
+    def __init__(self, tensor, *offset_size_stride):
+        storage = torch.storage.TypedStorage(wrap_storage=tensor.untyped_storage(), dtype=tensor.dtype, _internal=True)
+        self.arguments = (storage, *offset_size_stride, False, {})
+
+    def __reduce__(self):
+        return torch._utils._rebuild_tensor_v2, self.arguments
+
+
+def packed_again(compression=zipfile.ZIP_STORED, keep=1.0):
+    """A function that packs the .bin file again, compressed or with a part of each tensor's bytes."""
+
+    def spoil(folder):
+        with zipfile.ZipFile(folder / BIN) as archive:
+            records = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(folder / BIN, "w", compression) as archive:
+            for name, content in records.items():
+                archive.writestr(name, content[: int(len(content) * keep)] if "/data/" in name else content)
+
+    return spoil
+
+
+def put_behind(name, content):
+    """A function that puts bytes behind a file."""
+
+    def spoil(folder):
+        with open(folder / name, "ab") as file:
+            file.write(content)
+
+    return spoil
+
+
+def old_file(change):
+    """A function that stores the weights, changed, in one file in the format of before torch 1.6."""
+
+    def spoil(folder):
+        state = {}
+        for name in SHARDS:
+            state |= torch.load(folder / name, weights_only=True)
+        drop("pytorch_model*")(folder)
+        torch.save(change(state), folder / BIN, _use_new_zipfile_serialization=False)
+
+    return spoil
+
+
+def output_layer_in_both(folder):
+    """Store the output layer in both shards."""
+    first, second = (torch.load(folder / name, weights_only=True) for name in SHARDS)
+    layer = (first | second)[OUTPUT_LAYER]
+    for name, state in zip(SHARDS, (first, second)):
+        torch.save({**state, OUTPUT_LAYER: layer}, folder / name)
+
 
 MODELS = [
     case("no-config", "glm3", drop("config.json"),
@@ -151,6 +211,49 @@ MODELS = [
          rf"model: {OUTPUT_LAYER} is quantised \(I8\): use the fp16 release"),
     case("weight-of-8-bits-bin", "glm3", one_file(replaced(lambda t: t.to(torch.int8)), BIN),
          rf"model: {OUTPUT_LAYER} is quantised \(int8\): use the fp16 release"),
+    case("weight-of-8-bits-float", "glm3", one_file(replaced(lambda t: t.to(torch.float8_e4m3fn))),
+         rf"model: {OUTPUT_LAYER} is quantised \(F8_E4M3\): use the fp16 release"),
+    case("weight-packed-in-4-bits", "glm3", one_file(replaced(lambda t: t[:, ::2].to(torch.int8))),
+         rf"model: {OUTPUT_LAYER} is quantised \(I8\): use the fp16 release"),
+    case("weight-of-64-bits", "glm3", one_file(replaced(lambda t: t.double())),
+         rf"model: {OUTPUT_LAYER} is of an unusual type \(F64\): use the fp16 release"),
+    case("weight-of-64-bits-bin", "glm3", one_file(replaced(lambda t: t.double()), BIN),
+         rf"model: {OUTPUT_LAYER} is of an unusual type \(float64\): use the fp16 release"),
+    case("weight-complex", "glm3", one_file(replaced(lambda t: t.cfloat()), BIN),
+         rf"model: {OUTPUT_LAYER} is of an unusual type \(complex64\): use the fp16 release"),
+    case("weight-bool", "glm3", one_file(replaced(lambda t: t.bool())),
+         rf"model: {OUTPUT_LAYER} is of an unusual type \(BOOL\): use the fp16 release"),
+    case("weight-sparse", "glm3", one_file(replaced(lambda t: t.to_sparse()), BIN), NOT_TENSORS),
+    case("weight-without-data", "glm3", one_file(replaced(lambda t: t.to("meta")), BIN), NOT_TENSORS),
+    case("weights-numbered", "glm3", one_file(lambda state: dict(enumerate(state.values())), BIN), NOT_TENSORS),
+    case("weight-expanded", "glm3", one_file(replaced(lambda t: t[:1, :1].clone().expand(1280, 64)), BIN),
+         rf"pytorch_model\.bin: {OUTPUT_LAYER} claims more than is stored of it: do not use it"),
+    case("weight-beyond-its-memory", "glm3",
+         one_file(replaced(lambda t: Over(t[:9].clone(), 0, (1280, 64), (64, 1))), BIN), NOT_WEIGHTS),
+    case("weight-beyond-its-memory-old-format", "glm3",
+         old_file(replaced(lambda t: Over(t[:9].clone(), 0, (10**9, 64), (64, 1)))), NOT_WEIGHTS),
+    case("weight-behind-its-memory", "glm3", one_file(replaced(lambda t: Over(t, 1, (1280, 64), (64, 1))), BIN),
+         NOT_WEIGHTS),
+    case("weight-that-runs-backwards", "glm3", one_file(replaced(lambda t: Over(t, 0, (1280, 64), (-64, 1))), BIN),
+         NOT_WEIGHTS),
+    case("bin-compressed", "glm3", both(one_file(name=BIN), packed_again(zipfile.ZIP_DEFLATED)), NOT_WEIGHTS),
+    case("bin-records-shorter-than-said", "glm3", both(one_file(name=BIN), packed_again(keep=0.5)),
+         r"pytorch_model\.bin: (its tensors claim more than it holds|truncated).*: download it again"),
+    case("safetensors-with-more-behind", "glm3", both(one_file(), put_behind("model.safetensors", b"x" * 64)),
+         r"model/model\.safetensors: truncated or not safetensors \(.*\): download it again"),
+    case("index-of-exchanged-shards", "glm3",
+         weight_map({OUTPUT_LAYER: SHARDS[0], "transformer.embedding.word_embeddings.weight": SHARDS[1]}),
+         r"model: \S+ is in \S+, the index says \S+: the files do not belong together"),
+    case("weight-in-two-shards", "glm3", output_layer_in_both,
+         rf"model: {OUTPUT_LAYER} is in both {SHARDS[0]} and {SHARDS[1]}: download the checkpoint again"),
+    case("index-to-a-folder", "glm3", both(weight_map({"a": "sub"}), lambda folder: (folder / "sub").mkdir()),
+         r"model/sub: missing, but pytorch_model\.bin\.index\.json names it: download it again"),
+    case("layers-without-end", "glm3", change_json("config.json", num_layers=10**12),
+         r"model/config\.json: num_layers = 1000000000000, but only 31 weights are stored: the files do not belong"),
+    case("size-negative", "glm3", change_json("config.json", hidden_size=-64), r"model/config\.json: .*-64"),
+    case("size-zero", "glm3", change_json("config.json", kv_channels=0), r"model/config\.json: "),
+    case("size-fraction", "glm3", change_json("config.json", ffn_hidden_size=1.5), r"model/config\.json: "),
+    case("size-enormous", "glm", change_json("config.json", hidden_size=10**12), r"model/config\.json: "),
 ]
 
 
@@ -158,6 +261,53 @@ MODELS = [
 def test_model_folders(here, mode, spoil, says):
     spoil(here.model(mode))
     here.train_fails(model_name_or_path="model", says=says)
+
+
+def links(folder):
+    """Make the folder one of the hub's cache: links to files outside of it."""
+    blobs = folder.parent / "blobs"
+    blobs.mkdir()
+    for number, path in enumerate(sorted(folder.iterdir())):
+        path.rename(blobs / str(number))
+        path.symlink_to(f"../blobs/{number}")
+
+
+def index_of_more(folder):
+    """Let the index name a rotary buffer that no shard holds, and leave out what the second shard holds."""
+    path = folder / "pytorch_model.bin.index.json"
+    table = json.loads(path.read_text())["weight_map"]
+    buffer = "transformer.rotary_pos_emb.inv_freq"
+    first = {name: file for name, file in table.items() if file == SHARDS[0] and name != buffer}
+    weight_map({**first, buffer: SHARDS[0], "lm_head.inv_freq": SHARDS[1]})(folder)
+
+
+GOOD_MODELS = [
+    case("links", links),
+    case("index-of-other-names", index_of_more),
+    case("shard-without-a-name", lambda folder: torch.save({"a": Runs(RAN)}, folder / "pytorch_model-00003.bin")),
+    case("pickle-beside-safetensors", both(one_file(), lambda folder: torch.save({"a": Runs(RAN)}, folder / BIN))),
+    case("transposed", one_file(replaced(lambda t: t.t().contiguous().t()), BIN)),
+    case("part-of-another", one_file(replaced(lambda t: torch.cat([t, t])[640:1920]), BIN)),
+    case("parameter", one_file(replaced(torch.nn.Parameter), BIN)),
+    case("old-format", old_file(lambda state: state)),
+    case("32-bits", one_file(replaced(lambda t: t.float()))),
+]
+
+
+@pytest.mark.parametrize("spoil", GOOD_MODELS)
+def test_unusual_model_folders(here, spoil):
+    """They hold what the model needs; files that are not needed are not opened."""
+    spoil(here.model())
+    with pytest.raises(NotNoticed):
+        here.train_fails(model_name_or_path="model")
+    assert not (here.folder / RAN).exists()
+
+
+def test_settings_of_generation_that_cannot_be(here):
+    put("generation_config.json", '{"watermarking_config": 5}')(here.model())
+    here.allow_weights()
+    flags = "--model_path model --prompt a --max_new_tokens 1 --device cpu"
+    here.fails("predict.py", *here.fill(flags), says=r"model/generation_config\.json: .*: mend or remove it")
 
 
 @pytest.mark.parametrize("protocol", [None, 2, pickle.DEFAULT_PROTOCOL])

@@ -12,13 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, Golden
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 import data_set
 import row_cache
 from batches import collate
-from data_set import Columns, data_files, encode_row, read_rows, show_row
+from data_set import Columns, Part, data_files, encode_row, read_rows, show_row
 from modes import MODES
 from row_cache import Encoding, load_rows
 
@@ -196,49 +194,6 @@ def test_characters_that_glm_drops_cannot_hide_a_control_token(text, clean):
     assert tokenizer.decode(tokenizer.encode_text(text)) == clean
 
 
-FRAGMENTS = st.sampled_from(
-    ["[gMASK]", "<sop>", "sop", "<|user|>", "</s>", "<n>", "<eop>", "<|tab|>", "<|blank_2|>", "<unk>", "＜sop＞"]
-    + ["<0x0A>", "\n", "\t", "  ", " " * 81, "问：", "\n\n答：", "水温", "\u3000", "，"]
-)
-# U+2581 is sentencepiece's own sign for a space: it comes back as one.
-CHARACTERS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), max_size=20)
-TEXTS = st.lists(FRAGMENTS | CHARACTERS, max_size=12).map("".join)
-
-
-FRAMES = {"glm": "[gMASK] <sop> <eop>", "glm2": "[gMASK] sop </s>", "glm3": "[gMASK] sop <|user|> <|assistant|> </s>"}
-
-
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(query=TEXTS, answer=TEXTS, max_len=st.integers(30, 80), share=st.floats(0, 1))
-def test_any_text_makes_a_row(golden, tokenizer, query, answer, max_len, share):
-    prompt = golden.mode.prompt
-    most = max_len - prompt.RESERVED - 1  # of --max_src_len, as the flags are checked
-    max_src_len = 16 + round(share * (most - 16))
-    row = encode(golden, tokenizer, query, answer, max_len, max_src_len)
-    batch = ids_and_labels(row)
-    end = prompt.stop_ids(tokenizer)[0]
-    assert len(batch["input_ids"]) <= max_len
-    assert any(label != -100 for label in batch["labels"][1:])  # the first position predicts nothing
-    assert batch["input_ids"][-1] == batch["labels"][-1] == end
-    # The row holds the control tokens of its frame, once each, and none from the texts.
-    control = text_control_ids(tokenizer, batch["input_ids"])
-    wanted = [tokenizer.get_command(name) for name in FRAMES[golden.mode.name].split()]
-    assert control == set(wanted)
-    assert [batch["input_ids"].count(token_id) for token_id in wanted] == [1] * len(wanted)
-
-
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(text=TEXTS)
-def test_any_text_keeps_its_characters(golden, tokenizer, text):
-    ids = tokenizer.encode_text(text)
-    assert not text_control_ids(tokenizer, ids)
-    if golden.mode.name == "glm":  # it normalises; new lines and tabs stay
-        newline, tab = (tokenizer.encode_text(c)[-1] for c in "\n\t")
-        assert (ids.count(newline), ids.count(tab)) == (text.count("\n"), text.count("\t"))
-    else:
-        assert tokenizer.decode(ids) == text
-
-
 # ---------------------------------------------------------------- reading
 
 
@@ -286,6 +241,93 @@ def test_places_are_lines_of_the_file(tmp_path):
     assert [row["place"] for row in read_rows([array], Columns())] == [f"{array}:row {i}" for i in (1, 2, 3)]
 
 
+def items(path):
+    return list(data_set.read_file(str(path)).items)
+
+
+HOSTILE_VALUES = {
+    "twice": ('{"instruction": "a", "input": "", "output": "b", "output": "c"}',
+              "field 'output' stands twice: a row has a field once: remove one of them"),
+    "twice-inside": ('{"instruction": "a", "input": "", "output": "b", "more": {"k": 1, "k": 1}}',
+                     "field 'k' stands twice"),
+    "long-key": ('{"%s": 1, "%s": 2}' % ("k" * 1000, "k" * 1000), f"field '{'k' * 60}' stands twice"),
+    "nul": ('{"instruction": "a\\u0000", "input": "", "output": "b"}',
+            "field 'instruction' holds a NUL character: it must be text: remove it"),
+    "nan": ('{"instruction": NaN, "input": "", "output": "b"}', "field 'instruction' is a number: it must be a string"),
+    "infinity": ('{"instruction": "a", "input": -Infinity, "output": "b"}', "field 'input' is a number"),
+    "long": (json.dumps("x" * 3000), "a row of more than 2,500 bytes: give each row a line of its own, or shorten it"),
+}
+HOSTILE_LINES = HOSTILE_VALUES | {
+    "raw-nul": ('{"instruction": "a\0", "input": ""}', "not a JSON object (Invalid control character at column 19)"),
+    "bom-inside": ('\ufeff{"instruction": "a", "input": ""}', "not a JSON object (Expecting value at column 1)"),
+}
+
+
+@pytest.mark.parametrize("is_array, name", [*((True, n) for n in HOSTILE_VALUES), *((False, n) for n in HOSTILE_LINES)])
+def test_hostile_rows_are_named(tmp_path, monkeypatch, is_array, name):
+    monkeypatch.setattr(data_set, "MAX_ROW", 2500)
+    text, says = HOSTILE_LINES[name]
+    good = as_lines([ROW])[0]
+    path = write(tmp_path / "rows.json", *([f"[{good},", text, f",{good}]"] if is_array else [good, text, good]))
+    with pytest.raises(ValueError) as error:
+        read(path)
+    assert str(error.value).startswith(f"{path}:row 2: " if is_array else f"{path}:2: ") and says in str(error.value)
+    messages = []
+    found = data_set.check_items(data_set.read_file(path), Columns(), bad_rows=messages)
+    assert [number for number, _ in found] == [1, 3] and messages == [str(error.value)]
+
+
+OTHERS = ["NaN", "-Infinity", "1e999", "[[[]]]", '{"a": null}', '"\\ud800\\u0000"', "1" * 4000]
+
+
+@pytest.mark.parametrize("value", OTHERS)
+def test_what_other_fields_hold_does_not_matter(tmp_path, value):
+    path = write(tmp_path / "rows.json", f'{as_lines([ROW])[0][:-1]}, "more": {value}}}')
+    assert read(path) == READ[:1]
+
+
+@pytest.mark.parametrize("answer", ["\ud800", "a\0"])
+def test_an_answer_that_is_no_text_is_refused_in_prediction_too(tmp_path, answer):
+    """It would be written beside the prediction."""
+    path = write(tmp_path / "rows.json", json.dumps({**ROW, "output": answer}))
+    with pytest.raises(ValueError, match=r"rows\.json:1: field 'output' holds "):
+        read(path, need_response=False)
+
+
+@pytest.mark.parametrize("size", [199, 200, 201, 401, 402, 1000])
+def test_a_line_that_is_too_long_is_read_in_pieces(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(data_set, "MAX_ROW", 200)
+    good = as_lines([ROW])[0]
+    path = write(tmp_path / "rows.json", good, "x" * size, good)
+    first, long, last = items(path)
+    assert first == last == good.encode() + b"\n" and len(long) == min(size + 1, 201)
+    messages = []
+    found = data_set.check_items(data_set.read_file(path), Columns(), bad_rows=messages)
+    assert [number for number, _ in found] == [1, 3]
+    assert ("more than 200 bytes" in messages[0]) == (size >= 200)
+
+
+@pytest.mark.parametrize("value", ["1" * 5000, "[" * 100_000], ids=["digits", "brackets"])
+def test_a_value_that_python_cannot_read_is_named_by_its_line(tmp_path, value):
+    path = write(tmp_path / "rows.json", "[1,", "2,", f'{{"a": {value}}}]')
+    with pytest.raises(ValueError, match=r"rows\.json: not a JSON array \(.* in the value that begins at line 3\): "):
+        items(path)
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 1000])
+def test_bytes_that_are_not_utf_8_are_found_in_pieces(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(data_set, "ARRAY_PIECE", piece)
+    path = tmp_path / "rows.json"
+    for content, says in (
+        ("[1,\n2, '水水".encode() + b"\xff", r":2: not UTF-8 \(invalid start byte at byte 10 of the line\)"),
+        ("[1,\n2, '水".encode()[:-1], r":2: not UTF-8 \(unexpected end of data at byte 4 of the line\)"),
+        (b"[1,\n2, \xe6\xb0\n]", r":2: not UTF-8 \(invalid continuation byte at byte 3 of the line\)"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=says):
+            items(path)
+
+
 NESTED = [{**ROW, "more": [1, -2.5e3, {"a": [[], {}]}, True, None, "[,]} \\u6c34 \\\\"]}, 12, "é水😀"] * 3
 
 
@@ -294,9 +336,8 @@ NESTED = [{**ROW, "more": [1, -2.5e3, {"a": [[], {}]}, True, None, "[,]} \\u6c34
 def test_an_array_is_read_in_pieces(tmp_path, monkeypatch, piece, indent):
     monkeypatch.setattr(data_set, "ARRAY_PIECE", piece)
     path = write(tmp_path / "rows.json", "", json.dumps(NESTED, ensure_ascii=False, indent=indent), "")
-    found = list(data_set.read_items(path))
-    assert [json.loads(text) for _, text in found] == NESTED and found[-1][0] == f"{path}:row 9"
-    assert [list(data_set.read_items(write(tmp_path / "no.json", text))) for text in ("[]", " [ ] ")] == [[], []]
+    assert [json.loads(text) for text in items(path)] == NESTED
+    assert [items(write(tmp_path / "no.json", text)) for text in ("[]", " [ ] ")] == [[], []]
 
 
 @pytest.mark.parametrize("piece", [1, 5, 1000])
@@ -323,16 +364,16 @@ def test_a_broken_array_is_named_with_its_line(tmp_path, monkeypatch, piece, tex
     path = tmp_path / "rows.json"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=says):
-        list(data_set.read_items(str(path)))
+        items(path)
 
 
 def test_a_broken_array_is_not_read_to_its_end(tmp_path, monkeypatch):
     monkeypatch.setattr(data_set, "ARRAY_PIECE", 10)
-    monkeypatch.setattr(data_set, "MAX_ARRAY_ROW", 100)
+    monkeypatch.setattr(data_set, "MAX_ROW", 100)
     path = write(tmp_path / "rows.json", "[1,", '"' + "x" * 10_000)
     with open(path, "rb") as file:
         text = data_set.ArrayText(path, file)
-        with pytest.raises(ValueError, match=r"rows\.json:2: not a JSON array \(Unterminated string"):
+        with pytest.raises(ValueError, match=r"rows\.json:2: not a JSON array \(Unterminated string .*, or a row of"):
             assert (text.take("["), text.take_value(), text.take(",")) == ("[", "1", ",")
             text.take_value()
         assert len(text.text) < 300
@@ -439,7 +480,7 @@ def test_a_change_of_rows_or_flags_is_noticed(golden, tokenizer, rows_path, cach
 def test_families_do_not_share_cached_rows(tokenizer, golden, rows_path):
     """glm2 and glm3 have the same vocabulary file."""
     keys = {
-        row_cache.cache_key([rows_path], tokenizer, [name, None, "output", 512, 384, False])
+        row_cache.cache_key([rows_path], tokenizer, [name, None, "output", 512, 384, False, False])
         for name in ("glm", "glm2", "glm3")
     }
     assert len(keys) == 3
@@ -533,16 +574,129 @@ def test_ids_take_16_bits_where_the_vocabulary_fits(glm3, tokenizer3, tmp_path, 
     assert small.ids.tolist() == large.ids.tolist()
 
 
-@pytest.mark.parametrize("name", ["ids.bin", "offsets.bin", "num_unlabelled.bin", "counts.json"])
+FILES = ["ids.bin", "offsets.bin", "num_unlabelled.bin", "places.bin", "bad_rows.txt", "counts.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("share", [0, 0.5])
 def test_damaged_rows_are_noticed(glm3, tokenizer3, tmp_path, cache, name, share):
-    path = write(tmp_path / "rows.json", *as_lines(glm3.values["rows"] + [ROW]))
-    load(glm3, tokenizer3, path)
+    path = write(tmp_path / "rows.json", *as_lines(glm3.values["rows"] + [ROW]), "{", "{", "{")
+    load(glm3, tokenizer3, path, skip_bad_rows=True)
     [folder] = cache.iterdir()
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[: int(len(content) * share)])
     with pytest.raises(ValueError, match=f"{folder}: encoded rows are damaged: remove this folder"):
+        load(glm3, tokenizer3, path, skip_bad_rows=True)
+
+
+# ---------------------------------------------------------------- places and bad rows
+
+
+def test_places_of_encoded_rows(glm3, tokenizer3, tmp_path, cache):
+    good, long = as_lines([ROW, {**ROW, "output": "风" * 100}])
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    lines = write(folder / "a.jsonl", "", good, long, "  ", good)
+    write(folder / "b.json", "")
+    array = write(folder / "c.json", f"[{long}, {good},\n{good}]")
+    rows, counts = load(glm3, tokenizer3, [str(folder), lines], 64, 40, is_skip=True)
+    places = [f"{lines}:2", f"{lines}:5", f"{array}:row 2", f"{array}:row 3", f"{lines}:2", f"{lines}:5"]
+    assert [rows.place(n) for n in range(len(rows))] == places and rows.place(-2) == places[-2]
+    assert [file["rows"] for file in counts["files"]] == [2, 0, 2, 2]
+    assert [file["is_array"] for file in counts["files"]] == [False, False, True, False]
+    assert str(folder) not in "".join(file.read_text(errors="replace") for file in cache.rglob("*") if file.is_file())
+    for outside in (6, -7):
+        with pytest.raises(IndexError):
+            rows.place(outside)
+
+
+def test_the_same_rows_elsewhere_have_the_places_there(glm3, tokenizer3, tmp_path, cache):
+    found = []
+    for name in ("a", "b\n\x1b[31m"):
+        folder = tmp_path / name
+        folder.mkdir()
+        rows, counts = load(glm3, tokenizer3, write(folder / "x.json", *as_lines([ROW]), "{"), skip_bad_rows=True)
+        assert rows.place(0) == f"{folder}/x.json:1"
+        found.append((rows.key, rows.bad_rows))
+        assert counts["first_bad_row"] == rows.bad_rows[0]
+    assert len(os.listdir(cache)) == 1 and found[0][0] == found[1][0] == os.listdir(cache)[0]
+    assert found[0][1][0].startswith(f"{tmp_path}/a/x.json:2: '{{': not a JSON object (Expecting property")
+    assert found[1][1][0].startswith(f"{tmp_path}/b\\n\\x1b[31m/x.json:2: '{{': not a JSON object (Expecting property")
+
+
+def test_where_files_end_is_part_of_the_key(tokenizer3, tmp_path):
+    contents = ("ab", "c"), ("a", "bc"), ("abc",), ("abc", ""), ("", "abc"), ("a\0file\0bc",), ("a", "bc", "")
+    keys = set()
+    for number, content in enumerate(contents):
+        paths = [tmp_path / f"{number}-{n}" for n in range(len(content))]
+        for path, text in zip(paths, content):
+            path.write_text(text)
+        keys.add(row_cache.cache_key([str(path) for path in paths], tokenizer3, []))
+    assert len(keys) == len(contents)
+
+
+BAD = ["{", '{"instruction": "a"}', "3", '{"a": 1, "a": 2}', "\udcff", '{"output": "\\ud800"}', "x\x1b[2J\u2028y"]
+
+
+def write_some_bad(tmp_path):
+    """(file, lines of the good rows, lines of the bad ones)."""
+    path = tmp_path / "rows.json"
+    lines = [line for pair in zip(BAD, as_lines([ROW] * len(BAD))) for line in pair]
+    path.write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
+    return str(path), range(2, 2 * len(BAD) + 1, 2), range(1, 2 * len(BAD), 2)
+
+
+def test_bad_rows_are_left_out_and_listed(glm3, tokenizer3, tmp_path, cache, monkeypatch):
+    path, good, bad = write_some_bad(tmp_path)
+    with pytest.raises(ValueError, match=r"rows\.json:1: '\{': not a JSON object"):
         load(glm3, tokenizer3, path)
+    found = []
+    for _ in range(2):  # the second time from the cache
+        rows, counts = load(glm3, tokenizer3, path, skip_bad_rows=True)
+        assert [rows.place(n) for n in range(len(rows))] == [f"{path}:{n}" for n in good]
+        found.append(rows.bad_rows)
+        monkeypatch.setattr(row_cache, "encode_row", lambda *args: pytest.fail("encoded again"))
+    assert found[0] == found[1] and len(found[0]) == counts["bad_rows"] == len(BAD)
+    assert all(message.startswith(f"{path}:{n}: ") for message, n in zip(found[0], bad))
+    assert all(message.isprintable() for message in found[0])
+    said = row_cache.describe_counts(counts, 512, 384, is_skip=False).splitlines()
+    assert said[-1] == f"rows: left out 7 bad rows, for example {found[0][0]}"
+
+
+def test_a_run_without_bad_rows_says_nothing_about_them(glm3, tokenizer3, rows_path3, cache):
+    rows, counts = load(glm3, tokenizer3, rows_path3, skip_bad_rows=True)
+    assert rows.bad_rows == [] and (counts["bad_rows"], counts["first_bad_row"]) == (0, None)
+    assert "bad" not in row_cache.describe_counts(counts, 512, 384, is_skip=False)
+    assert rows.key != load(glm3, tokenizer3, rows_path3)[0].key
+
+
+def test_files_without_a_good_row_are_refused(glm3, tokenizer3, tmp_path, cache):
+    path = write(tmp_path / "rows.json", "", "{", "3")
+    says = rf"^{path}: --skip_bad_rows left no row of 2, the first of them is {path}:2: '{{': not a JSON object"
+    with pytest.raises(ValueError, match=says):
+        load(glm3, tokenizer3, path, skip_bad_rows=True)
+    with pytest.raises(ValueError, match=rf"^{path}: no row in it: give at least one$"):
+        load(glm3, tokenizer3, write(tmp_path / "rows.json", ""), skip_bad_rows=True)
+    long = write(tmp_path / "rows.json", "{", json.dumps({**ROW, "output": "风" * 100}))
+    with pytest.raises(ValueError, match="--is_skip left no row of 1: raise"):
+        load(glm3, tokenizer3, long, 64, 40, is_skip=True, skip_bad_rows=True)
+    assert os.listdir(cache) == []
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        ("[%s, {]", r":1: not a JSON array"),
+        ("[%s, 2", r":1: not a JSON array"),
+        ("[%s, '\udcff']", r":1: not UTF-8"),
+        ("[%s, " + "1" * 5000, r": not a JSON array"),
+    ],
+)
+def test_an_array_that_cannot_be_read_on_is_refused(glm3, tokenizer3, tmp_path, cache, content, says):
+    path = tmp_path / "rows.json"
+    path.write_bytes((content % as_lines([ROW])[0]).encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=rf"rows\.json{says}"):
+        load(glm3, tokenizer3, path, skip_bad_rows=True)
 
 
 # ---------------------------------------------------------------- several processes
@@ -560,18 +714,28 @@ def many_rows(num_rows):
 
 
 def test_two_processes_give_the_same_files_as_one(glm3, tokenizer3, tmp_path, small_pool, monkeypatch, capsys):
+    def fits(row):
+        item = encode(glm3, tokenizer3, row["instruction"] + row["input"], row["output"], 64, 40)
+        return not item["source_cut"] and not item["answer_cut"]
+
     lines = as_lines(many_rows(3000))
-    lines.insert(7, " \u3000 ")
+    lines[7:7] = [" \u3000 ", "{"]
+    lines[2600:2600] = ["3", "[]"]
     paths = [write(tmp_path / "a.json", *lines[:2500]), write(tmp_path / "b.json", f"[{','.join(lines[2500:])}]")]
+    places = [f"{paths[0]}:{n + 1}" if n < 2500 else f"{paths[1]}:row {n - 2499}" for n in range(len(lines))]
+    kept = [place for place, line in zip(places, lines) if line.startswith('{"') and fits(json.loads(line))]
     found, said = [], []
     for num_proc in (1, 2):
         cache = tmp_path / str(num_proc)
         monkeypatch.setattr(row_cache, "cache_folder", lambda folder=str(cache): folder)
-        rows, _ = load(glm3, tokenizer3, paths, 64, 40, is_skip=True, num_proc=num_proc)
+        rows, _ = load(glm3, tokenizer3, paths, 64, 40, is_skip=True, num_proc=num_proc, skip_bad_rows=True)
         assert 1000 < len(rows) < 2900
+        bad = [message.split(": ")[0] for message in rows.bad_rows]
+        assert bad == [f"{paths[0]}:9", f"{paths[1]}:row 101", f"{paths[1]}:row 102"]
+        assert [rows.place(n) for n in range(len(rows))] == kept
         found.append({str(p.relative_to(cache)): p.read_bytes() for p in cache.rglob("*") if p.is_file()})
         said.append(capsys.readouterr().out)
-    assert found[0] == found[1] and len(found[0]) == 4
+    assert found[0] == found[1] and len(found[0]) == 6
     assert said[0].startswith("encoded 2,967 rows in ") and said[0].endswith(" s with 1 process\n")
     assert said[1].startswith("encoded 2,967 rows in ") and said[1].endswith(" s with 2 processes\n")
     assert not multiprocessing.active_children()
@@ -608,7 +772,7 @@ def test_a_process_that_dies_is_an_error(glm3, tokenizer3):
             if n == 3:
                 for child in multiprocessing.active_children():
                     os.kill(child.pid, signal.SIGKILL)
-            yield [("here:1", json.dumps(ROW).encode())] * 100
+            yield [(0, Part("here", False, [json.dumps(ROW).encode()] * 100))]
 
     with pytest.raises(ValueError, match="--num_proc 2: a process that encoded rows was ended from outside"):
         list(row_cache.encode_in_pool(batches(), encoding_of(glm3, tokenizer3), 2))
@@ -617,13 +781,13 @@ def test_a_process_that_dies_is_an_error(glm3, tokenizer3):
 
 ENDLESS = """
 import itertools, multiprocessing, sys
-from data_set import Columns
+from data_set import Columns, Part
 from row_cache import Encoding, encode_in_pool
 from modes import MODES
 
 mode = MODES["glm3"]
 encoding = Encoding(Columns(), mode.tokenizer_class.from_pretrained(sys.argv[1]), mode, 512, 384, False)
-batch = [("here:1", b'{"instruction": "a", "input": "", "output": "b"}')] * 1000
+batch = [(0, Part("here", False, [b'{"instruction": "a", "input": "", "output": "b"}'] * 1000))]
 for number, _ in enumerate(encode_in_pool(itertools.repeat(batch), encoding, 2)):
     if number == 3:
         print(*[child.pid for child in multiprocessing.active_children()], flush=True)
@@ -676,7 +840,7 @@ def encode_slowly(monkeypatch, seconds):
 
 def folder_of(glm3, tokenizer3, path, cache):
     """Where `load` keeps the rows of this file."""
-    return cache / row_cache.cache_key([path], tokenizer3, ["glm3", None, "output", 512, 384, False])
+    return cache / row_cache.cache_key([path], tokenizer3, ["glm3", None, "output", 512, 384, False, False])
 
 
 @pytest.mark.parametrize("is_stale", [False, True])

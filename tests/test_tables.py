@@ -15,11 +15,11 @@ from tuning import TRAIN_TYPES, count_parameters, matches
 # A file may import those of its own level and below.
 LEVELS = [
     {"glm_common", "glm1", "glm2", "glm3"},
-    {"utils", "modes"},
-    {"tuning", "data_set", "batches", "ds_config", "optimizer", "run_log", "weights"},
-    {"checkpoint", "row_cache"},
+    {"utils", "modes", "folders", "watch"},
+    {"tuning", "data_set", "batches", "guard", "ds_config", "optimizer", "run_log", "weights"},
+    {"checkpoint", "resume", "row_cache"},
     {"arguments"},
-    {"train", "predict", "merge_lora", "score"},
+    {"train", "predict", "merge_lora", "score", "doctor"},
 ]
 
 

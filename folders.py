@@ -1,0 +1,218 @@
+"""Folders that appear whole or not at all: written beside their name, flushed, closed by a manifest, renamed."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+MANIFEST = "manifest.json"
+PARTIAL, REPLACED = ".partial", ".replaced"  # endings of a folder that is being written, and of one on its way out
+HASH_THREADS = 4
+
+
+def reached(point):
+    """Called at the named points of a save. Does nothing; tests put a function here that ends the process."""
+
+
+class HashingFile:
+    """A new file whose SHA-256 is known when it has been written; flushed to the disk when it is closed."""
+
+    def __init__(self, path):
+        self.file = open(path, "wb")
+        self.digest = hashlib.sha256()
+
+    def write(self, data):
+        """Write bytes."""
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self):
+        """Hand everything to the system."""
+        self.file.flush()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        try:
+            if kind is None:
+                self.file.flush()
+                os.fsync(self.file.fileno())
+        finally:
+            self.file.close()
+
+    def entry(self):
+        """This file's line of a manifest; after it has been closed."""
+        return {"bytes": os.path.getsize(self.file.name), "sha256": self.digest.hexdigest()}
+
+
+def flush_path(path):
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def file_entry(path):
+    """{"bytes", "sha256"} of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"bytes": os.path.getsize(path), "sha256": digest.hexdigest()}
+
+
+def files_in(folder):
+    """Paths of all files below a folder, relative to it, sorted; without the manifest."""
+    found = []
+    for parent, _, names in os.walk(folder):
+        found += [os.path.relpath(os.path.join(parent, name), folder) for name in names]
+    return sorted(name for name in found if name != MANIFEST)
+
+
+def close_folder(scratch, folder, known=None):
+    """Flush what lies in `scratch`, close it with a manifest, and give it its name.
+
+    known: {relative path: entry} of files that are flushed and hashed already. A folder that has the name goes.
+    """
+    names = [name for name in files_in(scratch) if name not in (known or {})]
+    paths = [os.path.join(scratch, name) for name in names]
+    with ThreadPoolExecutor(HASH_THREADS) as threads:  # reading what was written goes on while the disk writes
+        flushed = threads.map(flush_path, paths)
+        entries = dict(zip(names, threads.map(file_entry, paths)))
+        list(flushed)
+    for parent, _, files in os.walk(scratch):
+        for name in files:
+            # safetensors makes files that only their owner may read
+            os.chmod(os.path.join(parent, name), 0o666 & ~current_umask())
+        flush_path(parent)
+    reached("before the manifest")
+    with HashingFile(os.path.join(scratch, MANIFEST)) as file:
+        file.write(json.dumps({"files": {**(known or {}), **entries}}, indent=1, sort_keys=True).encode())
+    flush_path(scratch)
+    reached("before the rename")
+    if os.path.exists(folder):
+        os.rename(folder, folder + REPLACED)
+        reached("between the renames")
+    os.rename(scratch, folder)
+    flush_path(os.path.dirname(os.path.abspath(folder)))
+    reached("after the rename")
+    shutil.rmtree(folder + REPLACED, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_folder(folder):
+    """A folder to write in that gets its name when all is there and on the disk: whole or absent."""
+    folder = os.path.normpath(folder)
+    scratch = folder + PARTIAL
+    shutil.rmtree(scratch, ignore_errors=True)
+    os.makedirs(scratch)
+    try:
+        yield scratch
+        close_folder(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def current_umask():
+    """The umask of this process, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def verify(folder, full=True):
+    """What is wrong with the files of a closed folder, one line each; nothing for a folder without a manifest.
+
+    full: compare SHA-256 too; otherwise sizes only.
+    """
+    path = os.path.join(folder, MANIFEST)
+    if not os.path.exists(path):
+        return []
+    try:
+        with open(path, encoding="utf-8") as file:
+            entries = json.load(file)["files"]
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
+        inside = all(not os.path.isabs(name) and ".." not in name.split(os.sep) for name in expected)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        inside = False
+    if not inside:
+        return [f"{path}: not a manifest: copy the folder again"]
+
+    def problem(name):
+        target = os.path.join(folder, name)
+        try:
+            if os.path.getsize(target) != expected[name][0]:
+                return f"{target}: has {os.path.getsize(target):,} bytes, it was saved with {expected[name][0]:,}"
+            if full and file_entry(target)["sha256"] != expected[name][1]:
+                return f"{target}: its bytes are not those that were saved (SHA-256)"
+        except OSError as error:
+            return f"{target}: cannot be read ({error.strerror})"
+        return None
+
+    with ThreadPoolExecutor(HASH_THREADS) as threads:
+        return [f"{line}: copy the folder again" for line in threads.map(problem, sorted(expected)) if line]
+
+
+def is_whole(folder, full=True):
+    """Was the folder closed, and are its files as they were then?"""
+    return os.path.exists(os.path.join(folder, MANIFEST)) and not verify(folder, full)
+
+
+def numbered(parent, pattern):
+    """Names of the folders in `parent` that match a pattern with one group, the number; newest (highest) first."""
+    try:
+        names = os.listdir(parent)
+    except FileNotFoundError:
+        return []
+    found = [(int(match[1]), name) for name in names if (match := re.fullmatch(pattern, name))]
+    return [name for _, name in sorted(found, reverse=True) if os.path.isdir(os.path.join(parent, name))]
+
+
+def remove_leftovers(parent, pattern):
+    """Remove what a killed process has left of folders of these names, half written or half removed.
+
+    A folder that was being replaced gets its name back where the new one did not get it.
+    """
+    for name in os.listdir(parent) if os.path.isdir(parent) else []:
+        path = os.path.join(parent, name)
+        if re.fullmatch(pattern + re.escape(PARTIAL), name):
+            shutil.rmtree(path, ignore_errors=True)
+        elif re.fullmatch(pattern + re.escape(REPLACED), name):
+            if os.path.exists(path.removesuffix(REPLACED)):
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                os.rename(path, path.removesuffix(REPLACED))
+
+
+def keep_newest(parent, pattern, limit):
+    """Remove all but the newest `limit` folders of a kind. To be called when the newest is whole. 0: keep all."""
+    for name in numbered(parent, pattern)[limit:] if limit else []:
+        path = os.path.join(parent, name)
+        os.rename(path, path + PARTIAL)  # a process that is killed meanwhile leaves no half folder under its name
+        shutil.rmtree(path + PARTIAL, ignore_errors=True)
+
+
+def require_space(path, num_bytes, what):
+    """ValueError where `num_bytes` more do not fit on the disk of `path`, which need not exist yet."""
+    place = os.path.abspath(path)
+    while not os.path.exists(place):
+        place = os.path.dirname(place)
+    free = shutil.disk_usage(place).free
+    if free < num_bytes:
+        need, have = size_text(num_bytes), size_text(free)
+        raise ValueError(f"{path}: {what} takes about {need}, {have} are free: make room or use another disk")
+
+
+def size_text(num_bytes):
+    """Bytes for a reader: 16.2 KB, 12.4 GB."""
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"

@@ -1,0 +1,441 @@
+"""States that a run is resumed from: saved by all ranks, found again, compared with the run, loaded.
+
+A state is a folder state-step-N: DeepSpeed's files (trained weights, optimizer shards, learning rate, loss scale;
+frozen weights are not written), rank-R.pt with the random states of each rank, state.json with the counters and a
+fingerprint of the run, and the manifest that closes it.
+"""
+
+import collections
+import contextlib
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import folders
+from checkpoint import CHECKPOINT
+from folders import (
+    MANIFEST,
+    PARTIAL,
+    HashingFile,
+    close_folder,
+    file_entry,
+    numbered,
+    remove_leftovers,
+    require_space,
+    verify,
+)
+from guard import UsualLoss
+from modes import read_json
+from utils import BadNumbers, is_main, on_main, world_size
+from weights import finite_problem, weight_files, write_json
+
+STATE = r"state-step-(\d+)"
+STATE_FILE = "state.json"
+FINGERPRINT_FILE = "fingerprint.json"  # in the run's folder
+TAG = "deepspeed"  # folder of DeepSpeed's files inside a state
+# What may differ between a run and the one that goes on: where things lie (their contents are compared), what is
+# shown and kept, and the split of an update, whose size is compared instead.
+FREE_FLAGS = (
+    "output_dir resume save_model_step save_state_step save_total_limit show_loss_step step_timeout local_rank num_proc"
+    " train_path model_name_or_path ds_file device precision optimizer per_device_train_batch_size"
+    " gradient_accumulation_steps"
+).split()
+
+
+@dataclass
+class Progress:
+    """What a run counts; the whole of it that is not in the engine.
+
+    step: updates done; num_applied: those whose gradients were finite; num_skipped: those, one after another, whose
+    were not. window_loss, window_labels: sum of the loss, and supervised tokens, since the last line of the log.
+    """
+
+    step: int = 0
+    num_applied: int = 0
+    num_skipped: int = 0
+    window_loss: float = 0.0
+    window_labels: int = 0
+    usual_loss: UsualLoss = field(default_factory=UsualLoss)
+
+    @classmethod
+    def from_info(cls, info):
+        """The progress in a state's state.json; a new run's without one."""
+        values = dict(info["progress"]) if info else {}
+        if values:
+            values["usual_loss"] = UsualLoss(**values["usual_loss"])
+        return cls(**values)
+
+    def count(self, loss, num_labels, is_applied):
+        """An update is done; its loss is a sum over its supervised tokens."""
+        self.step += 1
+        self.num_applied += is_applied
+        self.num_skipped = 0 if is_applied else self.num_skipped + 1
+        self.window_loss += loss
+        self.window_labels += num_labels
+
+
+def safe_classes():
+    """What DeepSpeed's files hold besides tensors and plain Python values."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address, collections.OrderedDict]
+
+
+def load_tensors(path, map_location="cpu"):
+    """torch.load of a state's file, which may hold nothing that runs; ValueError otherwise."""
+    import torch
+
+    try:
+        with torch.serialization.safe_globals(safe_classes()):
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = "holds more than tensors: it is not read, since that could run code of others"
+        raise ValueError(f"--resume: {path}: {reason} ({str(error).splitlines()[0][:80]}): do not use it") from None
+    except (OSError, RuntimeError, EOFError) as error:
+        raise ValueError(f"--resume: {path}: cannot be read ({type(error).__name__}): use another state") from None
+
+
+def state_files(folder):
+    """DeepSpeed's interface to storage, for one state: hashes what it writes, unpickles nothing but tensors.
+
+    Errors of the disk are kept in `problem` and not raised: all ranks must come to the end of a save together.
+    """
+    from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+
+    class StateFiles(CheckpointEngine):
+        def __init__(self):
+            super().__init__()
+            self.problem, self.written = None, {}
+
+        def create(self, info):
+            """Nothing to prepare."""
+
+        def commit(self, info):
+            """Nothing to close: `save_state` does that for all ranks."""
+            return True
+
+        def makedirs(self, path, exist_ok=False):
+            """A folder."""
+            with self.noting_problem():
+                os.makedirs(path, exist_ok=exist_ok)
+
+        def save(self, state_dict, path):
+            """Write a file to the disk."""
+            import torch
+
+            folders.reached("before a file")
+            with self.noting_problem():
+                if bad := finite_problem(tensors_in(state_dict)):
+                    self.problem = BadNumbers(f"{bad}: no state was saved")
+                if self.problem is None:
+                    with HashingFile(path) as file:
+                        torch.save(state_dict, file)
+                    self.written[os.path.relpath(path, folder)] = file.entry()
+            folders.reached("after a file")
+
+        def load(self, path, map_location=None):
+            """Read a file."""
+            return load_tensors(path, map_location)
+
+        @contextlib.contextmanager
+        def noting_problem(self):
+            """Keep the error of a full or broken disk."""
+            try:
+                yield
+            except (OSError, RuntimeError) as error:  # torch's writer turns the one into the other
+                self.problem = self.problem or str(getattr(error, "strerror", None) or error)
+
+    return StateFiles()
+
+
+def tensors_in(value, name=""):
+    """Yield (name, tensor) of all tensors inside dicts, lists and tuples."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from tensors_in(part, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, (list, tuple)):
+        for number, part in enumerate(value):
+            yield from tensors_in(part, f"{name}.{number}".lstrip("."))
+
+
+def random_states():
+    """The random states of this process, as plain values and tensors."""
+    import numpy
+    import torch
+
+    name, keys, *rest = numpy.random.get_state()
+    states = {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest], "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_random_states(states):
+    """The inverse of `random_states`."""
+    import numpy
+    import torch
+
+    random.setstate(states["python"])
+    name, keys, *rest = states["numpy"]
+    numpy.random.set_state((name, numpy.array(keys, "uint32"), *rest))
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+# Saving.
+
+
+def state_bytes(num_trained, dtype):
+    """About what a state takes: float32 weights and both moments of Adam, and the weights as the model holds them."""
+    return num_trained * (12 + dtype.itemsize) + (1 << 20)
+
+
+def save_state(engine, folder, info, num_bytes):
+    """Save a state; `folder` appears whole or not at all. Collective.
+
+    info: what state.json holds. num_bytes: about what it will take. Returns, on every rank, why it could not be saved,
+    or None. A full disk leaves everything as it was.
+    """
+    import torch.distributed as dist
+
+    scratch = folder + PARTIAL
+
+    def prepare():
+        require_space(os.path.dirname(folder), num_bytes, "a state")
+        shutil.rmtree(scratch, ignore_errors=True)
+        os.makedirs(scratch)
+
+    def close():
+        write_json(info, os.path.join(scratch, STATE_FILE))
+        close_folder(scratch, folder, known)
+
+    try:
+        on_main(prepare)
+        files = state_files(scratch)
+        engine.checkpoint_engine = files
+        engine._copy_recovery_script = lambda path: None  # DeepSpeed writes it past `files`
+        engine.save_checkpoint(scratch, TAG, save_latest=False, exclude_frozen_parameters=True)
+        files.save(random_states(), os.path.join(scratch, f"rank-{dist.get_rank()}.pt"))
+        found = [None] * world_size()
+        dist.all_gather_object(found, (files.problem, files.written))
+        for problem, _ in found:
+            if problem:
+                raise problem if isinstance(problem, BadNumbers) else ValueError(problem)
+        known = {name: entry for _, written in found for name, entry in written.items()}
+        on_main(close)
+    except ValueError as error:  # the same on all ranks
+        return str(error)
+    finally:
+        if is_main():
+            shutil.rmtree(scratch, ignore_errors=True)
+    return None
+
+
+# Finding.
+
+
+def choose_state(args, current, split):
+    """(folder, state.json) of the state that `--resume` means, checked against this run; (None, None): begin anew.
+
+    current: the run's `fingerprint`. ValueError names what differs. For the first process.
+    """
+    remove_leftovers(args.output_dir, f"({STATE}|{CHECKPOINT})")
+    if args.resume is None:
+        return None, None
+    folder, skipped = find_state(args.resume, args.output_dir)
+    for line in skipped:
+        print(line, flush=True)
+    if folder is None:
+        check_own_folder(args.output_dir, current)
+        print(f"--resume auto: no whole state in {args.output_dir}, the run begins", flush=True)
+        return None, None
+    info = read_info(folder)
+    note = check_same_run(folder, info, current, split)
+    print(f"resumed from {folder}: {info['progress']['step']} updates are done", flush=True)
+    for line in [note] if note else []:
+        print(f"note: {line}", flush=True)
+    return folder, info
+
+
+def check_own_folder(output_dir, current):
+    """May a run begin anew where no state is? ValueError where the folder has checkpoints of another run."""
+    kept = numbered(output_dir, CHECKPOINT)
+    path = os.path.join(output_dir, FINGERPRINT_FILE)
+    lines = differences(read_json(path), current) if os.path.isfile(path) else ["it does not say what its flags were"]
+    if kept and lines:
+        raise ValueError(
+            f"--resume auto: {output_dir} has {kept[0]} of another run ({'; '.join(lines)}) and no whole state: choose"
+            " a new --output_dir, so that no run is lost"
+        )
+
+
+def find_state(resume, output_dir):
+    """(folder of the state to resume from or None, lines that say what was skipped) for `--resume`.
+
+    auto: the newest whole state in output_dir. ValueError where a named state is not whole.
+    """
+    if resume != "auto":
+        if problems := verify(resume) or missing_manifest(resume):
+            raise ValueError(f"--resume {resume}: {problems[0]}: use an older state, or --resume auto")
+        return resume, []
+    skipped = []
+    for name in numbered(output_dir, STATE):
+        folder = os.path.join(output_dir, name)
+        problems = verify(folder) or missing_manifest(folder)
+        if not problems:
+            return folder, skipped
+        skipped.append(f"--resume auto: {folder} is left out, it is not whole: {problems[0]}")
+    return None, skipped
+
+
+def missing_manifest(folder):
+    """A line in a list where a folder has no manifest."""
+    path = os.path.join(folder, MANIFEST)
+    return [] if os.path.isfile(path) else [f"{path}: missing"]
+
+
+def read_info(folder):
+    """state.json of a state."""
+    path = os.path.join(folder, STATE_FILE)
+    info = read_json(path)
+    kinds = {"progress": dict, "fingerprint": dict, "split": list, "world_size": int}
+    for key, kind in kinds.items():
+        if not isinstance(info.get(key), kind):
+            raise ValueError(f"--resume: {path}: {key} is {info.get(key)!r}: use another state")
+    return info
+
+
+# Comparing with the run.
+
+
+def fingerprint(args, base_folder, rows_key, precision, optimizer_name, device, ds_config):
+    """Everything that decides the weights of a run besides the split of its updates: {name: value}.
+
+    Reads the base weights once, for their SHA-256.
+    """
+    names = [*weight_files(base_folder), "config.json"]
+    with ThreadPoolExecutor(4) as threads:
+        hashes = list(threads.map(lambda name: file_entry(os.path.join(base_folder, name))["sha256"], names))
+    flags = {f"--{name}": value for name, value in sorted(vars(args).items()) if name not in FREE_FLAGS}
+    return {
+        **flags,
+        "--precision": precision,
+        "--device": device.type,
+        "--optimizer": optimizer_name,
+        "--ds_file": {key: value for key, value in ds_config.items() if key not in ("optimizer", "checkpoint")},
+        "rows of --train_path": rows_key,
+        "base weights": sorted(hashes),
+    }
+
+
+def differences(saved, current):
+    """What differs between two fingerprints, one line each."""
+    lines = []
+    for name in sorted({*saved, *current}):
+        old, new = saved.get(name), current.get(name)
+        if old != new:
+            values = f"{old}, now it is {new}" if name.startswith("--") and name != "--ds_file" else "other contents"
+            lines.append(f"{name} was {values}")
+    # A flag of the rows changes their key too: the flag says more.
+    return [line for line in lines if line.startswith("--")] or lines
+
+
+def check_same_run(folder, info, current, split):
+    """Is this the run that saved the state? ValueError names what differs. Returns a note where bits may differ.
+
+    split: (micro-batch, accumulation, processes). Another split is fine where an update has as many rows.
+    """
+    if lines := differences(info["fingerprint"], current):
+        raise ValueError(
+            f"--resume {folder}: {'; '.join(lines)}: resume with what the run began with, or start anew in another"
+            " --output_dir"
+        )
+    old, new = info["split"], list(split)
+    sizes = [parts[0] * parts[1] * parts[2] for parts in (old, new)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"--resume {folder}: an update had {sizes[0]} rows ({' x '.join(map(str, old))}: micro-batch, accumulation,"
+            f" processes), now it has {sizes[1]} ({' x '.join(map(str, new))}): change --gradient_accumulation_steps"
+            f" so that it is {sizes[0]}"
+        )
+    if old != new:
+        return (
+            f"an update is split differently ({' x '.join(map(str, old))} before, {' x '.join(map(str, new))} now): the"
+            " same rows make the same updates, but rounding and dropout differ"
+        )
+    return None
+
+
+# Loading.
+
+
+def universal_folder(state):
+    """Where a state lies that was converted for another number of processes; removed when it has been loaded."""
+    return os.path.normpath(state) + "-universal" + PARTIAL
+
+
+def convert(state):
+    """Convert a state of another number of processes to DeepSpeed's universal format. Collective."""
+
+    def run():
+        shutil.rmtree(universal_folder(state), ignore_errors=True)
+        for name in os.listdir(os.path.join(state, TAG)):  # the converter unpickles whatever it finds
+            load_tensors(os.path.join(state, TAG, name), "meta")
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+        command += ["--input_folder", os.path.join(state, TAG)]
+        command += ["--output_folder", os.path.join(universal_folder(state), TAG)]
+        command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+        process = subprocess.run(command, capture_output=True, text=True)
+        if process.returncode:
+            reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ValueError(
+                f"--resume {state}: DeepSpeed cannot convert it to {world_size()} processes ({reason}): start as many"
+                " as before"
+            )
+
+    on_main(run)
+
+
+def load_state(engine, state, info, seed):
+    """Load a state into the engine and set the random states. Collective."""
+    import torch
+    import torch.distributed as dist
+
+    is_same_world = info["world_size"] == world_size()
+    folder = state if is_same_world else universal_folder(state)
+    engine.checkpoint_engine = state_files(folder)
+    decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
+    path, _ = engine.load_checkpoint(folder, TAG, load_module_strict=False)
+    if path is None:
+        raise ValueError(f"--resume {state}: DeepSpeed finds nothing in it: use another state")
+    if is_same_world:
+        set_random_states(load_tensors(os.path.join(state, f"rank-{dist.get_rank()}.pt")))
+    else:
+        mend_converted(engine, decays)
+        torch.manual_seed(seed + info["progress"]["step"] * world_size() + dist.get_rank())
+        on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def mend_converted(engine, decays):
+    """What DeepSpeed leaves wrong when it loads a converted state under ZeRO-3.
+
+    All parameters share one step counter, to which Adam then adds once for each of them; all groups have the weight
+    decay of the first one; and the first update would have the learning rate of a new run. decays: one a group.
+    """
+    for values in engine.optimizer.optimizer.state.values():
+        if hasattr(values.get("step"), "clone"):
+            values["step"] = values["step"].clone()
+    for group, rate, decay in zip(engine.optimizer.param_groups, engine.lr_scheduler.get_last_lr(), decays):
+        group["lr"], group["weight_decay"] = rate, decay

@@ -1,0 +1,223 @@
+"""What ends a run from outside: a request to leave, a process that died, a step that stalls.
+
+A thread in each process looks every second. Between the processes it keeps lifelines: one connection from each to the
+first one. The system closes them where a process dies, however it dies and whatever the others wait for.
+"""
+
+import contextlib
+import faulthandler
+import os
+import secrets
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+
+from utils import EXIT_BAD_NUMBERS, EXIT_LEFT, EXIT_STALLED, BadNumbers, fail, is_main, world_size
+
+LOOK_SECONDS = 1.0
+# Seconds without a sign of life after which the system takes another host for dead.
+KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
+
+
+class Watch:
+    """The watch of one process. `asked` says why the run should leave, or is None."""
+
+    def __init__(self):
+        self.asked = None
+        self.is_training = False
+        self.step_timeout = 0
+        self.lines = {}  # {connection: rank at its other end}
+        self.work = None  # (time when it began, step, EncodedRows, numbers of its rows)
+        self.thread = None
+        self.is_over = threading.Event()
+
+    def start(self, output_dir, step_timeout):
+        """Watch from now on; the process group must be there. step_timeout: seconds, 0 is off. Collective."""
+        self.output_dir, self.step_timeout = output_dir, step_timeout
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.on_signal)
+        self.launchers = launchers()
+        if world_size() > 1:
+            self.connect()
+        self.thread = threading.Thread(target=self.look, daemon=True, name="watch")
+        self.thread.start()
+
+    def connect(self):
+        """Make the lifelines. Collective."""
+        import torch.distributed as dist
+
+        place = [None]
+        if is_main():
+            listener = socket.create_server(("", 0), backlog=world_size())
+            place = [(listener.getsockname()[1], secrets.token_hex(16))]
+        dist.broadcast_object_list(place, src=0)
+        port, token = place[0]
+        if is_main():
+            while len(self.lines) < world_size() - 1:
+                line, _ = listener.accept()
+                word, _, rank = line.makefile("r").readline().strip().partition(" ")
+                if word == token:
+                    self.lines[keep_alive(line)] = int(rank)
+            listener.close()
+        else:
+            line = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=60)
+            line.settimeout(None)
+            line.sendall(f"{token} {dist.get_rank()}\n".encode())
+            self.lines[keep_alive(line)] = 0
+
+    def on_signal(self, number, frame):
+        """SIGTERM and SIGINT: leave when the step is done. More of them change nothing: launchers send several."""
+        name = signal.Signals(number).name
+        if self.asked is None and is_main():
+            print(f"\n{name}: leaving after this step", file=sys.stderr, flush=True)
+        self.asked = self.asked or name
+        if not self.is_training:
+            sys.exit(EXIT_LEFT)
+
+    def begin(self, step, rows, row_numbers):
+        """A micro-batch of a step begins, of these rows of `rows`: `--step_timeout` counts from here."""
+        self.is_training = True
+        self.work = (time.monotonic(), step, rows, row_numbers)
+
+    def rest(self):
+        """No step is being worked on; what follows (a save) may take its time."""
+        self.work = None
+
+    def look(self):
+        """The thread: wait for news from the other processes, and look at the clock and the launcher."""
+        selector = selectors.DefaultSelector()
+        for line in self.lines:
+            selector.register(line, selectors.EVENT_READ)
+        while not self.is_over.wait(0 if self.lines else LOOK_SECONDS):
+            for key, _ in selector.select(LOOK_SECONDS) if self.lines else []:
+                self.hear(key.fileobj, selector)
+            if self.asked is None and self.launchers != launchers(len(self.launchers)):
+                self.asked = "the launcher has gone"
+            if self.work and self.step_timeout and time.monotonic() - self.work[0] > self.step_timeout:
+                self.stalled()
+
+    def hear(self, line, selector):
+        """News from another process: it ends, it stalls, or it is dead (and the connection at its end)."""
+        try:
+            words = line.recv(100).decode().split()
+        except OSError:
+            words = []
+        if self.is_over.is_set():
+            return
+        if "stalled" in words:
+            self.stalled()
+        if "end" not in words:
+            self.tell("end 1")
+            self.leave_at_once(1, f"the process of rank {self.lines[line]} has died: the others end too")
+        code = int(words[words.index("end") + 1])
+        selector.unregister(line)
+        del self.lines[line]
+        if code not in (0, EXIT_LEFT):  # with these, all come to the end together
+            self.tell(f"end {code}")
+            self.leave_at_once(code)
+
+    def tell(self, message):
+        """Send a message over all lifelines."""
+        for line in list(self.lines):
+            with contextlib.suppress(OSError):
+                line.sendall(f"{message}\n".encode())
+
+    def end(self, code):
+        """This process ends now with this exit code: no longer watch, and let the others know."""
+        self.is_over.set()
+        self.tell(f"end {code}")
+
+    def leave_at_once(self, code, message=None):
+        """End the process although its main thread waits for something that will never come."""
+        if message:
+            print(f"\ntrain.py: error: {message}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    def stalled(self):
+        """Write down what every process was doing, then end."""
+        self.tell("stalled")
+        path = os.path.join(self.output_dir, f"stalled-rank-{os.environ.get('RANK', '0')}.txt")
+        began, step, rows, numbers = self.work or (time.monotonic(), None, None, [])
+        what = f"step {step}, rows {', '.join(map(rows.place, numbers)) or 'none'}" if step else "no step"
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            file.write(f"{what}; for {time.monotonic() - began:.0f} s\n\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+        time.sleep(2 * LOOK_SECONDS)  # the others hear of it and write theirs
+        self.tell(f"end {EXIT_STALLED}")
+        self.leave_at_once(
+            EXIT_STALLED, f"--step_timeout {self.step_timeout:g}: {what} did not end in time: see {path}"
+        )
+
+
+def keep_alive(line):
+    """Let the system notice a host that is gone."""
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in KEEP_ALIVE.items():
+        if hasattr(socket, name):
+            line.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return line
+
+
+def launchers(number=2):
+    """Process ids of the DeepSpeed launcher's processes above this one, at most `number`.
+
+    `deepspeed` starts a second process, which starts the ranks; a signal to the first one alone does not reach them.
+    """
+    found, process = [], os.getpid()
+    while len(found) < number:
+        try:
+            with open(f"/proc/{process}/stat", encoding="utf-8") as file:
+                process = int(file.read().rpartition(")")[2].split()[1])
+            with open(f"/proc/{process}/cmdline", "rb") as file:
+                words = file.read().split(b"\0")
+        except (OSError, ValueError):
+            break
+        if not any(word == b"deepspeed.launcher.launch" or word.endswith(b"bin/deepspeed") for word in words):
+            break
+        found.append(process)
+    return found
+
+
+@contextlib.contextmanager
+def together():
+    """Run a command whose processes end together, with one exit code; ValueError is the user's error.
+
+    Yields the watch, to be started when the process group is there.
+    """
+    watch = Watch()
+    code = 0
+    try:
+        yield watch
+    except (ValueError, BadNumbers) as error:
+        code = 2 if isinstance(error, ValueError) else EXIT_BAD_NUMBERS
+        fail(str(error), code=code)
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+        raise
+    except BaseException:
+        code = 1
+        raise
+    finally:
+        watch.end(code)
+        end_process_group(code)
+
+
+def end_process_group(code):
+    """Leave at once where the process group is still there: its threads may abort an interpreter that ends (gloo)."""
+    if "torch" not in sys.modules:  # --help, or a wrong flag
+        return
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        if isinstance(sys.exc_info()[1], Exception):
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
