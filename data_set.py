@@ -289,9 +289,9 @@ def check_row(row, place, columns, need_response):
     """One checked row."""
     if not isinstance(row, dict):
         raise ValueError(f"{place}: {json_type(row)}, not an object: a row is {{...}} with string fields")
-    answer = row.get(columns.response)
+    sources, answer = columns.sources, row.get(columns.response)
     has_answer = need_response or isinstance(answer, str)
-    for name in (*columns.sources, columns.response) if has_answer else columns.sources:
+    for name in (*sources, columns.response) if has_answer else sources:
         if name not in row:
             raise ValueError(
                 f"{place}: no field {name!r} (it has {', '.join(map(repr, row))[:200] or 'none'}):"
@@ -305,9 +305,9 @@ def check_row(row, place, columns, need_response):
             raise ValueError(f"{place}: field {name!r} holds half a surrogate pair: it must be valid text") from None
         if 0 in encoded:
             raise ValueError(f"{place}: field {name!r} holds a NUL character: it must be text: remove it")
-    query = "".join(row[name] for name in columns.sources)
+    query = "".join([row[name] for name in sources])
     if not query.strip():
-        raise ValueError(f"{place}: {' and '.join(columns.sources)} empty: a row needs a question")
+        raise ValueError(f"{place}: {' and '.join(sources)} empty: a row needs a question")
     if need_response and not answer.strip():
         raise ValueError(f"{place}: field {columns.response!r} is empty: a row needs an answer to learn")
     return {"query": query, "answer": answer if has_answer else None, "place": place}

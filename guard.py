@@ -35,6 +35,13 @@ class UsualLoss:
         return False
 
 
+def keep_going_at_low_scale(engine):
+    """fp16: DeepSpeed would end at its lowest loss scale with an exception; `check_skipped` does it with advice."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if hasattr(scaler, "raise_error_at_min_scale"):
+        scaler.raise_error_at_min_scale = False
+
+
 def check_skipped(num_skipped, step, precision, scale):
     """BadNumbers where too many updates in a row had gradients that are not finite."""
     if num_skipped < MAX_SKIPPED:

@@ -24,7 +24,7 @@ from checkpoint import (
 from data_set import show_row
 from ds_config import complete_config, offloads, read_ds_file, wanted_precision
 from folders import is_whole, keep_newest, require_space
-from guard import check_skipped, explain_bad_loss
+from guard import check_skipped, explain_bad_loss, keep_going_at_low_scale
 from modes import MODES
 from optimizer import build_optimizer, build_scheduler, choose_adam
 from resume import (
@@ -155,6 +155,7 @@ def main(argv, watch):
     optimizer = build_optimizer(model, args, is_compiled)
     scheduler = build_scheduler(optimizer, args, num_steps)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config)
+    keep_going_at_low_scale(engine)
     unit = "packed sequences" if args.packing else "rows"
     print_rank_0(
         f"{args.mode} on {world} x {device.type}, {precision}, {args.ds_file}, {optimizer_name}: {num_steps} updates of"

@@ -186,7 +186,7 @@ def sum_over_ranks(*values, group=None):
 
 
 def on_main(function):
-    """Call a function on the first process; every rank gets what it returns. Collective.
+    """Call a function on the first process; every rank gets what it returns. Collective, where there are ranks.
 
     Its ValueError is raised on every rank, and an OSError as a ValueError.
     """
@@ -200,7 +200,8 @@ def on_main(function):
             result[1] = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
         except ValueError as error:
             result[1] = str(error)
-    dist.broadcast_object_list(result, src=0)
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast_object_list(result, src=0)
     if result[1] is not None:
         raise ValueError(result[1])
     return result[0]

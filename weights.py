@@ -28,8 +28,8 @@ def weight_files(folder):
 def weight_table(folder):
     """{file: names of the weights that the index places in it, none without an index}, as `weight_files` says.
 
-    Other files in the folder are never opened. A file may be a link: a download cannot make one, and the hub's cache
-    consists of them.
+    Other files in the folder are never opened. A file may be a link to elsewhere: the hub's cache consists of them,
+    and an index, which is what a stranger writes, cannot make one.
     """
     for single, index in zip(WEIGHT_FILES, INDEX_FILES):  # the order in which transformers looks
         if os.path.isfile(os.path.join(folder, single)):

@@ -21,6 +21,7 @@ import arguments
 import checkpoint
 import row_cache
 import utils
+import watch
 import weights
 from modes import MODES
 
@@ -151,6 +152,7 @@ def here(tmp_path, tmp_path_factory, monkeypatch, capsys):
     for module in (weights, checkpoint):
         monkeypatch.setattr(module, "load_base", too_late)
     monkeypatch.setattr(utils, "start_distributed", lambda device: None)
+    monkeypatch.setattr(watch.Watch, "start", lambda *args: None)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: int(os.environ.get("RANK", "0")))
     environment = dict(os.environ)
     yield Here(tmp_path, cache, capsys, monkeypatch)

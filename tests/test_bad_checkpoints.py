@@ -299,7 +299,7 @@ def test_unusual_model_folders(here, spoil):
     """They hold what the model needs; files that are not needed are not opened."""
     spoil(here.model())
     with pytest.raises(NotNoticed):
-        here.train_fails(model_name_or_path="model")
+        here.run("predict.py", *here.fill("--model_path model --prompt a --device cpu"))
     assert not (here.folder / RAN).exists()
 
 

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -305,6 +306,11 @@ def test_a_line_that_is_too_long_is_read_in_pieces(tmp_path, monkeypatch, size):
     found = data_set.check_items(data_set.read_file(path), Columns(), bad_rows=messages)
     assert [number for number, _ in found] == [1, 3]
     assert ("more than 200 bytes" in messages[0]) == (size >= 200)
+
+
+def test_the_documented_limit():
+    text = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"(\d+) MiB", text) == [str(data_set.MAX_ROW >> 20)] * 2
 
 
 @pytest.mark.parametrize("value", ["1" * 5000, "[" * 100_000], ids=["digits", "brackets"])

@@ -201,7 +201,7 @@ def test_packing_takes_the_same_steps(tmp_path):
 
 
 def test_a_run_that_cannot_train_says_so(tmp_path):
-    """A base with a NaN: no update is ever applied, and the command does not end as if all were well."""
+    """A base with a NaN: the run ends at its first step and says where the NaN is."""
     import shutil
 
     from safetensors.torch import save_file
@@ -215,6 +215,7 @@ def test_a_run_that_cannot_train_says_so(tmp_path):
     state["transformer.encoder.layers.0.mlp.dense_4h_to_h.weight"][0, 0] = math.nan
     save_file(state, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     process = run_command("python train.py --train_path rows.json --model_name_or_path base --output_dir out", tmp_path)
-    assert process.returncode == 2
-    assert "no update was applied" in process.stderr and "Traceback" not in process.stderr
-    assert all(line["loss"] is None for line in read_lines(tmp_path / "out" / "train_log.jsonl"))
+    assert process.returncode == 3 and "Traceback" not in process.stderr
+    assert "step 1: the loss is not finite, the update was not applied; rows rows.json:" in process.stderr
+    assert "transformer.encoder.layers.0.mlp.dense_4h_to_h; the weight " in process.stderr
+    assert read_lines(tmp_path / "out" / "train_log.jsonl") == [] and not list((tmp_path / "out").glob("epoch*"))

@@ -77,7 +77,8 @@ def test_merged_model_answers_like_the_adapter(golden, adapter, tmp_path, capsys
     merge_lora.main(["--model_dir", str(adapter), "--output_dir", str(merged), "--precision", "fp32"])
     assert "differ by at most" in capsys.readouterr().out
     files = {path.name for path in merged.iterdir()}
-    assert {"config.json", "model.safetensors", "run.json", "tokenizer_config.json"} < files and len(files) == 5
+    assert {"config.json", "model.safetensors", "run.json", "tokenizer_config.json", "manifest.json"} < files
+    assert len(files) == 6
     base = answers(golden.folder, rows, tmp_path / "base.jsonl")
     from_adapter = answers(adapter, rows, tmp_path / "adapter.jsonl")
     from_merged = answers(merged, rows, tmp_path / "merged.jsonl")

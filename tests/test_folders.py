@@ -1,0 +1,106 @@
+"""Folders that are whole or absent: manifests, what a killed process leaves, what is kept, room."""
+
+import json
+import os
+
+import pytest
+
+import folders
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing catches it."""
+
+
+def write(folder, content=b"x" * 100):
+    with folders.new_folder(str(folder)) as scratch:
+        os.makedirs(os.path.join(scratch, "inside"), exist_ok=True)
+        for name in ("a", "inside/b"):
+            with open(os.path.join(scratch, name), "wb") as file:
+                file.write(content)
+
+
+def test_a_whole_folder(tmp_path):
+    write(tmp_path / "new")
+    assert sorted(os.listdir(tmp_path)) == ["new"]
+    manifest = json.loads((tmp_path / "new" / "manifest.json").read_text())["files"]
+    assert {name: entry["bytes"] for name, entry in manifest.items()} == {"a": 100, "inside/b": 100}
+    assert folders.verify(str(tmp_path / "new")) == [] and folders.is_whole(str(tmp_path / "new"))
+
+
+@pytest.mark.parametrize(
+    "point", ["before the manifest", "before the rename", "between the renames", "after the rename"]
+)
+@pytest.mark.parametrize("replaced", [False, True])
+def test_killed_at_a_point(tmp_path, monkeypatch, point, replaced):
+    """Whatever is interrupted: after tidying up there is the old folder or the new one, whole, and nothing else."""
+    folder = tmp_path / "state-step-3"
+    if replaced:
+        write(folder, b"old")
+
+    def reached(name):
+        if name == point:
+            raise Killed
+
+    monkeypatch.setattr(folders, "reached", reached)
+    monkeypatch.setattr(folders.shutil, "rmtree", lambda *args, **kwargs: None)  # a killed process tidies nothing up
+    if point == "between the renames" and not replaced:
+        write(folder)  # there is no such point
+    else:
+        with pytest.raises(Killed):
+            write(folder)
+    monkeypatch.undo()
+    folders.remove_leftovers(str(tmp_path), r"state-step-(\d+)")
+    assert not replaced or os.listdir(tmp_path) == ["state-step-3"]
+    for name in os.listdir(tmp_path):
+        assert folders.is_whole(str(tmp_path / name))
+    is_new = folder.exists() and (folder / "a").read_bytes() != b"old"
+    assert is_new == (point == "after the rename" or (point == "between the renames" and not replaced))
+
+
+def test_leftovers_of_others_stay(tmp_path):
+    for name in ("state-step-3.partial", "state-step-x.partial", "mine.partial", "state-step-4"):
+        (tmp_path / name).mkdir()
+    folders.remove_leftovers(str(tmp_path), r"state-step-(\d+)")
+    assert sorted(os.listdir(tmp_path)) == ["mine.partial", "state-step-4", "state-step-x.partial"]
+
+
+@pytest.mark.parametrize(
+    "spoil, says",
+    {
+        lambda folder: (folder / "a").write_bytes(b"y" * 100): "a: its bytes are not those that were saved",
+        lambda folder: (folder / "a").write_bytes(b"x" * 99): "a: has 99 bytes, it was saved with 100",
+        lambda folder: (folder / "inside" / "b").unlink(): "inside/b: cannot be read",
+        lambda folder: (folder / "manifest.json").write_text("{"): "not a manifest",
+        lambda folder: (folder / "manifest.json").write_text(
+            '{"files": {"../x": {"bytes": 1, "sha256": "a"}}}'
+        ): "not a",
+        lambda folder: (folder / "manifest.json").write_text('{"files": {"/etc/passwd": 3}}'): "not a manifest",
+    }.items(),
+)
+def test_damage_is_named(tmp_path, spoil, says):
+    write(tmp_path / "new")
+    spoil(tmp_path / "new")
+    [line] = folders.verify(str(tmp_path / "new"))
+    assert says in line and "copy the folder again" in line
+    assert not folders.is_whole(str(tmp_path / "new"))
+
+
+def test_the_newest_are_kept(tmp_path):
+    for step in (2, 10, 4):
+        (tmp_path / f"state-step-{step}").mkdir()
+    folders.keep_newest(str(tmp_path), r"state-step-(\d+)", 0)
+    assert folders.numbered(str(tmp_path), r"state-step-(\d+)") == ["state-step-10", "state-step-4", "state-step-2"]
+    folders.keep_newest(str(tmp_path), r"state-step-(\d+)", 2)
+    assert sorted(os.listdir(tmp_path)) == ["state-step-10", "state-step-4"]
+    assert folders.numbered(str(tmp_path / "absent"), "x") == []
+
+
+def test_room(tmp_path):
+    folders.require_space(str(tmp_path / "a" / "b"), 1, "a state")
+    with pytest.raises(
+        ValueError, match=r"a/b: a state takes about 1000.0 TB, [\d.]+ [GT]B are free: make room or use"
+    ):
+        folders.require_space(str(tmp_path / "a" / "b"), 10**15, "a state")
+    sizes = {5: "5 bytes", 16_200: "16.2 KB", 12_400_000_000: "12.4 GB", 10**15: "1000.0 TB"}
+    assert {number: folders.size_text(number) for number in sizes} == sizes

@@ -1,0 +1,104 @@
+"""Numbers gone bad: spikes, updates left out, rows and modules behind a loss that is not finite."""
+
+import math
+import random
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import guard
+from batches import Update
+from resume import Progress
+from utils import BadNumbers
+
+
+def losses(number, seed=0):
+    """Losses as of a run: falling, with noise."""
+    noise = random.Random(seed)
+    return [1 + 4 * math.exp(-n / 100) + noise.gauss(0, 0.15) for n in range(number)]
+
+
+def test_noise_is_no_spike():
+    for seed in range(20):
+        usual = guard.UsualLoss()
+        assert not any(usual.is_spike(loss) for loss in losses(1000, seed))
+
+
+def test_a_spike_is_found_and_forgotten():
+    usual = guard.UsualLoss()
+    found = [n for n, loss in enumerate(losses(500)) if usual.is_spike(loss + 6 * (n in (120, 121, 300)))]
+    assert found == [120, 121, 300]
+    assert usual.mean == pytest.approx(1, abs=0.2)
+    usual = guard.UsualLoss()
+    assert not any(usual.is_spike(loss + 6 * (n == 5)) for n, loss in enumerate(losses(30))), "too early to tell"
+
+
+def test_progress_goes_through_json():
+    import json
+
+    progress = Progress()
+    for loss in (3.5, 2.25):
+        progress.count(loss, 7, is_applied=loss > 3)
+        progress.usual_loss.is_spike(loss)
+    again = Progress.from_info(json.loads(json.dumps({"progress": asdict(progress)})))
+    assert again == progress and (again.step, again.num_applied, again.num_skipped) == (2, 1, 1)
+    assert again.window_loss == 5.75 and again.window_labels == 14
+    again.count(1.0, 1, is_applied=True)
+    assert again.num_skipped == 0
+    assert Progress.from_info(None) == Progress()
+
+
+@pytest.mark.parametrize(
+    "precision, advice",
+    [("fp16", "the loss scale is down to 2: use --precision bf16"), ("bf16", "lower --learning_rate")],
+)
+def test_many_updates_left_out(precision, advice):
+    guard.check_skipped(guard.MAX_SKIPPED - 1, 40, precision, 2.0)
+    with pytest.raises(BadNumbers, match=f"step 40: the gradients of 16 updates in a row .*{advice}"):
+        guard.check_skipped(guard.MAX_SKIPPED, 40, precision, 2.0)
+
+
+class Model(torch.nn.Module):
+    """Two layers; the loss of a row that begins with 0 is infinite, by the second one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Identity(), torch.nn.LayerNorm(2)
+
+    def forward(self, input_ids, labels, num_items_in_batch, label_positions):
+        hidden = self.first(torch.stack([input_ids[:, :2].float()] * 1))
+        hidden = self.second(hidden / (input_ids[:, :1] != 0 if len(input_ids) else 1))
+        return SimpleNamespace(loss=hidden.sum())
+
+
+class Rows(list):
+    """Encoded rows with their places."""
+
+    def place(self, n):
+        return f"rows.json:{n + 1}"
+
+
+def test_rows_and_module_are_named(monkeypatch):
+    monkeypatch.setattr(guard, "gather", lambda value: [value])
+    rows = Rows({"input_ids": [n % 3, 5, 6], "num_unlabelled": 1} for n in range(6))
+    update = Update([[0, 1], [2], [3]], [0, 1, 2, 3], 8)
+    with pytest.raises(BadNumbers) as error:
+        guard.explain_bad_loss(Model(), update, rows, 7, 9, torch.device("cpu"), "fp16")
+    text = str(error.value)
+    assert text.startswith(
+        "step 7: the loss is not finite, the update was not applied; rows rows.json:1, rows.json:4; "
+    )
+    assert "first output that is not finite: second" in text and "--precision bf16" in text
+    with pytest.raises(BadNumbers, match="rows rows.json:2, rows.json:3; each alone and without dropout is finite"):
+        guard.explain_bad_loss(Model(), Update([[1, 2]], [1, 2], 8), rows, 7, 9, torch.device("cpu"), "fp32")
+    model = Model()
+    model.second.weight.data[0] = float("nan")
+    with pytest.raises(BadNumbers, match="the weight second.weight is not finite: the base checkpoint is damaged"):
+        guard.explain_bad_loss(model, Update([[1]], [1], 8), rows, 7, 9, torch.device("cpu"), "fp32")
+
+
+def test_few_rows_are_named():
+    assert guard.name_rows(["a", "b"]) == "a, b"
+    assert guard.name_rows([str(n) for n in range(12)]) == "0, 1, 2, 3, 4, 5, 6, 7 and 4 more"

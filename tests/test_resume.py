@@ -1,0 +1,154 @@
+"""States: found, compared with the run, and read without running what is in them."""
+
+import json
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+
+import folders
+import resume
+from utils import BadNumbers
+
+
+def make_state(parent, step, **changes):
+    """A state without DeepSpeed's files."""
+    info = {"progress": {"step": step}, "fingerprint": {"--seed": 1, "rows": "a"}, "split": [2, 1, 2], "world_size": 2}
+    with folders.new_folder(str(parent / f"state-step-{step}")) as scratch:
+        with open(os.path.join(scratch, "state.json"), "w") as file:
+            json.dump({**info, **changes}, file)
+    return parent / f"state-step-{step}"
+
+
+def test_the_newest_whole_state_is_found(tmp_path):
+    for step in (4, 20, 8):
+        make_state(tmp_path, step)
+    assert resume.find_state("auto", str(tmp_path)) == (str(tmp_path / "state-step-20"), [])
+    (tmp_path / "state-step-20" / "state.json").write_text("{}")
+    (tmp_path / "state-step-8" / "manifest.json").unlink()
+    folder, skipped = resume.find_state("auto", str(tmp_path))
+    assert folder == str(tmp_path / "state-step-4") and len(skipped) == 2
+    assert "state-step-20 is left out, it is not whole: " in skipped[0] and "manifest.json: missing" in skipped[1]
+    with pytest.raises(ValueError, match=r"--resume \S+/state-step-20: .*use an older state, or --resume auto"):
+        resume.find_state(str(tmp_path / "state-step-20"), str(tmp_path))
+    assert resume.find_state("auto", str(tmp_path / "absent")) == (None, [])
+
+
+@pytest.mark.parametrize(
+    "current, split, says",
+    [
+        ({"--seed": 2, "rows": "b"}, [2, 1, 2], "--seed was 1, now it is 2: resume with what the run began with"),
+        ({"--seed": 1, "rows": "b"}, [2, 1, 2], "rows was other contents: resume"),
+        ({"--seed": 1, "rows": "a", "--new": 3}, [2, 1, 2], "--new was None, now it is 3"),
+        ({"--seed": 1, "rows": "a"}, [2, 1, 1], r"an update had 4 rows \(2 x 1 x 2: .*now it has 2 .*so that it is 4"),
+    ],
+)
+def test_another_run_is_refused(tmp_path, current, split, says):
+    folder = make_state(tmp_path, 4)
+    with pytest.raises(ValueError, match=f"--resume {folder}: {says}"):
+        resume.check_same_run(str(folder), resume.read_info(str(folder)), current, split)
+
+
+def test_another_split_is_noted(tmp_path):
+    info = resume.read_info(str(make_state(tmp_path, 4)))
+    same = {"--seed": 1, "rows": "a"}
+    assert resume.check_same_run("x", info, same, [2, 1, 2]) is None
+    assert "2 x 1 x 2 before, 1 x 4 x 1 now" in resume.check_same_run("x", info, same, [1, 4, 1])
+
+
+def test_a_state_that_does_not_say_enough(tmp_path):
+    with pytest.raises(ValueError, match=r"state.json: progress is None: use another state"):
+        resume.read_info(str(make_state(tmp_path, 4, progress=None)))
+
+
+def test_a_run_without_a_state_begins_anew_only_in_its_own_folder(tmp_path):
+    current = {"--seed": 1}
+    resume.check_own_folder(str(tmp_path), current)
+    (tmp_path / "epoch-1-step-3").mkdir()
+    with pytest.raises(ValueError, match="epoch-1-step-3 of another run .* choose a new --output_dir"):
+        resume.check_own_folder(str(tmp_path), current)
+    (tmp_path / "fingerprint.json").write_text('{"--seed": 1}')
+    resume.check_own_folder(str(tmp_path), current)
+    with pytest.raises(ValueError, match="--seed was 1, now it is 2"):
+        resume.check_own_folder(str(tmp_path), {"--seed": 2})
+
+
+def test_the_fingerprint_holds_what_decides_the_weights(tmp_path, golden):
+    import arguments
+
+    words = ["--train_path", "x", "--model_name_or_path", golden.folder, "--output_dir", "y"]
+    base = tmp_path / "base"
+    shutil.copytree(golden.folder, base)
+
+    def of(*more, folder=golden.folder, key="rows"):
+        args = arguments.train_parser().parse_args([*words, *more])
+        ds = {"zero_optimization": {"stage": 2}}
+        return resume.fingerprint(args, str(folder), key, "fp32", "torch AdamW", torch.device("cpu"), ds)
+
+    assert of() == of(folder=base) == of("--output_dir", "z", "--save_state_step", "5", "--num_proc", "3")
+    for flags in (["--seed", "5"], ["--packing"], ["--num_train_epochs", "3"], ["--lora_dropout", "0"]):
+        assert [line.split()[0] for line in resume.differences(of(), of(*flags))] == [flags[0]]
+    assert resume.differences(of(), of(key="others")) == ["rows of --train_path was other contents"]
+    [shard] = base.glob("*-00002-of-00002.bin")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert resume.differences(of(), of(folder=base)) == ["base weights was other contents"]
+
+
+class Attack:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_a_state_that_would_run_code_is_not_read(tmp_path, is_zip):
+    marker, path = tmp_path / "marker", tmp_path / "rank-0.pt"
+    torch.save({"torch": torch.zeros(3), "x": Attack(marker)}, path, _use_new_zipfile_serialization=is_zip)
+    with pytest.raises(ValueError, match="rank-0.pt: holds more than tensors: it is not read.*do not use it"):
+        resume.load_tensors(str(path))
+    path.write_bytes(pickle.dumps(Attack(marker)))
+    with pytest.raises(ValueError, match="rank-0.pt: "):
+        resume.load_tensors(str(path))
+    assert not marker.exists()
+
+
+def test_what_deepspeed_writes_is_read(tmp_path):
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    scaler = DynamicLossScaler(2**16, 2, 1000, 1, 2, False)
+    files = resume.state_files(str(tmp_path))
+    state = {"loss_scaler": scaler, "zero_stage": ZeroStageEnum.weights, "shape": torch.Size([2]), "w": torch.ones(3)}
+    files.save(state, str(tmp_path / "x.pt"))
+    assert files.problem is None and files.written == {"x.pt": folders.file_entry(str(tmp_path / "x.pt"))}
+    again = files.load(str(tmp_path / "x.pt"))
+    assert again["loss_scaler"].cur_scale == 2**16 and again["zero_stage"] == 3 and torch.equal(again["w"], state["w"])
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path):
+    files = resume.state_files(str(tmp_path))
+    files.save({"a": [torch.ones(3), torch.tensor([1e30, 1e38])]}, str(tmp_path / "x.pt"))
+    assert files.problem is None, "large is not infinite"
+    files.save({"a": [torch.ones(3), torch.tensor([1.0, float("nan")])]}, str(tmp_path / "y.pt"))
+    assert isinstance(files.problem, BadNumbers) and "a.1 holds values that are not finite" in str(files.problem)
+    assert not (tmp_path / "y.pt").exists()
+
+
+def test_random_states_come_back(tmp_path):
+    import random
+
+    import numpy
+
+    torch.save(resume.random_states(), tmp_path / "rank-0.pt")
+    drawn = torch.rand(3), random.random(), numpy.random.rand()
+    resume.set_random_states(resume.load_tensors(str(tmp_path / "rank-0.pt")))
+    again = torch.rand(3), random.random(), numpy.random.rand()
+    assert torch.equal(drawn[0], again[0]) and drawn[1:] == again[1:]
