@@ -218,6 +218,9 @@ def save_state(engine, folder, info, num_bytes):
         os.makedirs(scratch)
 
     def close():
+        optimizers = [name for name in known if name.endswith("optim_states.pt")]
+        randoms = [name for name in known if name.startswith("rank-")]
+        assert len(optimizers) == len(randoms) == world_size(), f"files of a state are missing: {sorted(known)}"
         write_json(info, os.path.join(scratch, STATE_FILE))
         close_folder(scratch, folder, known)
 

@@ -10,9 +10,10 @@ set -m # the command gets a process group of its own: Ctrl-C reaches this script
 command=$!
 
 ask_to_leave() {
-    # deepspeed starts a process that starts the training processes; without it the command is the training process.
+    # deepspeed starts a process that starts the training processes. Otherwise the command gets the signal: python
+    # train.py is the training process, and on several hosts deepspeed sends it on.
     local launcher
-    launcher=$(pgrep -P "$command" -f deepspeed.launcher.launch)
+    launcher=$(pgrep -P "$command" -f '^[^ ]*python.* deepspeed\.launcher\.launch ')
     if [ -n "$launcher" ]; then pkill -TERM -P "$launcher"; else kill -TERM "$command"; fi
 }
 trap ask_to_leave TERM INT

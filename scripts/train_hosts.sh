@@ -2,6 +2,7 @@
 # Several hosts. Needs the same clone, environment, data and model folder on all of them, ssh without a password, and
 # a hostfile with a line for each: "HOST slots=NUMBER_OF_CARDS".
 #   HOSTFILE=hostfile MODEL=ChatGLM3-6B/ bash scripts/train_hosts.sh [more flags of train.py]
+# Stopped or killed? The same line again goes on from the last state. OUTPUT must be a folder that all hosts see.
 set -euo pipefail
 HOSTFILE=${HOSTFILE:-hostfile}
 MODEL=${MODEL:-ChatGLM3-6B/}
@@ -18,4 +19,4 @@ deepspeed --hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29500}" train.py 
     --per_device_train_batch_size 1 --gradient_accumulation_steps 4 --num_train_epochs 2 \
     --learning_rate 1e-4 --weight_decay 0.1 --warmup_ratio 0.1 --seed 1234 \
     --ds_file "${DS_FILE:-ds_zero3_no_offload.json}" --gradient_checkpointing \
-    --show_loss_step 10 --output_dir "$OUTPUT" "$@"
+    --show_loss_step 10 --save_state_step 200 --resume auto --output_dir "$OUTPUT" "$@"

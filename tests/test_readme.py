@@ -19,6 +19,7 @@ PARSERS = {
     "predict.py": arguments.predict_parser,
     "merge_lora.py": arguments.merge_parser,
     "score.py": arguments.score_parser,
+    "doctor.py": arguments.doctor_parser,
 }
 
 

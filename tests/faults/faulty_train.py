@@ -4,11 +4,14 @@ FAULT="kill RANK NUMBER POINT"   SIGKILL to itself when a save of this rank come
 FAULT="full NUMBER"              every write of a state or checkpoint after the NUMBER-th file finds the disk full
 FAULT="hang RANK STEP"           this rank does not come back from the micro-batch of this step
 FAULT="nan STEP"                 the loss of this step is not finite
+FAULT="time FILE"                FILE gets a line for each state saved: seconds of the save and of a plain write
 """
 
 import errno
+import json
 import os
 import pathlib
+import re
 import signal
 import sys
 import time
@@ -21,6 +24,8 @@ import train  # noqa: E402
 import watch  # noqa: E402
 
 POINTS = ("before a file", "after a file", "before the manifest", "before the rename", "after the rename")
+REPLACING = "between the renames"  # reached only where a folder of the name is there already
+BLOCK = 16 << 20  # bytes of a plain write
 
 
 def kill(rank, number, *point):
@@ -87,9 +92,86 @@ def nan(step):
     train.load_base, watch.Watch.begin = loaded, spoil
 
 
+def inf(step):
+    """The gradients are not finite from a step on."""
+    begin, count_parameters = watch.Watch.begin, train.count_parameters
+    now = []
+
+    def hooked(model):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(lambda grad: grad * float("inf") if now[-1] >= int(step) else grad)
+        return count_parameters(model)
+
+    def note(self, number, *rows):
+        now.append(number)
+        begin(self, number, *rows)
+
+    train.count_parameters, watch.Watch.begin = hooked, note
+
+
+def time_saves(path):
+    """Time all that the loop waits for when a state is saved; then write as many bytes plainly, in the same place."""
+    save_state, begin = train.save_state, watch.Watch.begin
+    begun = []  # (when, folder) of a save; it is over where the next micro-batch begins, the old state is gone then
+
+    def save(engine, folder, *rest):
+        import torch.distributed as dist
+
+        dist.barrier()
+        begun.append((time.monotonic(), pathlib.Path(folder)))
+        return save_state(engine, folder, *rest)
+
+    def compare(self, *rest):
+        import torch.distributed as dist
+
+        if begun:
+            dist.barrier()
+            start, folder = begun.pop()
+            seconds = time.monotonic() - start
+            plain = plain_write(folder)
+            if os.environ["RANK"] == "0":
+                size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"bytes": size, "seconds": seconds, "plain": plain}) + "\n")
+        begin(self, *rest)
+
+    train.save_state, watch.Watch.begin = save, compare
+
+
+def plain_write(folder):
+    """Seconds in which all ranks write and flush files as large as those that they have in a state."""
+    import torch.distributed as dist
+
+    sizes = [file.stat().st_size for file in folder.rglob("*") if file.is_file() and owner(file) == os.environ["RANK"]]
+    block = memoryview(os.urandom(BLOCK))
+    paths = [folder.parent / f"plain-{os.environ['RANK']}-{number}" for number in range(len(sizes))]
+    dist.barrier()
+    start = time.monotonic()
+    for path, size in zip(paths, sizes):
+        with open(path, "wb") as file:
+            for done in range(0, size, BLOCK):
+                file.write(block[: size - done])
+            file.flush()
+            os.fsync(file.fileno())
+    dist.barrier()
+    seconds = time.monotonic() - start
+    for path in paths:
+        path.unlink()
+    dist.barrier()
+    return seconds
+
+
+def owner(file):
+    """The rank, as text, that has written a file of a state."""
+    found = re.search(r"pp_rank_(\d+)|^rank-(\d+)", file.name)
+    return (found[1] or found[2]) if found else "0"
+
+
 if __name__ == "__main__":
     if os.environ.get("FAULT"):
         name, *words = os.environ["FAULT"].split()
-        {"kill": kill, "full": full, "hang": hang, "nan": nan}[name](*words)
+        faults = {"kill": kill, "full": full, "hang": hang, "nan": nan, "inf": inf, "time": time_saves}
+        faults[name](*words)
     with watch.together() as watched:
         train.main(sys.argv[1:], watched)

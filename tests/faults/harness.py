@@ -27,7 +27,7 @@ TYPES = {
 class Run:
     """One start of the launcher, with its output as it comes."""
 
-    def __init__(self, folder, flags, processes=2, fault=None, before=(), mode="glm3"):
+    def __init__(self, folder, flags, processes=2, fault=None, before=(), mode="glm3", model=None):
         self.folder = pathlib.Path(folder)
         self.output = []
         command = [
@@ -39,7 +39,7 @@ class Run:
             ),
             *("--master_port", str(free_port()), str(SCRIPT)),
             *("--train_path", str(self.folder / "rows.json")),
-            *("--model_name_or_path", str(ROOT / "tests" / "golden" / mode), "--mode", mode),
+            *("--model_name_or_path", str(model or ROOT / "tests" / "golden" / mode), "--mode", mode),
             *("--max_len", "300", "--max_src_len", "200", "--learning_rate", "1e-3", *flags.split()),
         ]
         environment = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(processes)}

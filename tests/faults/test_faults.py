@@ -119,6 +119,14 @@ def test_a_loss_that_is_not_finite(tmp_path):
     assert sorted(log_of(tmp_path / "out")) == [1, 2, 3, 4]
 
 
+def test_gradients_that_are_not_finite(tmp_path):
+    """One after another is left out; after sixteen the run ends with advice, and nothing of it is saved."""
+    flags = "--num_train_epochs 10 --output_dir out --show_loss_step 5 --save_state_step 20"
+    text = train_alone(prepare(tmp_path, 3), flags, code=3, fault="inf 4")
+    assert "step 19: the gradients of 16 updates in a row were not finite and were left out; lower --learning" in text
+    assert [loss is not None for loss, *_ in log_of(tmp_path / "out").values()] == [True] * 3
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of a few MB; None where mounting is not allowed."""
@@ -169,13 +177,13 @@ def test_a_disk_that_is_full_in_the_middle(tmp_path):
     assert all(is_whole(tmp_path / "out" / name) for name in folders)
 
 
-def train_alone(folder, flags, code=0):
+def train_alone(folder, flags, code=0, fault=""):
     """train.py without a launcher, in one process; its output."""
-    command = f"{sys.executable} {ROOT / 'train.py'} --train_path rows.json --model_name_or_path"
+    script = ROOT / "tests" / "faults" / "faulty_train.py" if fault else ROOT / "train.py"
+    command = f"{sys.executable} {script} --train_path rows.json --model_name_or_path"
     command += f" {ROOT / 'tests/golden/glm3'} --mode glm3 --max_len 300 --max_src_len 200 --learning_rate 1e-3 {flags}"
-    process = subprocess.run(
-        command, shell=True, cwd=folder, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT": fault}
+    process = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, env=environment)
     assert process.returncode == code, process.stdout + process.stderr
     return process.stdout + process.stderr
 
@@ -206,6 +214,17 @@ def test_no_process_is_left():
     """Nothing of these runs is still there."""
     mine = [p.info["cmdline"] for p in psutil.process_iter(["cmdline"]) if "faulty_train.py" in str(p.info["cmdline"])]
     assert mine == []
+
+
+def test_a_spike_is_kept_with_its_rows(tmp_path, capsys):
+    from run_log import RunLog
+
+    log = RunLog(str(tmp_path / "out"), 10)
+    log.spike(7, 9.5, 1.25, (f"rows.json:{n}" for n in range(12)))
+    log.close()
+    [event] = map(json.loads, (tmp_path / "out" / "events.jsonl").read_text().splitlines())
+    assert (event["step"], event["event"], event["loss"], len(event["rows"])) == (7, "loss spike", 9.5, 12)
+    assert "step 7: loss 9.5000, usually 1.2500; rows rows.json:0, " in capsys.readouterr().out
 
 
 def test_events_are_json(tmp_path):
