@@ -112,7 +112,7 @@ def parse_line(text, place):
         key = repr(str(error)[:60])
         raise ValueError(f"{place}: field {key} stands twice: a row has a field once: remove one of them") from None
     except json.JSONDecodeError as error:
-        reason = f"{error.msg} at column {error.colno}"
+        reason = f"{error.msg.removesuffix(' at')} at column {error.colno}"
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
         reason = error
     raise ValueError(f"{place}: {text.strip()[:60]!r}: not a JSON object ({reason}): mend or remove it")

@@ -23,11 +23,18 @@ class HashingFile:
     def __init__(self, path):
         self.file = open(path, "wb")
         self.digest = hashlib.sha256()
+        self.thread = ThreadPoolExecutor(1)
 
     def write(self, data):
-        """Write bytes."""
-        self.digest.update(data)
-        return self.file.write(data)
+        """Write bytes; many of them are hashed by another thread at the same time."""
+        if len(data) < 1 << 20:
+            self.digest.update(data)
+            return self.file.write(data)
+        hashed = self.thread.submit(self.digest.update, data)
+        try:
+            return self.file.write(data)
+        finally:
+            hashed.result()
 
     def flush(self):
         """Hand everything to the system."""
@@ -42,6 +49,7 @@ class HashingFile:
                 self.file.flush()
                 os.fsync(self.file.fileno())
         finally:
+            self.thread.shutdown()
             self.file.close()
 
     def entry(self):

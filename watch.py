@@ -19,6 +19,7 @@ import traceback
 from utils import EXIT_BAD_NUMBERS, EXIT_LEFT, EXIT_STALLED, BadNumbers, fail, is_main, world_size
 
 LOOK_SECONDS = 1.0
+CONNECT_SECONDS = 60
 # Seconds without a sign of life after which the system takes another host for dead.
 KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 
@@ -56,18 +57,22 @@ class Watch:
             place = [(listener.getsockname()[1], secrets.token_hex(16))]
         dist.broadcast_object_list(place, src=0)
         port, token = place[0]
-        if is_main():
-            while len(self.lines) < world_size() - 1:
-                line, _ = listener.accept()
-                word, _, rank = line.makefile("r").readline().strip().partition(" ")
-                if word == token:
-                    self.lines[keep_alive(line)] = int(rank)
-            listener.close()
-        else:
-            line = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=60)
-            line.settimeout(None)
-            line.sendall(f"{token} {dist.get_rank()}\n".encode())
-            self.lines[keep_alive(line)] = 0
+        try:
+            if is_main():
+                listener.settimeout(CONNECT_SECONDS)
+                while len(self.lines) < world_size() - 1:
+                    line, _ = listener.accept()
+                    word, _, rank = line.makefile("r").readline().strip().partition(" ")
+                    if word == token:
+                        self.lines[keep_alive(line)] = int(rank)
+                listener.close()
+            else:
+                line = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=CONNECT_SECONDS)
+                line.settimeout(None)
+                line.sendall(f"{token} {dist.get_rank()}\n".encode())
+                self.lines[keep_alive(line)] = 0
+        except OSError as error:  # a wall between the hosts: the run works, but the death of a process shows late
+            print(f"note: no connection to watch the processes of other hosts: {error}", file=sys.stderr, flush=True)
 
     def on_signal(self, number, frame):
         """SIGTERM and SIGINT: leave when the step is done. More of them change nothing: launchers send several."""

@@ -669,6 +669,13 @@ def test_bad_rows_are_left_out_and_listed(glm3, tokenizer3, tmp_path, cache, mon
     assert said[-1] == f"rows: left out 7 bad rows, for example {found[0][0]}"
 
 
+def test_a_message_about_a_bad_row_is_one_line(glm3, tokenizer3, tmp_path, cache):
+    rows = [{"q\n\ud800": text, "output": "b"} for text in ("a", " ", "")]
+    path = write(tmp_path / "rows.json", *map(json.dumps, rows))
+    rows, _ = load(glm3, tokenizer3, path, columns=Columns(prompt="q\n\ud800"), skip_bad_rows=True)
+    assert rows.bad_rows == [f"{path}:{n}: q\\n\\ud800 empty: a row needs a question" for n in (2, 3)]
+
+
 def test_a_run_without_bad_rows_says_nothing_about_them(glm3, tokenizer3, rows_path3, cache):
     rows, counts = load(glm3, tokenizer3, rows_path3, skip_bad_rows=True)
     assert rows.bad_rows == [] and (counts["bad_rows"], counts["first_bad_row"]) == (0, None)
@@ -766,6 +773,10 @@ def test_what_cannot_be_read_is_reported_in_its_turn(glm3, tokenizer3, tmp_path,
     broken = write(tmp_path / "b.json", f"[{json.dumps(ROW)}")
     with pytest.raises(ValueError, match=r"b\.json:2: not a JSON array \(Expecting ',' delimiter\)"):
         load(glm3, tokenizer3, [good, broken], num_proc=2)
+    for num_good in (1, 99, 100, 101):  # the faults are in one batch, or in two
+        first = write(tmp_path / "c.json", *as_lines([ROW] * num_good), "{")
+        with pytest.raises(ValueError, match=rf"c\.json:{num_good + 1}: '{{': not a JSON object"):
+            load(glm3, tokenizer3, [first, broken], num_proc=1)
 
 
 def encoding_of(glm3, tokenizer3):
