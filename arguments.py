@@ -8,11 +8,13 @@ import re
 from data_set import Columns, data_files
 from ds_config import conflicts, read_ds_file
 from modes import MODES, possible_modes
+from tasks import TASKS
 from tuning import TRAIN_TYPES
 from utils import fail, is_main, world_size
 from weights import INDEX_FILES, WEIGHT_FILES
 
 ATTENTION = {"sdpa": "sdpa", "flex": "flex_attention", "eager": "eager"}  # the library's names
+BEST_METRICS = ("loss", "rougeL", "bleu4", "f1", "accuracy")  # of --metric_for_best_model
 LEAST_SRC_LEN = 16  # tokens: the words around the question, and something of it
 
 
@@ -83,6 +85,12 @@ def train_parser():
         "--packing",
         action="store_true",
         help="put several rows, which do not see each other, into a sequence of --max_len; off: pad a batch's rows",
+    )
+    data.add_argument(
+        "--replay_path", nargs="+", help="general rows that are mixed in, so that less is forgotten; left out: none"
+    )
+    data.add_argument(
+        "--replay_ratio", type=float, default=0.1, help="general rows for each row of --train_path, with --replay_path"
     )
     data.add_argument("--num_proc", type=int, default=0, help="processes that encode rows; 0: all cores of this host")
     add_row_flags(data)
@@ -167,6 +175,34 @@ def train_parser():
     )
     add_device_flags(training)
 
+    evaluation = parser.add_argument_group("evaluation while training")
+    held_out = evaluation.add_mutually_exclusive_group()
+    held_out.add_argument("--eval_path", nargs="+", help="held-out rows; left out: no evaluation")
+    held_out.add_argument(
+        "--eval_ratio", type=float, default=0.0, help="share of the training rows that is held out, by --seed; 0: off"
+    )
+    evaluation.add_argument(
+        "--eval_step", type=int, default=0, help="updates between evaluations; 0: each epoch's end only"
+    )
+    evaluation.add_argument(
+        "--eval_generate", action="store_true", help="answer the held-out rows and score them too; off: the loss only"
+    )
+    evaluation.add_argument(
+        "--eval_max_new_tokens", type=int, default=128, help="tokens of an answer at most, with --eval_generate"
+    )
+    evaluation.add_argument(
+        "--metric_for_best_model",
+        choices=BEST_METRICS,
+        default="loss",
+        help="what the checkpoint in best/ is chosen by; all but the loss need --eval_generate",
+    )
+    evaluation.add_argument(
+        "--early_stopping_patience",
+        type=int,
+        default=0,
+        help="evaluations in a row without a better value after which the run ends; 0: off",
+    )
+
     freeze = parser.add_argument_group("--train_type freeze")
     freeze.add_argument(
         "--freeze_module_name", default="layers.27.", help="dotted parts of the weights that train, by comma"
@@ -203,12 +239,13 @@ def train_problems(args, typed):
     problems = range_problems(
         args,
         at_least_one="per_device_train_batch_size gradient_accumulation_steps num_train_epochs show_loss_step"
-        " max_src_len max_len pre_seq_len lora_dim gradient_checkpointing_interval",
-        at_least_zero="learning_rate weight_decay max_grad_norm save_model_step save_state_step save_total_limit"
-        " step_timeout lora_alpha num_proc",
-        share="warmup_ratio lora_dropout",
+        " max_src_len max_len pre_seq_len lora_dim gradient_checkpointing_interval eval_max_new_tokens",
+        at_least_zero="eval_step early_stopping_patience replay_ratio learning_rate weight_decay max_grad_norm"
+        " save_model_step save_state_step save_total_limit step_timeout lora_alpha num_proc",
+        share="warmup_ratio lora_dropout eval_ratio",
         seed="seed",
     )
+    problems += evaluation_problems(args, typed)
     for name, train_type in TRAIN_TYPES.items():
         if name != args.train_type:
             problems += [
@@ -232,6 +269,25 @@ def train_problems(args, typed):
         problems += conflicts(read_ds_file(args.ds_file), args, world_size())
     except ValueError as error:
         problems.append(str(error))
+    return problems
+
+
+def evaluation_problems(args, typed):
+    """Flags of the evaluation and of general rows that mean nothing without others."""
+    problems = []
+    if not args.eval_path and not args.eval_ratio:
+        flags = "eval_step eval_generate eval_max_new_tokens metric_for_best_model early_stopping_patience".split()
+        problems += [
+            f"--{name}: needs --eval_path or --eval_ratio: add one or remove it" for name in flags if name in typed
+        ]
+    if args.metric_for_best_model != "loss" and not args.eval_generate:
+        problems.append(f"--metric_for_best_model {args.metric_for_best_model}: needs --eval_generate: add it")
+    if "eval_max_new_tokens" in typed and not args.eval_generate:
+        problems.append("--eval_max_new_tokens: needs --eval_generate: add it or remove this flag")
+    if "replay_ratio" in typed and not args.replay_path:
+        problems.append("--replay_ratio: needs --replay_path: add it or remove this flag")
+    for flag in ("eval_path", "replay_path"):
+        problems += collect(data_files, getattr(args, flag) or [], prefix=f"--{flag} ")
     return problems
 
 
@@ -335,7 +391,7 @@ def output_problems(output_dir, model_path, resume):
 def is_run_folder(folder):
     """Is the folder empty, or does it hold what train.py writes first?"""
     names = os.listdir(folder)
-    return not names or any(name.startswith(("train_log.jsonl", "state-step-")) for name in names)
+    return not names or any(name.startswith(("fingerprint.json", "state-step-")) for name in names)
 
 
 def place_problem(flag, path):
@@ -504,7 +560,19 @@ def score_parser():
         "--predictions",
         nargs="+",
         required=True,
-        help="JSON Lines files, one object with a prediction and a reference per line; several are shown side by side",
+        help="JSON Lines files, one object with a prediction and a reference per line; several are shown side by side,"
+        " and compared with the first where their references are the same",
+    )
+    parser.add_argument(
+        "--task",
+        choices=TASKS,
+        help="metrics of this kind of answer; left out: ROUGE, BLEU, exact match, and triples where references have them",
+    )
+    parser.add_argument(
+        "--bootstrap",
+        type=int,
+        default=1000,
+        help="resamples of the rows that the 95 %% intervals are made of; 0: no intervals",
     )
     parser.add_argument(
         "--output_path", help="JSON for the scores of one file; left out: FILE with .scores.json behind"
@@ -516,6 +584,92 @@ def score_parser():
         " where a row has no such key",
     )
     parser.add_argument("--reference_column", default="output", help="key of the reference, a string")
+    return parser
+
+
+def forgetting_parser():
+    """Flags of forgetting.py. Answers are greedy and questions are never cut."""
+    parser = OneLineParser(prog="forgetting.py", description="Measure what fine-tuning made a model forget.")
+    parser.add_argument("--model_path", required=True, help="released, merged, adapter or prefix folder, or a hub name")
+    parser.add_argument("--mode", choices=MODES, help="model family; left out: read from the checkpoint")
+    add_base_flag(parser)
+    parser.add_argument("--before", help="result for the model before fine-tuning; left out: nothing is compared")
+    parser.add_argument("--output_path", required=True, help="JSON to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
+    parser.add_argument(
+        "--suite",
+        default=os.path.join(os.path.dirname(os.path.realpath(__file__)), "data", "general"),
+        help="rows as in data/general/README.md: a file, or a folder of *.json and *.jsonl",
+    )
+    parser.add_argument("--no_generate", action="store_true", help="losses only; off: answers are scored too")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="tokens of an answer at most")
+    parser.add_argument("--batch_size", type=int, default=16, help="rows together at most")
+    parser.add_argument(
+        "--batch_tokens",
+        type=int,
+        default=16384,
+        help="tokens of a batch at most: rows x its longest row, answer included; one row is always taken; 0: off",
+    )
+    add_device_flags(parser)
+    parser.set_defaults(max_src_len=None, num_return_sequences=1, num_beams=1, do_sample=False, repetition_penalty=1.0)
+    return parser
+
+
+def judge_parser():
+    """Flags of judge.py."""
+    parser = OneLineParser(
+        prog="judge.py", description="Let a language model compare two files of predictions, row by row."
+    )
+    parser.add_argument("--predictions", help="JSON Lines of predict.py: the answers of the candidate")
+    parser.add_argument("--baseline", help="JSON Lines of predict.py: the answers to the same rows to compare with")
+    parser.add_argument(
+        "--output_path",
+        required=True,
+        help="JSON Lines of verdicts; one that exists is gone on with, and what is in it is not asked again;"
+        " the report goes to this name with .report.json behind",
+    )
+    parser.add_argument("--model", help="the judge, as the endpoint calls it")
+    parser.add_argument(
+        "--base_url",
+        help="OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1; left out: the variable OPENAI_BASE_URL,"
+        " else OpenAI's own",
+    )
+    parser.add_argument(
+        "--api_key_env", default="OPENAI_API_KEY", help="environment variable that holds the endpoint's key"
+    )
+    parser.add_argument("--language", choices=("zh", "en"), default="zh", help="of the judge's prompt and reasons")
+    parser.add_argument(
+        "--criteria",
+        help="UTF-8 text file with the criteria; left out: accuracy, completeness, clarity and format",
+    )
+    parser.add_argument("--concurrency", type=int, default=4, help="requests under way at a time")
+    parser.add_argument(
+        "--max_retries",
+        type=int,
+        default=6,
+        help="new tries of a request that meets a rate limit, a time-out, an error of the server or no connection;"
+        " 0: off",
+    )
+    parser.add_argument("--limit", type=int, default=0, help="compare the first rows only, this many; 0: all")
+    parser.add_argument(
+        "--report_only",
+        action="store_true",
+        help="ask nothing, report what is in --output_path: of the rows, model and criteria given, or, without"
+        " --predictions, --baseline and --model, of the whole file",
+    )
+    return parser
+
+
+def compare_parser():
+    """Flags of compare.py."""
+    parser = OneLineParser(prog="compare.py", description="Train, score and compare several methods on one task.")
+    parser.add_argument("config", help="YAML file: base, rows, task and methods, as configs/compare_quickstart.yaml")
+    parser.add_argument("--output_dir", help="folder of all runs and the report; left out: output/compare-NAME")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="run these methods only; left out: all of them")
+    parser.add_argument("--report_only", action="store_true", help="run nothing, write the report of what is done")
+    parser.add_argument(
+        "--forgetting", action="store_true", help="measure forgetting too; off: where the file says forgetting: true"
+    )
     return parser
 
 

@@ -63,6 +63,12 @@ class Updates:
             plan = numpy.take_along_axis(plan, keys.argsort(axis=1, kind="stable"), axis=1)
         return plan
 
+    def since(self, step, num_epochs):
+        """Yield (epoch, update) of all updates after the first `step` of a run of so many epochs."""
+        for epoch in range(step // len(self), num_epochs):
+            for update in self.epoch(epoch, first=step % len(self) if epoch == step // len(self) else 0):
+                yield epoch, update
+
     def epoch(self, epoch, first=0):
         """Yield the updates of an epoch (counted from 0), from its `first` one on."""
         for sequences in self.order(epoch)[first:]:

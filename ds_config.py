@@ -15,7 +15,7 @@ def find_ds_file(name):
     for path in (name, os.path.join(CONFIG_FOLDER, name)):
         if os.path.isfile(path):
             return path
-    known = ", ".join(sorted(os.listdir(CONFIG_FOLDER)))
+    known = ", ".join(sorted(name for name in os.listdir(CONFIG_FOLDER) if name.startswith("ds_")))
     raise ValueError(f"--ds_file {name}: no such file here or in configs/: use one of {known} or give a path")
 
 

@@ -60,11 +60,13 @@ def main(argv):
 class Answerer:
     """A model with its prompt and decoding flags; called with a batch of encoded prompts, it answers them.
 
-    A batch gives the same greedy answers as its rows alone: prompts are padded on the left and hidden.
+    A batch gives the same greedy answers as its rows alone: prompts are padded on the left and hidden. is_split: the
+    weights are split over the ranks (ZeRO-3), which therefore generate in step until the last one is done.
     """
 
-    def __init__(self, model, tokenizer, prompt, args):
+    def __init__(self, model, tokenizer, prompt, args, is_split=False):
         self.model = model
+        self.is_split = is_split
         self.tokenizer = tokenizer
         self.prompt = prompt
         self.max_src_len = args.max_src_len
@@ -99,12 +101,13 @@ class Answerer:
             input_ids[i, length - len(ids) :] = torch.tensor(ids)
             mask[i, length - len(ids) :] = 1
         device = self.model.device
-        with torch.inference_mode():
+        with torch.no_grad():  # inference_mode would leave tensors that training cannot use
             output = self.model.generate(
                 input_ids=input_ids.to(device),
                 attention_mask=mask.to(device),
                 generation_config=GenerationConfig(**self.settings),
-                custom_generate=decode if self.settings["num_beams"] == 1 else None,
+                custom_generate=decode if self.settings["num_beams"] == 1 and not self.is_split else None,
+                synced_gpus=self.is_split,
             )
         stop_ids = set(self.settings["eos_token_id"])
         answers = []

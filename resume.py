@@ -7,6 +7,7 @@ fingerprint of the run, and the manifest that closes it.
 
 import collections
 import contextlib
+import math
 import os
 import pickle
 import random
@@ -43,7 +44,8 @@ TAG = "deepspeed"  # folder of DeepSpeed's files inside a state
 FREE_FLAGS = (
     "output_dir resume save_model_step save_state_step save_total_limit show_loss_step step_timeout local_rank num_proc"
     " train_path model_name_or_path ds_file device precision optimizer per_device_train_batch_size"
-    " gradient_accumulation_steps"
+    " gradient_accumulation_steps eval_path eval_step eval_generate eval_max_new_tokens metric_for_best_model"
+    " early_stopping_patience replay_path"
 ).split()
 
 
@@ -53,6 +55,7 @@ class Progress:
 
     step: updates done; num_applied: those whose gradients were finite; num_skipped: those, one after another, whose
     were not. window_loss, window_labels: sum of the loss, and supervised tokens, since the last line of the log.
+    num_tokens: of all updates. best_value, best_step: of --metric_for_best_model; num_worse: evaluations since then.
     """
 
     step: int = 0
@@ -60,6 +63,10 @@ class Progress:
     num_skipped: int = 0
     window_loss: float = 0.0
     window_labels: int = 0
+    num_tokens: int = 0
+    best_value: float | None = None
+    best_step: int = 0
+    num_worse: int = 0
     usual_loss: UsualLoss = field(default_factory=UsualLoss)
 
     @classmethod
@@ -70,8 +77,19 @@ class Progress:
             values["usual_loss"] = UsualLoss(**values["usual_loss"])
         return cls(**values)
 
-    def count(self, loss, num_labels, is_applied):
+    def is_best(self, metric, value):
+        """Note an evaluation: is its value of this metric the best so far? One that is not finite never is."""
+        is_finite = value is not None and math.isfinite(value)
+        best = self.best_value
+        if is_finite and (best is None or (value < best if metric == "loss" else value > best)):
+            self.best_value, self.best_step, self.num_worse = value, self.step, 0
+            return True
+        self.num_worse += 1
+        return False
+
+    def count(self, loss, num_labels, num_tokens, is_applied):
         """An update is done; its loss is a sum over its supervised tokens."""
+        self.num_tokens += num_tokens
         self.step += 1
         self.num_applied += is_applied
         self.num_skipped = 0 if is_applied else self.num_skipped + 1

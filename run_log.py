@@ -10,6 +10,8 @@ import time
 from guard import name_rows
 from utils import is_main, print_rank_0
 
+SHOWN = ("loss", "rougeL", "bleu4", "f1", "accuracy", "exact_match")  # of an evaluation's metrics, on the screen
+
 
 class JsonLines:
     """A JSON Lines file that outlives a full disk: lines that cannot be written wait for the next one."""
@@ -20,9 +22,10 @@ class JsonLines:
         if up_to_step and os.path.exists(path):
             with open(path, encoding="utf-8", errors="replace") as file:
                 self.records = [record for line in file if (record := parse(line)) and record["step"] <= up_to_step]
-        with open(path + ".partial", "w", encoding="utf-8") as file:
-            file.writelines(to_line(record) for record in self.records)
-        os.replace(path + ".partial", path)
+        if os.path.exists(path):
+            with open(path + ".partial", "w", encoding="utf-8") as file:
+                file.writelines(to_line(record) for record in self.records)
+            os.replace(path + ".partial", path)
 
     def add(self, record):
         """Append a record."""
@@ -70,6 +73,7 @@ class RunLog:
         self.output_dir = output_dir
         os.makedirs(output_dir, exist_ok=True)
         self.log = JsonLines(os.path.join(output_dir, "train_log.jsonl"), step)
+        self.evaluations = JsonLines(os.path.join(output_dir, "eval_log.jsonl"), step)
         self.events = JsonLines(os.path.join(output_dir, "events.jsonl"), step)
         self.writer = SummaryWriter(os.path.join(output_dir, "tensorboard"), purge_step=step + 1 if step else None)
         if self.log.records:
@@ -95,6 +99,34 @@ class RunLog:
         """A checkpoint or state is saved, or not, and why."""
         print_rank_0(f"\n{path} was not saved, the run goes on: {problem}" if problem else f"\nsaved {path}")
         self.event(step, "not saved" if problem else "saved", path=path, **({"problem": problem} if problem else {}))
+
+    def evaluated(self, step, scores, is_best):
+        """Figures over the held-out rows: eval_log.jsonl, TensorBoard and a line."""
+        if not self.enabled:
+            return
+        self.evaluations.add({"step": step, **scores})
+        for name, value in scores.items():
+            self.add_scalar(f"eval/{name}", value, step)
+        shown = ", ".join(f"{name} {scores[name]:.4g}" for name in SHOWN if name in scores)
+        print(f"\nstep {step}: evaluation: {shown}{' (the best so far)' if is_best else ''}", flush=True)
+
+    def seconds(self):
+        """Since the run began, the time before it was resumed included."""
+        return time.time() - self.started
+
+    def done(self, progress, trained, total, peak_memory):
+        """The run has come to its end; what it took."""
+        self.event(
+            progress.step,
+            "done",
+            seconds=self.seconds(),
+            tokens_per_second=progress.num_tokens / self.seconds(),
+            peak_memory_bytes=peak_memory,
+            trained_weights=trained,
+            all_weights=total,
+            best_step=progress.best_step,
+            best_value=progress.best_value,
+        )
 
     def spike(self, step, loss, usual_loss, places):
         """The loss of an update is far above the usual one: keep the places of its rows, and show the first."""
@@ -122,11 +154,11 @@ class RunLog:
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
             "tokens_per_second": tokens_per_second,
-            "seconds": time.time() - self.started,
+            "seconds": self.seconds(),
         }
         self.log.add(record)
         for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second"):
-            if record[name] is not None and self.writer is not None:
+            if record[name] is not None:
                 self.add_scalar(name, record[name], step)
         norm = "not finite" if grad_norm is None else f"{grad_norm:.2f}"
         shown = "not finite" if loss is None else f"{loss:.4f}"
@@ -137,6 +169,8 @@ class RunLog:
 
     def add_scalar(self, name, value, step):
         """A point of TensorBoard's curves, which end where the disk is full."""
+        if self.writer is None:
+            return
         try:
             self.writer.add_scalar(name, value, step)
         except OSError as error:

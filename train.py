@@ -8,37 +8,29 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict
 
 from arguments import ATTENTION, columns_of, folder_problems, length_problems, parse_train
 from batches import Updates, collate, to_device
-from checkpoint import (
-    CHECKPOINT,
-    checkpoint_bytes,
-    describe_run,
-    read_config,
-    read_tokenizer,
-    resolve_folder,
-    save_checkpoint,
-)
+from checkpoint import checkpoint_bytes, read_config, read_tokenizer, resolve_folder
 from data_set import show_row
 from ds_config import complete_config, offloads, read_ds_file, wanted_precision
-from folders import is_whole, keep_newest, require_space
+from evaluation import Evaluation, texts_of
+from folders import require_space
 from guard import check_skipped, explain_bad_loss, keep_going_at_low_scale
 from modes import MODES
 from optimizer import build_optimizer, build_scheduler, choose_adam
 from resume import (
     FINGERPRINT_FILE,
-    STATE,
     Progress,
     choose_state,
     convert,
     fingerprint,
     load_state,
-    save_state,
     state_bytes,
 )
 from row_cache import describe_counts, load_rows
+from row_sets import hold_out, mix
+from run_folder import RunFolder, last_checkpoint
 from run_log import RunLog
 from tuning import TRAIN_TYPES, checkpoint_layers, count_parameters
 from utils import (
@@ -50,6 +42,7 @@ from utils import (
     fail,
     is_local_main,
     on_main,
+    peak_memory,
     prepare_environment,
     print_rank_0,
     set_seed,
@@ -98,18 +91,26 @@ def main(argv, watch):
         fail(f"--max_len {args.max_len}: the model's window is {window} tokens: use at most {window}")
 
     # Rows: the first process of a host encodes them where that was not done before, the others wait for it.
-    rows, counts = load_rows(
-        args.train_path,
-        columns_of(args),
-        tokenizer,
-        mode,
-        args.max_len,
-        args.max_src_len,
-        args.is_skip,
-        args.num_proc,
-        encodes=is_local_main(),
-        skip_bad_rows=args.skip_bad_rows,
-    )
+    def encoded(paths):
+        return load_rows(
+            paths,
+            columns_of(args),
+            tokenizer,
+            mode,
+            args.max_len,
+            args.max_src_len,
+            args.is_skip,
+            args.num_proc,
+            encodes=is_local_main(),
+            skip_bad_rows=args.skip_bad_rows,
+        )
+
+    rows, counts = encoded(args.train_path)
+    eval_rows = encoded(args.eval_path)[0] if args.eval_path else None
+    if args.eval_ratio:
+        rows, eval_rows = hold_out(rows, args.eval_ratio, args.seed)
+    if args.replay_path:
+        rows = mix(rows, encoded(args.replay_path)[0], args.replay_ratio, args.seed)
     if len(rows) < world:
         fail(f"--train_path: {len(rows)} rows for {world} processes: give at least one row to each, or start fewer")
     print_rank_0(describe_counts(counts, args.max_len, args.max_src_len, args.is_skip))
@@ -132,8 +133,7 @@ def main(argv, watch):
     split = [args.per_device_train_batch_size, args.gradient_accumulation_steps, world]
     state, info = on_main(lambda: choose_state(args, identity, split))
     progress = Progress.from_info(info)
-    last = os.path.join(args.output_dir, f"epoch-{args.num_train_epochs}-step-{num_steps}")
-    if args.resume and on_main(lambda: is_whole(last)):
+    if args.resume and (last := on_main(lambda: last_checkpoint(args.output_dir))):
         print_rank_0(f"done already: {last} is the run's last checkpoint")
         return
     if info and info["world_size"] != world:
@@ -163,94 +163,81 @@ def main(argv, watch):
     )
     if state:
         load_state(engine, state, info, args.seed)
+    evaluation = None
+    if eval_rows is not None:
+        texts = texts_of(eval_rows, columns_of(args), args) if args.eval_generate else []
+        evaluation = Evaluation(args, eval_rows, texts, tokenizer, mode.prompt, device, group, zero3)
     log = RunLog(args.output_dir, num_steps, progress.step)
     log.bad_rows(rows.bad_rows)
     on_main(lambda: write_json(identity, os.path.join(args.output_dir, FINGERPRINT_FILE)))
     if state:
         log.event(progress.step, "resumed", path=state)
 
-    def save(step, epoch):
-        """Write the trained weights; all ranks take part. Returns why a full disk did not allow it, or None."""
-        path = os.path.join(args.output_dir, f"epoch-{epoch}-step-{step}")
-        run = describe_run(args, folder, precision, epoch=epoch, step=step, trained_weights=trained, all_weights=total)
-        problem = save_checkpoint(engine.module, tokenizer, path, train_type, run, zero3)
-        log.saved(step, path, problem)
-        return problem or on_main(lambda: keep_newest(args.output_dir, CHECKPOINT, args.save_total_limit))
-
-    def save_to_resume(step):
-        """Write the state of all ranks. Returns why a full disk did not allow it, or None."""
-        path = os.path.join(args.output_dir, f"state-step-{step}")
-        values = {"progress": asdict(progress), "fingerprint": identity, "split": split, "world_size": world}
-        problem = save_state(engine, path, values, state_bytes(trained, dtype))
-        log.saved(step, path, problem)
-        return problem or on_main(lambda: keep_newest(args.output_dir, STATE, args.save_total_limit or 2))
+    run_folder = RunFolder(
+        args, folder, precision, engine, tokenizer, train_type, (trained, total), log, identity, split
+    )
 
     # The loop. A step is one optimizer update.
-    window_tokens, window_start = 0, time.time()
-    problem = None
+    window_tokens, window_start, num_asked, is_last = 0, time.time(), 0, True
     engine.train()
-    for epoch in range(progress.step // len(updates), args.num_train_epochs):
-        for update in updates.epoch(epoch, first=progress.step % len(updates)):
-            step = progress.step + 1
-            update_loss = torch.zeros((), device=device)
-            for i, row_numbers in enumerate(update.micro_batches):
-                watch.begin(step, rows, row_numbers)
-                micro_batch = [rows[n] for n in row_numbers]
-                batch = to_device(collate(micro_batch, config.pad_token_id, args.packing), device)
-                engine.set_gradient_accumulation_boundary(i == len(update.micro_batches) - 1)
-                # The sum over this batch's supervised tokens, divided by those of the whole update. Gradients are
-                # averaged over the ranks afterwards, hence the factor: any split gives the same gradient.
-                loss = engine(**batch, num_items_in_batch=update.num_labels / world).loss
-                engine.backward(loss, scale_wrt_gas=False)
-                update_loss += loss.detach() * (update.num_labels / world)
-                window_tokens += sum(len(row["input_ids"]) for row in micro_batch)
-            update_loss, num_asked = sum_over_ranks(update_loss, watch.asked is not None, group=group)
-            if not math.isfinite(update_loss):
-                explain_bad_loss(engine.module, update, rows, step, config.pad_token_id, device, precision)
-            rate = scheduler.get_last_lr()[0]
-            engine.step()
-            watch.rest()
-            progress.count(update_loss, update.num_labels, engine.was_step_applied())
-            check_skipped(progress.num_skipped, step, precision, getattr(engine.optimizer, "loss_scale", 1))
-            log.advance()
+    for epoch, update in updates.since(progress.step, args.num_train_epochs):
+        step = progress.step + 1
+        update_loss = torch.zeros((), device=device)
+        for i, row_numbers in enumerate(update.micro_batches):
+            watch.begin(step, rows, row_numbers)
+            batch = collate([rows[n] for n in row_numbers], config.pad_token_id, args.packing)
+            engine.set_gradient_accumulation_boundary(i == len(update.micro_batches) - 1)
+            # The sum over this batch's supervised tokens, divided by those of the whole update. Gradients are averaged
+            # over the ranks afterwards, hence the factor: any split gives the same gradient.
+            loss = engine(**to_device(batch, device), num_items_in_batch=update.num_labels / world).loss
+            engine.backward(loss, scale_wrt_gas=False)
+            update_loss += loss.detach() * (update.num_labels / world)
+        update_loss, num_asked = sum_over_ranks(update_loss, watch.asked is not None, group=group)
+        if not math.isfinite(update_loss):
+            explain_bad_loss(engine.module, update, rows, step, config.pad_token_id, device, precision)
+        rate = scheduler.get_last_lr()[0]
+        engine.step()
+        watch.rest()
+        num_tokens = int(updates.lengths[update.rows].sum())
+        progress.count(update_loss, update.num_labels, num_tokens, engine.was_step_applied())
+        check_skipped(progress.num_skipped, step, precision, getattr(engine.optimizer, "loss_scale", 1))
+        log.advance()
+        window_tokens += num_tokens
 
-            if progress.usual_loss.is_spike(update_loss / update.num_labels):
-                log.spike(step, update_loss / update.num_labels, progress.usual_loss.mean, map(rows.place, update.rows))
-            if step % args.show_loss_step == 0 or step == num_steps:
-                norm = engine.get_global_grad_norm()
-                log.record(
-                    step,
-                    epoch=step / len(updates),
-                    loss=progress.window_loss / progress.window_labels,
-                    learning_rate=rate,
-                    grad_norm=None if norm is None else float(norm),
-                    tokens_per_second=window_tokens * world / (time.time() - window_start),
-                )
-                progress.window_loss, progress.window_labels = 0.0, 0
-                window_tokens, window_start = 0, time.time()
+        is_epoch_end, is_last = step % len(updates) == 0, step == num_steps
+        if progress.usual_loss.is_spike(update_loss / update.num_labels):
+            log.spike(step, update_loss / update.num_labels, progress.usual_loss.mean, map(rows.place, update.rows))
+        if is_last or is_due(step, args.show_loss_step):
+            norm = engine.get_global_grad_norm()
+            log.record(
+                step,
+                epoch=step / len(updates),
+                loss=progress.window_loss / progress.window_labels,
+                learning_rate=rate,
+                grad_norm=None if norm is None else float(norm),
+                tokens_per_second=window_tokens / (time.time() - window_start),
+            )
+            progress.window_loss, progress.window_labels = 0.0, 0
+            window_tokens, window_start = 0, time.time()
+        if evaluation and (is_last or not num_asked) and evaluation.is_due(step, is_epoch_end, is_last):
+            scores = evaluation(engine, step)
+            is_best = progress.is_best(args.metric_for_best_model, scores.get(args.metric_for_best_model))
+            log.evaluated(step, scores, is_best)
+            if is_best:
+                run_folder.save_weights(step, epoch + 1, name="best", scores=scores)
+            is_last = is_last or 0 < args.early_stopping_patience <= progress.num_worse
+        if is_epoch_end or is_last or is_due(step, args.save_model_step):
+            run_folder.save_weights(step, epoch + 1)
+        if not is_last and (num_asked or is_due(step, args.save_state_step)):
+            run_folder.save_state(progress)
+        if is_last or num_asked:
+            break
 
-            if step % len(updates) == 0 or is_due(step, args.save_model_step):
-                problem = save(step, epoch + 1)
-            if step < num_steps and (num_asked or is_due(step, args.save_state_step)):
-                problem = save_to_resume(step)
-            if step < num_steps and num_asked:
-                log.close()
-                stop_distributed(engine)
-                leave(args.output_dir, step, problem)
-
+    if is_last and run_folder.problem is None:
+        log.done(progress, trained, total, peak_memory(device))
     log.close()
     stop_distributed(engine)
-    if progress.num_applied < num_steps:
-        print_rank_0(
-            f"{num_steps - progress.num_applied} of {num_steps} updates were left out: their gradients were not finite"
-        )
-    if progress.num_applied == 0:
-        raise BadNumbers(
-            "no update was applied, every gradient was infinite or NaN: check the base weights, or use --precision bf16"
-        )
-    if problem:
-        fail(f"{problem}; make room and start again with --resume auto: the last checkpoint is missing", code=1)
-    print_rank_0(f"done: {num_steps} updates, {args.output_dir}")
+    end(args.output_dir, progress, is_last, run_folder.problem)
 
 
 def is_due(step, interval):
@@ -258,12 +245,23 @@ def is_due(step, interval):
     return interval > 0 and step % interval == 0
 
 
-def leave(output_dir, step, problem):
-    """End a run that was asked to leave."""
+def end(output_dir, progress, is_last, problem):
+    """The last words of a run: it is done, or it leaves because it was asked to."""
+    step, num_left_out = progress.step, progress.step - progress.num_applied
+    if num_left_out:
+        print_rank_0(f"{num_left_out} of {step} updates were left out: their gradients were not finite")
+    if problem and is_last:
+        fail(f"{problem}; make room and start again with --resume auto: the last checkpoint is missing", code=1)
     if problem:
         fail(f"left after step {step} without a state: {problem}", code=1)
-    print_rank_0(f"left after step {step}: the same command with --resume auto goes on from {output_dir}")
-    sys.exit(EXIT_LEFT)
+    if not is_last:
+        print_rank_0(f"left after step {step}: the same command with --resume auto goes on from {output_dir}")
+        sys.exit(EXIT_LEFT)
+    if progress.num_applied == 0:
+        raise BadNumbers(
+            "no update was applied, every gradient was infinite or NaN: check the base weights, or use --precision bf16"
+        )
+    print_rank_0(f"done: {step} updates, {output_dir}")
 
 
 def complete_mode(args, folder):

@@ -31,6 +31,17 @@ def world_size():
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def peak_memory(device):
+    """Most memory that this process has held: on its card, or its resident memory on a CPU. Bytes."""
+    import resource
+
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def print_rank_0(*values, **kwargs):
     """Print on the first process only."""
     if is_main():

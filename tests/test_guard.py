@@ -40,14 +40,25 @@ def test_progress_goes_through_json():
 
     progress = Progress()
     for loss in (3.5, 2.25):
-        progress.count(loss, 7, is_applied=loss > 3)
+        progress.count(loss, 7, 20, is_applied=loss > 3)
         progress.usual_loss.is_spike(loss)
     again = Progress.from_info(json.loads(json.dumps({"progress": asdict(progress)})))
     assert again == progress and (again.step, again.num_applied, again.num_skipped) == (2, 1, 1)
-    assert again.window_loss == 5.75 and again.window_labels == 14
-    again.count(1.0, 1, is_applied=True)
+    assert again.window_loss == 5.75 and (again.window_labels, again.num_tokens) == (14, 40)
+    again.count(1.0, 1, 1, is_applied=True)
     assert again.num_skipped == 0
     assert Progress.from_info(None) == Progress()
+
+
+def test_the_best_value():
+    progress = Progress()
+    found = []
+    for step, value in enumerate([3.0, 2.0, 2.5, float("nan"), 1.5, None, 1.5]):
+        progress.step = step
+        found.append(progress.is_best("loss", value))
+    assert found == [True, True, False, False, True, False, False]
+    assert (progress.best_value, progress.best_step, progress.num_worse) == (1.5, 4, 2)
+    assert [Progress(best_value=2.0).is_best("f1", value) for value in (1.0, 2.0, 3.0)] == [False, False, True]
 
 
 @pytest.mark.parametrize(

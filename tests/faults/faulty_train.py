@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import sys
 import time
@@ -20,6 +21,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 import folders  # noqa: E402
+import resume  # noqa: E402
 import train  # noqa: E402
 import watch  # noqa: E402
 
@@ -112,15 +114,15 @@ def inf(step):
 
 def time_saves(path):
     """Time all that the loop waits for when a state is saved; then write as many bytes plainly, in the same place."""
-    save_state, begin = train.save_state, watch.Watch.begin
+    state_files, begin = resume.state_files, watch.Watch.begin
     begun = []  # (when, folder) of a save; it is over where the next micro-batch begins, the old state is gone then
 
-    def save(engine, folder, *rest):
+    def files(scratch):
         import torch.distributed as dist
 
         dist.barrier()
-        begun.append((time.monotonic(), pathlib.Path(folder)))
-        return save_state(engine, folder, *rest)
+        begun.append((time.monotonic(), pathlib.Path(scratch.removesuffix(folders.PARTIAL))))
+        return state_files(scratch)
 
     def compare(self, *rest):
         import torch.distributed as dist
@@ -136,28 +138,34 @@ def time_saves(path):
                     file.write(json.dumps({"bytes": size, "seconds": seconds, "plain": plain}) + "\n")
         begin(self, *rest)
 
-    train.save_state, watch.Watch.begin = save, compare
+    resume.state_files, watch.Watch.begin = files, compare
 
 
 def plain_write(folder):
-    """Seconds in which all ranks write and flush files as large as those that they have in a state."""
+    """Seconds in which all ranks write and flush files as large as those that they have in a state.
+
+    The files stay as long as the state does, so that both ways find the same disk: space that was never used, or that
+    has just been given back.
+    """
     import torch.distributed as dist
 
     sizes = [file.stat().st_size for file in folder.rglob("*") if file.is_file() and owner(file) == os.environ["RANK"]]
     block = memoryview(os.urandom(BLOCK))
-    paths = [folder.parent / f"plain-{os.environ['RANK']}-{number}" for number in range(len(sizes))]
+    place = folder.parent / f"plain-{os.environ['RANK']}" / folder.name
+    place.mkdir(parents=True)
     dist.barrier()
     start = time.monotonic()
-    for path, size in zip(paths, sizes):
-        with open(path, "wb") as file:
+    for number, size in enumerate(sizes):
+        with open(place / str(number), "wb") as file:
             for done in range(0, size, BLOCK):
                 file.write(block[: size - done])
             file.flush()
             os.fsync(file.fileno())
     dist.barrier()
     seconds = time.monotonic() - start
-    for path in paths:
-        path.unlink()
+    for old in place.parent.iterdir():
+        if not (folder.parent / old.name).exists():
+            shutil.rmtree(old)
     dist.barrier()
     return seconds
 

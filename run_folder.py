@@ -1,0 +1,61 @@
+"""What a run leaves in its folder: checkpoints, the best one, states to resume from, and how many are kept."""
+
+import math
+import os
+from dataclasses import asdict
+
+from checkpoint import CHECKPOINT, describe_run, save_checkpoint
+from folders import is_whole, keep_newest, numbered
+from resume import STATE, save_state, state_bytes
+from run_log import JsonLines
+from utils import on_main, world_size
+
+STATES_KEPT = 2  # without --save_total_limit: should one turn out damaged, there is another
+
+
+class RunFolder:
+    """Writes into --output_dir; all ranks take part. `problem` says why the last save failed (a full disk), or is None.
+
+    model: (number of trained weights, of all weights). identity, split: what a state is compared with when it is
+    resumed from.
+    """
+
+    def __init__(self, args, base_folder, precision, engine, tokenizer, train_type, model, log, identity, split):
+        self.args, self.base_folder, self.precision = args, base_folder, precision
+        self.engine, self.tokenizer, self.train_type = engine, tokenizer, train_type
+        self.trained, self.total = model
+        self.log, self.identity, self.split = log, identity, split
+        self.problem = None
+
+    def save_weights(self, step, epoch, name=None, **more):
+        """A checkpoint epoch-E-step-S, or one with a name of its own; more: what else its run.json says."""
+        path = os.path.join(self.args.output_dir, name or f"epoch-{epoch}-step-{step}")
+        more |= {"trained_weights": self.trained, "all_weights": self.total}
+        run = describe_run(self.args, self.base_folder, self.precision, epoch=epoch, step=step, **more)
+        zero3 = self.engine.zero_optimization_stage() == 3
+        self.problem = save_checkpoint(self.engine.module, self.tokenizer, path, self.train_type, run, zero3)
+        self.log.saved(step, path, self.problem)
+        if self.problem is None:
+            on_main(lambda: keep_newest(self.args.output_dir, CHECKPOINT, self.args.save_total_limit))
+
+    def save_state(self, progress):
+        """A state state-step-S of all ranks."""
+        path = os.path.join(self.args.output_dir, f"state-step-{progress.step}")
+        values = {"progress": asdict(progress), "fingerprint": self.identity, "split": self.split}
+        num_bytes = state_bytes(self.trained, next(self.engine.module.parameters()).dtype)
+        self.problem = save_state(self.engine, path, {**values, "world_size": world_size()}, num_bytes)
+        self.log.saved(progress.step, path, self.problem)
+        if self.problem is None:
+            limit = self.args.save_total_limit or STATES_KEPT
+            on_main(lambda: keep_newest(self.args.output_dir, STATE, limit))
+
+
+def last_checkpoint(output_dir):
+    """The last checkpoint of a run that has come to its end; None where it has not, or the checkpoint is not whole."""
+    for event in reversed(JsonLines(os.path.join(output_dir, "events.jsonl"), math.inf).records):
+        if event["event"] == "done":
+            for name in numbered(output_dir, CHECKPOINT):
+                path = os.path.join(output_dir, name)
+                if name.endswith(f"-step-{event['step']}") and is_whole(path):
+                    return path
+    return None
