@@ -8,7 +8,7 @@ import re
 from data_set import Columns, data_files
 from ds_config import conflicts, read_ds_file
 from modes import MODES, possible_modes
-from tasks import TASKS
+from tasks import TASKS, find_task
 from tuning import TRAIN_TYPES
 from utils import fail, is_main, world_size
 from weights import INDEX_FILES, WEIGHT_FILES
@@ -188,6 +188,9 @@ def train_parser():
         "--eval_generate", action="store_true", help="answer the held-out rows and score them too; off: the loss only"
     )
     evaluation.add_argument(
+        "--task", choices=TASKS, help="metrics of the answers, with --eval_generate; left out: all but those of labels"
+    )
+    evaluation.add_argument(
         "--eval_max_new_tokens", type=int, default=128, help="tokens of an answer at most, with --eval_generate"
     )
     evaluation.add_argument(
@@ -276,14 +279,24 @@ def evaluation_problems(args, typed):
     """Flags of the evaluation and of general rows that mean nothing without others."""
     problems = []
     if not args.eval_path and not args.eval_ratio:
-        flags = "eval_step eval_generate eval_max_new_tokens metric_for_best_model early_stopping_patience".split()
+        flags = "eval_step eval_generate task eval_max_new_tokens metric_for_best_model early_stopping_patience".split()
         problems += [
             f"--{name}: needs --eval_path or --eval_ratio: add one or remove it" for name in flags if name in typed
         ]
-    if args.metric_for_best_model != "loss" and not args.eval_generate:
-        problems.append(f"--metric_for_best_model {args.metric_for_best_model}: needs --eval_generate: add it")
-    if "eval_max_new_tokens" in typed and not args.eval_generate:
-        problems.append("--eval_max_new_tokens: needs --eval_generate: add it or remove this flag")
+    metric, metrics = args.metric_for_best_model, ("loss", *find_task(args.task).metrics)
+    if metric != "loss" and not args.eval_generate:
+        problems.append(f"--metric_for_best_model {metric}: needs --eval_generate: add it")
+    elif metric not in metrics:
+        fitting = [name for name in TASKS if metric in TASKS[name].metrics]
+        problems.append(
+            f"--metric_for_best_model {metric}: --task {args.task or '(none)'} does not have it: use --task"
+            f" {' or '.join(fitting)}"
+        )
+    problems += [
+        f"--{name}: needs --eval_generate: add it or remove this flag"
+        for name in ("task", "eval_max_new_tokens")
+        if name in typed and not args.eval_generate
+    ]
     if "replay_ratio" in typed and not args.replay_path:
         problems.append("--replay_ratio: needs --replay_path: add it or remove this flag")
     for flag in ("eval_path", "replay_path"):

@@ -37,7 +37,7 @@ class Evaluation:
         from score import score_rows
 
         write_answers(os.path.join(self.args.output_dir, f"eval-step-{step}.jsonl"), self.texts, answers)
-        values = score_rows(answers, [row["answer"] for row in self.texts])
+        values = score_rows(answers, [row["answer"] for row in self.texts], self.args.task)
         return {name: value for name, value in values.items() if isinstance(value, float)}
 
     def answers(self, engine, batch_size):

@@ -45,7 +45,7 @@ FREE_FLAGS = (
     "output_dir resume save_model_step save_state_step save_total_limit show_loss_step step_timeout local_rank num_proc"
     " train_path model_name_or_path ds_file device precision optimizer per_device_train_batch_size"
     " gradient_accumulation_steps eval_path eval_step eval_generate eval_max_new_tokens metric_for_best_model"
-    " early_stopping_patience replay_path"
+    " early_stopping_patience replay_path task"
 ).split()
 
 

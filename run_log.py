@@ -10,7 +10,7 @@ import time
 from guard import name_rows
 from utils import is_main, print_rank_0
 
-SHOWN = ("loss", "rougeL", "bleu4", "f1", "accuracy", "exact_match")  # of an evaluation's metrics, on the screen
+SHOWN = ("loss", "rougeL", "bleu4", "f1", "accuracy", "macro_f1", "diversity", "exact_match")  # of an evaluation's metrics, on the screen
 
 
 class JsonLines:

@@ -1,254 +1,54 @@
 """Score generated answers against their references.
 
     python score.py --predictions predictions.jsonl
+    python score.py --predictions before.jsonl after.jsonl --task extraction
 
 Reads JSON Lines with a prediction and a reference in each row, prints a table and writes the same
-numbers, with how each was computed, as JSON beside the predictions. Needs no accelerator and no
-model: the deep learning libraries are not imported, the text libraries only once a row is scored.
+numbers, with how each was computed, as JSON beside the predictions. Several files over the same rows
+are also compared with the first one. Needs no accelerator and no model: the deep learning libraries
+are not imported, the text libraries only once a row is scored.
 """
 
-import functools
-import importlib.metadata
 import json
-import logging
-import math
 import os
 import sys
-import warnings
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
+import bootstrap
+import metrics
 from arguments import score_parser
+from bootstrap import difference, differences, intervals
+from metrics import confusion_of, definitions, metrics_of, score_rows
+from tasks import NO_TASK, find_task
 from utils import fail
 
-# metric: (line in the table, sentence in the JSON file). The order is that of the output.
-METRICS = {
-    "rouge1": (
-        "ROUGE-1 F1 over words, mean over rows",
-        "{rouge} of rouge-1 {words}, joined by a space; repeated words count once; {empty}.",
-    ),
-    "rouge2": (
-        "ROUGE-2 F1 over words, mean over rows",
-        "{rouge} of rouge-2 {words}, joined by a space; repeated pairs count once; one word alone has none and counts "
-        "as 0; {empty}.",
-    ),
-    "rougeL": (
-        "ROUGE-L F1 over words, mean over rows",
-        "{rouge} of rouge-l {words}, joined by a space; the same formula with our own subsequence length where the "
-        "library's table would pass {cells} cells; {empty}.",
-    ),
-    "bleu4": (
-        "BLEU-4 over characters, mean over rows",
-        "{bleu} over characters without white space, {smoothing}, which leaves a text of under four characters below "
-        "100 even when identical; {empty}.",
-    ),
-    "bleu4_words": (
-        "BLEU-4 over words, mean over rows",
-        "{bleu} {words}, {smoothing}, which leaves a text of under four words below 100 even when identical; {empty}.",
-    ),
-    "precision": (
-        "correct share of predicted triples, mean over rows",
-        "Mean over rows of the share of the row's predicted triples that are in its reference; {triple}; {macro}.",
-    ),
-    "recall": (
-        "found share of reference triples, mean over rows",
-        "Mean over rows of the share of the row's reference triples that are predicted; {triple}; {macro}.",
-    ),
-    "f1": (
-        "F1 of triples, mean over rows",
-        "Mean over rows of the row's F1, 2 * matched / (predicted + reference triples); {triple}; {macro}.",
-    ),
-    "precision_micro": (
-        "correct share of predicted triples, all rows together",
-        "Matched triples over predicted triples, each summed over all rows, 0 where none is predicted; {triple}.",
-    ),
-    "recall_micro": (
-        "found share of reference triples, all rows together",
-        "Matched triples over reference triples, each summed over all rows; {triple}.",
-    ),
-    "f1_micro": (
-        "F1 of triples, all rows together",
-        "2 * matched / (predicted + reference triples), each summed over all rows; {triple}.",
-    ),
-    "exact_match": (
-        "rows equal to their reference",
-        "Per cent of rows where prediction.strip() == reference.strip(); {empty}.",
-    ),
-}
-TEXT_METRICS = ("rouge1", "rouge2", "rougeL", "bleu4", "bleu4_words", "exact_match")
-TRIPLE_METRICS = tuple(name for name in METRICS if name not in TEXT_METRICS)
+__all__ = ["difference", "intervals", "metrics_of", "read_predictions", "score_rows"]  # for other scripts
 
-# rouge_chinese keeps a dict with one entry for each pair of words: gigabytes for two long texts.
-MAX_ROUGE_L_CELLS = 1_000_000
-MAX_LISTED = 20
-
-
-def definitions() -> dict[str, str]:
-    """Say for each metric exactly how it is computed, with the installed library versions."""
-    rouge, jieba, nltk = (importlib.metadata.version(name) for name in ("rouge-chinese", "jieba", "nltk"))
-    parts = {
-        "rouge": f"Mean over rows of the F1 from rouge_chinese.Rouge (rouge-chinese {rouge})",
-        "bleu": f"Mean over rows of nltk.translate.bleu_score.sentence_bleu (nltk {nltk})",
-        "words": f"over the words of jieba.cut (jieba {jieba}), white space dropped",
-        "smoothing": "weights 1/4 each, SmoothingFunction().method3",
-        "cells": MAX_ROUGE_L_CELLS,
-        "empty": "a row with an empty prediction or reference counts as 0",
-        "triple": "a triple is a stripped line of exactly three non-empty fields joined by '_', and the triples of a "
-        "row are compared as sets; null if no reference has a triple",
-        "macro": "a row where neither side has a triple is left out, one where a single side has none counts as 0",
-    }
-    return {name: sentence.format(**parts) for name, (_, sentence) in METRICS.items()}
-
-
-@functools.cache
-def load_libraries():
-    """Import what scoring needs, late so that `--help` and a refused command line answer at once.
-
-    Returns jieba, the Rouge class, and sentence BLEU as a function of (reference tokens, prediction tokens).
-    """
-    with warnings.catch_warnings():  # invalid escape sequences in their sources, nothing a user can act on
-        warnings.simplefilter("ignore")
-        import jieba
-        from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
-        from rouge_chinese import Rouge
-    jieba.setLogLevel(logging.WARNING)
-    smoothing = SmoothingFunction().method3
-
-    def bleu4(reference, prediction):
-        return sentence_bleu([reference], prediction, weights=(0.25,) * 4, smoothing_function=smoothing)
-
-    return jieba, Rouge, bleu4
-
-
-def split_words(text: str) -> list[str]:
-    """Split a text into jieba words, without white space.
-
-    White space goes because rouge_chinese counts a blank line as a word.
-    """
-    jieba, _, _ = load_libraries()
-    return [word for word in jieba.cut(text) if not word.isspace()]
-
-
-def lcs_length(first: list[str], second: list[str]) -> int:
-    """Length of the longest common subsequence, one integer operation over all of `first` per word of `second`.
-
-    Source: Hyyrö (2004), Bit-parallel LCS-length computation revisited. A bit of `row` is 0 where the
-    length grows by one at that position of `first`.
-    """
-    positions = {}
-    for index, word in enumerate(first):
-        positions[word] = positions.get(word, 0) | 1 << index
-    full = (1 << len(first)) - 1
-    row = full
-    for word in second:
-        matches = row & positions.get(word, 0)
-        row = ((row + matches) | (row - matches)) & full
-    return len(first) - row.bit_count()
-
-
-def rouge_f1(prediction_words: list[str], reference_words: list[str]) -> dict[str, float]:
-    """ROUGE-1, ROUGE-2 and ROUGE-L F1 of rouge_chinese, in 0..100."""
-    # The library raises ValueError for a text without words, and for nothing else.
-    if not prediction_words or not reference_words:
-        return {"rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}
-    _, Rouge, _ = load_libraries()
-    prediction, reference = " ".join(prediction_words), " ".join(reference_words)
-    use_library = len(prediction_words) * len(reference_words) <= MAX_ROUGE_L_CELLS
-    rouge = Rouge(["rouge-1", "rouge-2", "rouge-l"] if use_library else ["rouge-1", "rouge-2"])
-    scores = rouge.get_scores(prediction, reference)[0]
-    if not use_library:
-        # cut_sent also cuts a word of more than six dots, so the words are taken after it, as the library does.
-        hyp = [word for sentence in rouge.cut_sent(prediction) for word in sentence.split()]
-        ref = [word for sentence in rouge.cut_sent(reference) for word in sentence.split()]
-        length = lcs_length(ref, hyp)
-        precision, recall = length / len(hyp), length / len(ref)
-        scores["rouge-l"] = {"f": 2.0 * precision * recall / (precision + recall + 1e-8)}
-    return {f"rouge{name}": 100.0 * scores[f"rouge-{name.lower()}"]["f"] for name in ("1", "2", "L")}
-
-
-def parse_triples(text: str) -> set[tuple[str, str, str]]:
-    """The triples of a text: its stripped lines of exactly three non-empty fields joined by `_`.
-
-    A field of white space alone is empty; white space beside an inner `_` belongs to the field.
-    """
-    fields = (line.strip().split("_") for line in text.split("\n"))
-    return {tuple(triple) for triple in fields if len(triple) == 3 and all(field.strip() for field in triple)}
-
-
-def score_triples(prediction: str, reference: str) -> dict:
-    """Triple counts of one row and its precision, recall and F1 in 0..100, None where neither side has a triple."""
-    predicted, expected = parse_triples(prediction), parse_triples(reference)
-    counts = {
-        "num_matched": len(predicted & expected),
-        "num_predicted": len(predicted),
-        "num_reference": len(expected),
-    }
-    if not predicted and not expected:
-        return {**counts, "precision": None, "recall": None, "f1": None}
-    return {**counts, **precision_recall_f1(**counts)}
-
-
-def precision_recall_f1(num_matched: int, num_predicted: int, num_reference: int) -> dict[str, float]:
-    """Precision, recall and F1 in 0..100 from counts; a share of nothing is 0."""
-    return {
-        "precision": 100.0 * num_matched / max(num_predicted, 1),
-        "recall": 100.0 * num_matched / max(num_reference, 1),
-        "f1": 100.0 * 2 * num_matched / max(num_predicted + num_reference, 1),
-    }
-
-
-def score_row(prediction: str, reference: str) -> dict:
-    """All per-row values; an empty prediction gives 0 throughout."""
-    triples = score_triples(prediction, reference)
-    if not prediction.strip():
-        return {**dict.fromkeys(TEXT_METRICS, 0.0), **triples}
-    _, _, bleu4 = load_libraries()
-    prediction_words, reference_words = split_words(prediction), split_words(reference)
-    return {
-        **rouge_f1(prediction_words, reference_words),
-        "bleu4": 100.0 * bleu4(list("".join(reference.split())), list("".join(prediction.split()))),
-        "bleu4_words": 100.0 * bleu4(reference_words, prediction_words),
-        "exact_match": 100.0 * (prediction.strip() == reference.strip()),
-        **triples,
-    }
-
-
-def aggregate_rows(rows: list[dict]) -> dict[str, float | None]:
-    """The metrics of any choice of rows from `score_row`, so also of a resample of them."""
-    metrics = dict.fromkeys(METRICS)
-    for name in TEXT_METRICS:
-        metrics[name] = math.fsum(row[name] for row in rows) / len(rows)
-    sums = {name: sum(row[name] for row in rows) for name in ("num_matched", "num_predicted", "num_reference")}
-    if sums["num_reference"]:
-        for name, micro in precision_recall_f1(**sums).items():
-            values = [row[name] for row in rows if row[name] is not None]
-            metrics[name] = math.fsum(values) / len(values)
-            metrics[f"{name}_micro"] = micro
-    return metrics
-
-
-def score_rows(predictions: list[str], references: list[str]) -> dict:
-    """Score predictions against the references at the same places.
-
-    Returns the metrics by name in 0..100, the triple metrics None where no reference has a triple, and
-    under "rows" the per-row values that `aggregate_rows` turns into them.
-    """
-    if len(predictions) != len(references) or not predictions:
-        raise ValueError(
-            f"predictions and references: {len(predictions)} and {len(references)}: there must be one reference for "
-            "each prediction, and at least one: pass two lists of the same length"
-        )
-    rows = [score_row(prediction, reference) for prediction, reference in zip(predictions, references)]
-    return {**aggregate_rows(rows), "rows": rows}
+METRICS = NO_TASK.metrics  # what score_rows computes where no task is named
+MAX_LISTED = 20  # line numbers
+MAX_LABELS = 12  # of a printed confusion table
+MAX_LABEL_WIDTH = 16  # columns of the terminal
+LEAST_RESAMPLES = 100  # below, the ends of an interval rest on one or two resamples
 
 
 class Predictions(NamedTuple):
-    """The rows of one file; `num_extra` counts the answers after the first of each row, which are not scored."""
+    """The rows of one file: all answers of each row, its reference, its line."""
 
-    predictions: list[str]
+    answers: list[list[str]]
     references: list[str]
     line_numbers: list[int]
-    num_extra: int
+
+    @property
+    def predictions(self):
+        """The first answer of each row."""
+        return [answers[0] for answers in self.answers]
+
+    @property
+    def num_extra(self):
+        """Number of answers after the first ones."""
+        return sum(map(len, self.answers)) - len(self.answers)
 
 
 def problem(where: str, value: str, rule: str, fix: str) -> ValueError:
@@ -297,10 +97,9 @@ def read_predictions(
     """Read a JSON Lines file of predictions and references; raise ValueError for the first row that does not fit.
 
     A row with several answers has a list of strings, under `prediction_column` or under its plural
-    (`predictions`); the first one counts.
+    (`predictions`).
     """
-    rows = Predictions([], [], [], 0)
-    num_extra = 0
+    rows = Predictions([], [], [])
     try:
         # Bytes, because text mode would also end a line at "\r", which shifts the line numbers.
         lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
@@ -325,13 +124,12 @@ def read_predictions(
             if not isinstance(value, str):
                 fix = "put the text in quotes or name another column"
                 raise problem(where, f"{quote(name)} is {describe(value)}", "must be a string", fix)
-        rows.predictions.append(answers[0])
+        rows.answers.append(answers)
         rows.references.append(reference)
         rows.line_numbers.append(number)
-        num_extra += len(answers) - 1
-    if not rows.predictions:
+    if not rows.answers:
         raise problem(str(path), "no rows", "there is nothing to score", "write one JSON object on each line")
-    return rows._replace(num_extra=num_extra)
+    return rows
 
 
 def plan_outputs(paths: list[str], output_path: str | None) -> dict[Path, str]:
@@ -377,6 +175,39 @@ def write_reports(reports: dict[Path, dict]):
             temporary.unlink(missing_ok=True)
 
 
+def make_report(path: str, rows: Predictions, scored: dict, args) -> dict:
+    """What is written about one file."""
+    task = find_task(args.task)
+    settings = {"num_resamples": args.bootstrap, "seed": bootstrap.SEED, "level": bootstrap.LEVEL}
+    report = {
+        "task": args.task,
+        "primary": task.primary,
+        "metrics": {name: scored[name] for name in task.metrics},
+        "intervals": intervals(scored["rows"], task.metrics, args.bootstrap),
+        "bootstrap": {**settings, "definition": bootstrap.DEFINITION.format(**settings)},
+        "num_rows": len(rows.answers),
+        "empty": [n for n, text in zip(rows.line_numbers, rows.predictions) if not text.strip()],
+        "num_extra_predictions": 0 if task.all_answers else rows.num_extra,
+        "definitions": definitions(task.metrics),
+        "files": [path],
+        "prediction_column": args.prediction_column,
+        "reference_column": args.reference_column,
+    }
+    if task.confusion:
+        report["confusion"] = confusion_of(scored["rows"])
+    return report
+
+
+def compare(first: str, rows_a: list[dict], rows_b: list[dict], names, num_resamples: int) -> dict:
+    """What a report says of the difference to the first file; each metric is None where one side has no value."""
+    found = {}
+    for name, (value, low, high) in differences(rows_a, rows_b, names, num_resamples).items():
+        interval = None if low is None else [low, high]
+        inside_noise = None if low is None else low <= 0 <= high
+        found[name] = None if value is None else {"value": value, "interval": interval, "inside_noise": inside_noise}
+    return {"to": first, "metrics": found}
+
+
 def format_file(label: str, report: dict) -> str:
     """One line about a file: its rows, its empty predictions, the answers left out."""
     parts = [f"rows: {report['num_rows']}"]
@@ -389,33 +220,110 @@ def format_file(label: str, report: dict) -> str:
     return f"{label}: " + "; ".join(parts)
 
 
+def format_value(value: float | None, interval: list[float] | None) -> str:
+    """`83.50 [78.1, 88.4]`, the value in eight columns."""
+    text = f"{'-' if value is None else f'{value:.2f}':>8}"
+    return text if value is None or interval is None else f"{text} [{interval[0]:.1f}, {interval[1]:.1f}]"
+
+
+def format_difference(found: dict | None) -> str:
+    """`+2.10 [-0.35, +4.40] inside the noise`, the value in eight columns."""
+    if found is None:
+        return f"{'-':>8}"
+    text = f"{found['value']:>+8.2f}"
+    if found["interval"] is None:
+        return text
+    low, high = found["interval"]
+    return f"{text} [{low:+.2f}, {high:+.2f}]" + " inside the noise" * found["inside_noise"]
+
+
+def display_width(text: str) -> int:
+    """Columns of a text on a terminal, where a Chinese character takes two."""
+    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
+
+
+def align(cells: list[list[str]]) -> list[str]:
+    """Lines of a table, every column as wide as its widest cell."""
+    widths = [max(map(display_width, column)) for column in zip(*cells)]
+    padded = ([cell + " " * (width - display_width(cell)) for cell, width in zip(row, widths)] for row in cells)
+    return ["".join(row).rstrip() for row in padded]
+
+
 def format_table(reports: list[dict]) -> str:
-    """The files, then a row for each metric with one column for each file."""
+    """The files, then a row for each metric with one column for each file, then what follows from them."""
     several = len(reports) > 1
     headers = [f"[{number}]" for number in range(1, len(reports) + 1)] if several else ["value"]
     lines = []
     for header, report in zip(headers, reports):
         path = report["files"][0]
         lines.append(format_file(f"{header} {path}" if several else path, report))
-    cells = [["metric", *headers, "definition"]]
-    for name, (definition, _) in METRICS.items():
-        values = [report["metrics"][name] for report in reports]
-        if any(value is not None for value in values):
-            cells.append([name, *("-" if value is None else f"{value:.2f}" for value in values), definition])
-    width = max(len(row[0]) for row in cells)
-    lines += ["", *(f"{row[0]:<{width}}" + "".join(f"{c:>8}" for c in row[1:-1]) + f"  {row[-1]}" for row in cells)]
+    if reports[0]["task"]:
+        lines.append(f"task: {reports[0]['task']}; primary metric: {reports[0]['primary']}")
+    if num_resamples := reports[0]["bootstrap"]["num_resamples"]:
+        lines.append(f"in brackets: {bootstrap.LEVEL} % interval, {num_resamples:,} resamples of the rows")
+    cells = [["metric", *(f"{header:>8}" for header in headers), "  definition"]]
+    for name in reports[0]["metrics"]:
+        if any(report["metrics"][name] is not None for report in reports):
+            values = [format_value(report["metrics"][name], report["intervals"][name]) for report in reports]
+            cells.append([name, *values, f"  {metrics.METRICS[name].title}"])
+    lines += ["", *align(cells), *format_differences(headers, reports)]
+    for header, report in zip(headers, reports):
+        if "confusion" in report:
+            lines += ["", *format_confusion(f"{header} " * several, report["confusion"])]
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Score the files, print the table, write the JSON files; returns the exit code."""
-    args = score_parser().parse_args(argv)
+def format_differences(headers: list[str], reports: list[dict]) -> list[str]:
+    """A row for each metric with the differences to the first file, one column for each further file that has them."""
+    if notes := [
+        f"{header}: its references are not those of {headers[0]}, so there is no difference"
+        for header, report in zip(headers, reports)
+        if "difference" in report and report["difference"] is None
+    ]:
+        notes = ["", *notes]
+    columns = [(header, r["difference"]["metrics"]) for header, r in zip(headers, reports) if r.get("difference")]
+    if not columns:
+        return notes
+    cells = [["metric", *(f"{header:>8}" for header, _ in columns)]]
+    for name in reports[0]["metrics"]:
+        if any(found[name] is not None for _, found in columns):
+            cells.append([name, *(format_difference(found[name]) for _, found in columns)])
+    return ["", f"difference to {headers[0]}, row by row", *align(cells), *notes]
 
-    # Everything that can be refused is refused here, all at once, before a row is scored.
-    problems, inputs = [], {}
+
+def format_confusion(prefix: str, confusion: dict) -> list[str]:
+    """A row for each label of the references, a column for each predicted one; where they are few."""
+    labels = confusion["labels"]
+    if len(labels) > MAX_LABELS:
+        return [f"{prefix}confusion of {len(labels)} labels: see the JSON file"]
+    names = [shorten_label(label) for label in labels]
+    cells = [["reference \\ prediction", *(f"  {name}" for name in [*names, "other"])]]
+    for label, name in zip(labels, names):
+        row = [confusion["counts"][label].get(column, 0) for column in labels] + [confusion["other"].get(label, 0)]
+        cells.append([name, *(f"  {count}" for count in row)])
+    return [f"{prefix}confusion, rows", *align(cells)]
+
+
+def shorten_label(label: str) -> str:
+    """A label on one line, cut to MAX_LABEL_WIDTH columns."""
+    text = "".join(char if char.isprintable() else " " for char in label) or '""'
+    if display_width(text) <= MAX_LABEL_WIDTH:
+        return text
+    while display_width(text) > MAX_LABEL_WIDTH - 3:
+        text = text[:-1]
+    return text + "..."
+
+
+def read_inputs(args) -> tuple[dict[str, Predictions], dict[Path, str]]:
+    """The rows of every file, and which file's scores go where; ends with all that is wrong, before a row is scored."""
+    problems, inputs, outputs = [], {}, {}
     if args.prediction_column == args.reference_column:
         rule = "is also --reference_column, so every row would match itself"
         problems.append(problem("--prediction_column", args.prediction_column, rule, "name two different columns"))
+    if args.bootstrap and args.bootstrap < LEAST_RESAMPLES:
+        rule = f"is too few for the ends of a {bootstrap.LEVEL} % interval"
+        fix = f"use at least {LEAST_RESAMPLES}, or 0 for no intervals"
+        problems.append(problem("--bootstrap", str(args.bootstrap), rule, fix))
     for path in dict.fromkeys(args.predictions):
         try:
             inputs[path] = read_predictions(path, args.prediction_column, args.reference_column)
@@ -427,20 +335,29 @@ def main(argv: list[str] | None = None) -> int:
         problems.append(error)
     if problems:
         fail([str(error) for error in problems], "score.py")
+    return inputs, outputs
 
-    reports = {}
+
+def main(argv: list[str] | None = None) -> int:
+    """Score the files, print the table, write the JSON files; returns the exit code."""
+    args = score_parser().parse_args(argv)
+    inputs, outputs = read_inputs(args)
+    task = find_task(args.task)
+
+    reports, scored = {}, {}
     for path, rows in inputs.items():
-        scores = score_rows(rows.predictions, rows.references)
-        reports[path] = {
-            "metrics": {name: scores[name] for name in METRICS},
-            "num_rows": len(rows.predictions),
-            "empty": [n for n, text in zip(rows.line_numbers, rows.predictions) if not text.strip()],
-            "num_extra_predictions": rows.num_extra,
-            "definitions": definitions(),
-            "files": [path],
-            "prediction_column": args.prediction_column,
-            "reference_column": args.reference_column,
-        }
+        scored[path] = score_rows(rows.answers, rows.references, args.task)
+        if scored[path][task.primary] is None:
+            rule, fix = task.missing
+            fail(str(problem("--task", f"{args.task}: {path}", rule, fix)), "score.py")
+        reports[path] = make_report(path, rows, scored[path], args)
+    first, *others = inputs
+    for path in others:
+        reports[path]["difference"] = None
+        if inputs[path].references == inputs[first].references:
+            two = scored[first]["rows"], scored[path]["rows"]
+            reports[path]["difference"] = compare(first, *two, task.metrics, args.bootstrap)
+
     try:
         write_reports({output: reports[path] for output, path in outputs.items()})
     except ValueError as error:

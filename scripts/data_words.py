@@ -1,6 +1,6 @@
 """The words and the sentence patterns of which make_data.py makes its texts.
 
-Vehicle fault reports come first; documents with questions and advertisements follow below.
+Vehicle fault reports come first; documents with questions, advertisements and repair requests follow below.
 
 Words of the reports: no word is part of another one, so a plain search finds it in a text.
 Parts, faults and tools come in three kinds; a part goes with the faults and tools of its kind.
@@ -321,3 +321,39 @@ ATTRIBUTES = {
 }
 ADVERT_OPENINGS = ("这款{type}值得拥有，", "今季值得入手的{type}来了，", "喜欢上这款{type}只要一眼，", "换季给自己添一款{type}吧，")
 ADVERT_CLOSINGS = ("，送自己或朋友都合适。", "，出门再也不用纠结。", "，每一天都多一份好心情。", "，陪你走过四季。", "。")
+
+# ---------------------------------------------------------------- repair requests
+
+REQUESTS_OF = {  # team -> what it repairs
+    "发动机组": ("冷车启动后抖得厉害", "加速时排气管冒黑烟", "怠速忽高忽低", "机油消耗特别快",
+             "爬坡明显没劲", "行驶中突然熄火", "水温表指到红线", "正时链条哗哗作响"),
+    "变速箱组": ("挂倒挡时咔地一响", "二挡升三挡顿一下", "离合器半联动时打滑", "换挡杆推不进去",
+             "五挡自己跳回空挡", "箱体底部滴齿轮油", "起步时车身往前猛窜", "降挡后传来齿轮撞击声"),
+    "制动组": ("踩刹车脚感发软", "刹车时车头往一边偏", "刹车盘吱吱尖叫", "手刹拉满仍会溜坡",
+            "制动液又少了一截", "松开踏板后车轮仍被拖住", "刹停距离变长", "防抱死指示灯常亮"),
+    "转向组": ("方向盘打起来很沉", "直行时要一直扶正方向", "原地打轮嗡嗡响", "方向盘虚位变大",
+            "转弯后方向不回正", "助力油壶液面偏低", "拉杆球头过坑松旷", "向左打到底有卡顿"),
+    "空调组": ("出风口只有热风", "冷风开十分钟就变弱", "压缩机频繁吸合", "出风带着霉味",
+            "鼓风机只剩一个挡能用", "副驾脚下滴冷凝水", "后排吹不出风", "挡风玻璃除雾不见效"),
+    "电器组": ("左前大灯不亮", "停放一夜蓄电池就亏电", "仪表盘时亮时灭", "车窗升到一半就停",
+            "喇叭按了没声音", "雨刮停不到原位", "中控锁失灵", "倒车影像黑屏"),
+}
+# {main} is what the request is about; {other} belongs to another team and is not to be repaired.
+REQUEST_PATTERNS = (
+    "{date}{who}来电，{car}{main}，请尽快安排检修。",
+    "{who}的{car}{main}，已经持续{days}天，希望当天能看。",
+    "{who}说{car}上周的{other}已经修好，这次报的是{main}。",
+    "{who}起初以为{car}是{other}，其实是{main}。",
+    "{car}{main}，上个月报过的{other}没有再出现，登记人{who}。",
+    "{date}登记：{car}并没有{other}，只是{main}，由{who}送来。",
+    "接待员问{car}有没有{other}，{who}答没有，有的是{main}。",
+    "{who}的同事那辆车才是{other}，{who}自己的{car}是{main}。",
+    "{car}{main}，其余都正常，{other}也没有，{who}{date}送修。",
+    "{date}{who}送修{car}：{main}。先前{other}那一单已经结案。",
+    "{who}试车确认{car}{main}，单子上写的{other}属于录入错误。",
+    "{who}{date}把{car}的报修改为{main}，原单上的{other}作废。",
+)
+REQUEST_FILLERS = {
+    "who": ("王师傅", "李女士", "赵先生", "车队老周", "陈经理", "刘主任", "司机小马", "孙阿姨"),
+    "car": ("轿车", "货车", "客车", "越野车", "面包车", "皮卡"),
+}

@@ -1,4 +1,4 @@
-"""Write the sample data of data/: information extraction, question generation, advertisements.
+"""Write the sample data of data/: information extraction, question generation, advertisements, classification.
 
 Every text is made up from word lists and patterns with a fixed seed, so the files are the same
 bytes on every machine. `python scripts/make_data.py` rewrites them; `--check` compares instead.
@@ -8,6 +8,7 @@ random generator; `forbidden=held_out_combinations()` keeps them clear of the he
 """
 
 import argparse
+import itertools
 import json
 import random
 import re
@@ -361,9 +362,48 @@ def make_adgen():
             "adgen_1.json": unique_rows(lambda: adgen_row(rng), 50, seen)}
 
 
+# ---------------------------------------------------------------- repair requests
+
+TEAMS = tuple(words.REQUESTS_OF)
+CLS_INSTRUCTION = (
+    "你现在是一个文本分类模型，请判断下面的报修记录应该由哪个班组处理，只回答班组名称，可选的班组有："
+    + "、".join(TEAMS) + "。记录："
+)
+
+
+def cls_row(rng, team, held_out):
+    """A made-up repair request and the team that it is for.
+
+    A quarter of the pairs of a request and a pattern is for the held-out rows.
+    """
+    place, shift = int(rng.random() * len(words.REQUESTS_OF[team])), TEAMS.index(team)
+    patterns = [pattern for i, pattern in enumerate(words.REQUEST_PATTERNS)
+                if ((i + place + shift) % HOLD_OUT_EVERY == 0) == held_out]
+    text = pick(rng, patterns)
+    other = pick(rng, [name for name in TEAMS if name != team])
+    chosen = {
+        "main": words.REQUESTS_OF[team][place], "other": pick(rng, words.REQUESTS_OF[other]),
+        "date": _number(rng, "date"), "days": 2 + int(rng.random() * 13),
+        **{name: pick(rng, options) for name, options in words.REQUEST_FILLERS.items()},
+    }
+    return {"instruction": CLS_INSTRUCTION, "input": text.format(**chosen), "output": team}
+
+
+def make_cls():
+    """The rows of cls_0.json and cls_1.json: every team equally often, in no order."""
+    rng, seen = random.Random(2027), set()
+
+    def rows(count, held_out):
+        teams = itertools.cycle(TEAMS)
+        made = unique_rows(lambda: cls_row(rng, next(teams), held_out), count, seen)
+        return sorted(made, key=lambda row: rng.random())
+
+    return {"cls_0.json": rows(400, False), "cls_1.json": rows(50, True)}
+
+
 # ---------------------------------------------------------------- command
 
-FILE_MAKERS = (make_spo, make_d2q, make_adgen)
+FILE_MAKERS = (make_spo, make_d2q, make_adgen, make_cls)
 
 
 def make_files():

@@ -7,21 +7,16 @@ not run again. Nothing here is special to the tiny model: put a real checkpoint 
 """
 
 import argparse
-import hashlib
 import json
 import os
-import shlex
-import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from modes import MODES  # noqa: E402
+from steps import Steps, newest_checkpoint  # noqa: E402
 from tuning import TRAIN_TYPES  # noqa: E402
-from utils import free_port  # noqa: E402
 
 # Learning rates, sizes and epochs that suit a base of some million weights; a 6B model wants the README's.
 FLAGS = {
@@ -38,52 +33,6 @@ COMMON = (
 METRICS = ("f1", "rougeL", "bleu4")
 
 
-class Steps:
-    """Runs commands once: each leaves a stamp with its command, its inputs' hash and its seconds."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.commands = []
-        self.seconds = 0.0
-        folder.mkdir(parents=True, exist_ok=True)
-        self.environment = dict(os.environ)
-
-    def run(self, name, command, inputs, result):
-        """Run a command line unless `result` is there from the same command and inputs."""
-        self.commands.append(command)
-        stamp_path = self.folder / f"{name}.stamp.json"
-        key = hashlib.sha256(command.encode())
-        for path in inputs:
-            key.update(Path(path).read_bytes())
-        key = key.hexdigest()
-        if stamp_path.exists() and Path(result).exists():
-            stamp = json.loads(stamp_path.read_text())
-            if stamp["key"] == key:
-                self.seconds += stamp["seconds"]
-                print(f"\n== {name}: as before, {result}", flush=True)
-                return
-        is_own = self.folder in Path(result).parents  # the base serves other quickstarts too, and looks after itself
-        if is_own and Path(result).is_dir() and not stamp_path.exists():
-            shutil.rmtree(result)  # of a run that was broken off
-        if is_own and Path(result).is_dir():
-            raise SystemExit(f"quickstart: error: {result} is of other settings: remove or rename {self.folder} first")
-        print(f"\n== {name}\n$ {command}", flush=True)
-        started = time.time()
-        words = shlex.split(command.replace("--master_port 29500", f"--master_port {free_port()}"))
-        process = subprocess.run(words, cwd=ROOT, env=self.command_environment(command))
-        if process.returncode:
-            raise SystemExit(process.returncode)
-        seconds = time.time() - started
-        self.seconds += seconds
-        stamp_path.write_text(json.dumps({"key": key, "seconds": seconds}))
-
-    def command_environment(self, command):
-        """The launcher takes the first card alone: one process is best for a model this small."""
-        if command.startswith("deepspeed "):
-            return {**self.environment, "CUDA_VISIBLE_DEVICES": "0"}
-        return self.environment
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mode", choices=MODES, default="glm3")
@@ -94,7 +43,7 @@ def main():
     folder = f"output/quickstart-{args.mode}-{args.train_type}"
     rows, held_out = "data/spo_0.json", "data/spo_1.json"
     os.chdir(ROOT)
-    steps = Steps(Path(folder))
+    steps = Steps(folder)
     sources = [f"scripts/{name}.py" for name in ("make_base", "make_data", "data_words")]
     steps.run("base", f"python scripts/make_base.py --mode {args.mode} --output_dir {base}", sources, base)
     before = f"{folder}/before.jsonl"
@@ -107,7 +56,7 @@ def main():
         f" --train_type {args.train_type} {COMMON} {FLAGS[args.train_type]} --output_dir {folder}/train"
     )
     steps.run("train", command, [*weights, rows], f"{folder}/train")
-    trained = newest_checkpoint(Path(folder) / "train")
+    trained = newest_checkpoint(f"{folder}/train")
     model = trained
     if TRAIN_TYPES[args.train_type].weights == "adapter":
         model = f"{folder}/merged"
@@ -123,12 +72,6 @@ def main():
     summary["seconds"] = round(steps.seconds, 1)
     Path(folder, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print_summary(args, folder, steps, summary)
-
-
-def newest_checkpoint(folder):
-    """The checkpoint of the last step in a run's folder."""
-    found = [path for path in folder.glob("epoch-*-step-*") if (path / "run.json").exists()]
-    return str(max(found, key=lambda path: int(path.name.rsplit("-", 1)[1])))
 
 
 def read_metrics(path):

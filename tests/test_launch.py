@@ -44,6 +44,7 @@ def read_lines(path):
 def test_train_save_load_predict_score(mode, train_type, ds_file, tmp_path, capsys):
     rows = (ROOT / "data" / "spo_0.json").read_text(encoding="utf-8").splitlines()[:NUM_ROWS]
     (tmp_path / "rows.json").write_text("\n".join(rows), encoding="utf-8")
+    (tmp_path / "eval.json").write_text("\n".join(rows[:3]), encoding="utf-8")
     extra = EXTRA[train_type].format(projection=mode != "glm2")
     checkpointing = "--gradient_checkpointing" if mode == "glm" else ""
     process = run_command(
@@ -51,6 +52,7 @@ def test_train_save_load_predict_score(mode, train_type, ds_file, tmp_path, caps
         f" --model_name_or_path {GOLDEN_FOLDERS[mode]} --mode {mode} --train_type {train_type} --ds_file {ds_file}"
         " --max_len 300 --max_src_len 200 --per_device_train_batch_size 2 --gradient_accumulation_steps 2"
         " --num_train_epochs 2 --show_loss_step 1 --save_model_step 1 --learning_rate 1e-3"
+        " --eval_path eval.json --eval_generate --eval_max_new_tokens 3"
         f" --output_dir out {extra} {checkpointing}",
         tmp_path,
     )
@@ -66,6 +68,16 @@ def test_train_save_load_predict_score(mode, train_type, ds_file, tmp_path, caps
     assert (out / "loss.png").stat().st_size > 1000 and list((out / "tensorboard").iterdir())
     assert f"{train_type}: " in process.stdout and "done: 4 updates" in process.stdout
     assert process.stdout.count("first row (") == 1, "rank 0 alone prints"
+
+    # Both ends of epochs are evaluated, on rows that the last process has none of; the better one is kept as best/.
+    evaluations = read_lines(out / "eval_log.jsonl")
+    assert [line["step"] for line in evaluations] == [2, 4] and all("rougeL" in line for line in evaluations)
+    best = min(evaluations, key=lambda line: line["loss"])
+    best_run = json.loads((out / "best" / "run.json").read_text(encoding="utf-8"))
+    assert (best_run["step"], best_run["scores"]["loss"]) == (best["step"], best["loss"])
+    assert [line["output"] for line in read_lines(out / "eval-step-4.jsonl")] == [
+        json.loads(row)["output"] for row in rows[:3]
+    ]
 
     # What was trained, and nothing else, is saved and differs from the base.
     last = out / folders[-1]

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data"
 NUM_ROWS = {"spo_0.json": 1440, "spo_1.json": 50, "d2q_0.json": 400, "d2q_1.json": 20,
-            "adgen_0.json": 400, "adgen_1.json": 50}
+            "adgen_0.json": 400, "adgen_1.json": 50, "cls_0.json": 400, "cls_1.json": 50}
 
 
 def load_make_data():
@@ -138,7 +138,7 @@ def test_rows_are_complete(name):
     assert len({row["instruction"] for row in rows}) == 1
 
 
-@pytest.mark.parametrize("task", ["spo", "d2q", "adgen"])
+@pytest.mark.parametrize("task", ["spo", "d2q", "adgen", "cls"])
 def test_no_input_occurs_twice(task):
     inputs = [row["input"] for part in "01" for row in read_rows(f"{task}_{part}.json")]
     assert len(set(inputs)) == len(inputs)
@@ -248,6 +248,63 @@ def test_advertisements_name_every_attribute(name):
         assert pairs[0][0] == "类型" and 3 <= len(pairs) <= 5
         assert 40 <= len(row["output"]) <= 100, row
         assert all(value in row["output"] for _, value in pairs), row
+
+
+# ---------------------------------------------------------------- repair requests
+
+def complaints(text):
+    """The `(complaint, team)` that a text names, in order."""
+    found = [(complaint, team) for team, complaints in make_data.words.REQUESTS_OF.items() for complaint in complaints
+             if complaint in text]
+    return sorted(found, key=lambda pair: text.index(pair[0]))
+
+
+def pattern_of(text):
+    """The place of the pattern that a request was made of: the one that matches."""
+    fields = re.compile(r"\\{(\w+)\\}")
+    found = [i for i, pattern in enumerate(make_data.words.REQUEST_PATTERNS)
+             if re.fullmatch(fields.sub("(.+)", re.escape(pattern)), text)]
+    assert len(found) == 1, (text, found)
+    return found[0]
+
+
+def test_complaints_are_not_part_of_each_other():
+    all_complaints = [complaint for group in make_data.words.REQUESTS_OF.values() for complaint in group]
+    assert len(set(all_complaints)) == len(all_complaints)
+    assert not [(a, b) for a in all_complaints for b in all_complaints if a != b and a in b]
+    assert all("{main}" in pattern for pattern in make_data.words.REQUEST_PATTERNS)
+    assert not [team for team in make_data.TEAMS for pattern in make_data.words.REQUEST_PATTERNS if team in pattern]
+
+
+@pytest.mark.parametrize("name", ["cls_0.json", "cls_1.json"])
+def test_requests_are_for_each_team_equally_often_and_name_one_complaint_of_it(name):
+    rows = read_rows(name)
+    counts = Counter(row["output"] for row in rows)
+    assert set(counts) == set(make_data.TEAMS) and max(counts.values()) - min(counts.values()) <= 2
+    for row in rows:
+        assert 20 <= len(row["input"]) <= 60 and "{" not in row["input"]
+        assert all(team in row["instruction"] for team in make_data.TEAMS)
+        teams = [team for _, team in complaints(row["input"])]
+        assert teams.count(row["output"]) == 1 and len(teams) <= 2, row
+
+
+def test_held_out_requests_say_known_complaints_in_known_patterns_but_not_together():
+    pairs = []
+    for name in ("cls_0.json", "cls_1.json"):
+        pairs.append({(complaint, pattern_of(row["input"])) for row in read_rows(name)
+                      for complaint, team in complaints(row["input"]) if team == row["output"]})
+    assert not pairs[0] & pairs[1]
+    for place in (0, 1):
+        assert {pair[place] for pair in pairs[1]} <= {pair[place] for pair in pairs[0]}
+
+
+def test_the_place_of_a_complaint_does_not_give_the_team():
+    for name in ("cls_0.json", "cls_1.json"):
+        rows = read_rows(name)
+        for place in (0, -1):
+            right = sum(complaints(row["input"])[place][1] == row["output"] for row in rows)
+            print(f"{name}, complaint {place}: {100 * right / len(rows):.1f}")
+            assert right < 0.75 * len(rows)
 
 
 def test_readme_shows_the_files_as_they_are():

@@ -33,19 +33,22 @@ def step(quickstart, tmp_path):
     return run
 
 
-def test_a_finished_step_is_not_run_again_until_its_inputs_change(step, tmp_path):
+def test_a_finished_step_is_not_run_again_until_its_inputs_change(step, tmp_path, capsys):
     result = tmp_path / "run" / "train"
     assert step("run", result) == 1
     assert step("run", result) == 1
     step.rows.write_text("2")
-    with pytest.raises(SystemExit, match="is of other settings: remove or rename"):
+    with pytest.raises(SystemExit) as stop:
         step("run", result)
+    assert stop.value.code == 2
+    assert f"{result}: is of other settings: remove or rename it" in capsys.readouterr().err
 
 
 def test_a_step_that_broke_off_starts_anew(step, tmp_path):
     result = tmp_path / "run" / "train"
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stop:
         step("run", result, exit_code=9)
+    assert stop.value.code == 9
     (result / "half").write_text("")
     assert step("run", result) == 2
     assert not (result / "half").exists()

@@ -1,5 +1,6 @@
 """Scoring: the values against the libraries themselves, the triples by hand, the command with its files and errors."""
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -13,8 +14,10 @@ from hypothesis import strategies as st
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_chinese import Rouge
 
+import metrics
 import score
 from arguments import score_parser
+from tasks import TRIPLES
 
 REPO_ROOT = Path(score.__file__).resolve().parent
 
@@ -120,7 +123,7 @@ def test_rouge_l_of_long_texts_is_the_same_without_the_library_table(monkeypatch
     predictions = [*PREDICTIONS, "甲乙丙丁" * 30 + "。", "一.............二"]
     references = [*REFERENCES, "丁甲丙乙" * 25, "一............二"]
     with_library = row_values(score.score_rows(predictions, references), "rougeL")
-    monkeypatch.setattr(score, "MAX_ROUGE_L_CELLS", 0)
+    monkeypatch.setattr(metrics, "MAX_ROUGE_L_CELLS", 0)
     assert row_values(score.score_rows(predictions, references), "rougeL") == pytest.approx(with_library, abs=1e-9)
 
 
@@ -153,7 +156,7 @@ def test_lists_of_different_or_no_length_are_refused():
     ],
 )
 def test_parse_triples(text, expected):
-    assert score.parse_triples(text) == expected
+    assert metrics.parse_triples(text) == expected
 
 
 TRIPLE_PAIRS = [
@@ -177,13 +180,13 @@ def test_triple_values_by_hand():
     assert row_values(result, "num_reference") == [2, 3, 0, 1, 0, 1, 0]
     macro = {"precision": 150 / 5, "recall": (100 + 100 / 3) / 5, "f1": 140 / 5}
     micro = {"precision_micro": 100 * 3 / 5, "recall_micro": 100 * 3 / 7, "f1_micro": 100 * 6 / 12}
-    assert {name: result[name] for name in score.TRIPLE_METRICS} == pytest.approx({**macro, **micro})
+    assert {name: result[name] for name in TRIPLES} == pytest.approx({**macro, **micro})
 
 
 def test_no_triple_predicted_gives_0_and_none_in_any_reference_null():
-    assert [score.score_rows(["没有"], ["a_b_c"])[name] for name in score.TRIPLE_METRICS] == [0] * 6
+    assert [score.score_rows(["没有"], ["a_b_c"])[name] for name in TRIPLES] == [0] * 6
     result = score.score_rows(["a_b_c", "好"], ["没有", "好"])
-    assert [result[name] for name in score.TRIPLE_METRICS] == [None] * 6
+    assert [result[name] for name in TRIPLES] == [None] * 6
     assert result["exact_match"] == 50
 
 
@@ -191,7 +194,7 @@ def test_aggregating_chosen_rows_is_scoring_them():
     rows = score.score_rows(PREDICTIONS, REFERENCES)["rows"]
     chosen = [2, 2, 0, 5]
     alone = score.score_rows([PREDICTIONS[i] for i in chosen], [REFERENCES[i] for i in chosen])
-    assert score.aggregate_rows([rows[i] for i in chosen]) == {name: alone[name] for name in score.METRICS}
+    assert score.metrics_of([rows[i] for i in chosen]) == {name: alone[name] for name in score.METRICS}
 
 
 def test_an_empty_prediction_is_0_in_every_metric():
@@ -202,7 +205,9 @@ def test_an_empty_prediction_is_0_in_every_metric():
     assert row_values(result, "f1") == [0, None, None]
 
 
-texts = st.text(max_size=40) | st.text(alphabet="今天气好。,!?？….”’“_aB1%- \n\r\t\u3000\x1c\x85\u200b😀\ud800", max_size=60)
+texts = st.text(max_size=40) | st.text(
+    alphabet="今天气好。,!?？….”’“_aB1%- \n\r\t\u3000\x1c\x85\u200b😀\ud800", max_size=60
+)
 
 
 @settings(max_examples=150, deadline=None)
@@ -232,14 +237,19 @@ def test_lcs_length_is_that_of_the_plain_recursion(first, second):
     for i, a in enumerate(first, 1):
         for j, b in enumerate(second, 1):
             table[i][j] = table[i - 1][j - 1] + 1 if a == b else max(table[i - 1][j], table[i][j - 1])
-    assert score.lcs_length(first, second) == table[-1][-1]
+    assert metrics.lcs_length(first, second) == table[-1][-1]
 
 
 def test_bom_blank_lines_and_other_columns(tmp_path):
     path = tmp_path / "p.jsonl"
-    rows = ['{"prediction": "甲", "output": "乙", "index": 3}', "  ", "", '{"output": "丁", "prediction": "丙\\r\u2028"}']
+    rows = [
+        '{"prediction": "甲", "output": "乙", "index": 3}',
+        "  ",
+        "",
+        '{"output": "丁", "prediction": "丙\\r\u2028"}',
+    ]
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(rows).encode("utf-8"))
-    assert score.read_predictions(path) == (["甲", "丙\r\u2028"], ["乙", "丁"], [1, 4], 0)
+    assert score.read_predictions(path) == ([["甲"], ["丙\r\u2028"]], ["乙", "丁"], [1, 4])
 
 
 def test_several_answers_count_once(tmp_path):
@@ -250,12 +260,14 @@ def test_several_answers_count_once(tmp_path):
         {"prediction": "戊", "predictions": ["己"], "output": "戊"},
         {"prediction": ["庚", "辛"], "output": "庚"},
     )
-    assert score.read_predictions(path) == (["甲", "丁", "戊", "庚"], ["甲", "丁", "戊", "庚"], [1, 2, 3, 4], 3)
+    rows = score.read_predictions(path)
+    assert rows == ([["甲", "乙", "丙"], ["丁"], ["戊"], ["庚", "辛"]], ["甲", "丁", "戊", "庚"], [1, 2, 3, 4])
+    assert (rows.predictions, rows.num_extra) == (["甲", "丁", "戊", "庚"], 3)
 
 
 def test_columns_can_be_named(tmp_path):
     path = write_lines(tmp_path / "p.jsonl", {"answer": "甲", "label": "乙"}, {"answers": ["丙", "丁"], "label": "丙"})
-    assert score.read_predictions(path, "answer", "label") == (["甲", "丙"], ["乙", "丙"], [1, 2], 1)
+    assert score.read_predictions(path, "answer", "label") == ([["甲"], ["丙", "丁"]], ["乙", "丙"], [1, 2])
     assert score.main(["--predictions", path, "--prediction_column", "answer", "--reference_column", "label"]) == 0
     report = json.loads((tmp_path / "p.scores.json").read_text())
     assert (report["prediction_column"], report["reference_column"]) == ("answer", "label")
@@ -269,27 +281,45 @@ def test_report_beside_the_predictions(predictions_path, tmp_path, capsys):
     report = json.loads(output_path.read_text(encoding="utf-8"))
     result = score.score_rows(PREDICTIONS, REFERENCES)
     assert report["metrics"] == {name: result[name] for name in score.METRICS}
-    assert list(report["metrics"]) == list(report["definitions"]) == [
-        *("rouge1", "rouge2", "rougeL", "bleu4", "bleu4_words", "precision", "recall", "f1"),
-        *("precision_micro", "recall_micro", "f1_micro", "exact_match"),
-    ]
+    assert (
+        list(report["metrics"])
+        == list(report["definitions"])
+        == [
+            *("rouge1", "rouge2", "rougeL", "bleu4", "bleu4_words", "precision", "recall", "f1"),
+            *("precision_micro", "recall_micro", "f1_micro", "exact_match"),
+        ]
+    )
     assert (report["num_rows"], report["empty"], report["files"]) == (len(PAIRS), [], [predictions_path])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["predictions.jsonl", "predictions.scores.json"]
     out, err = capsys.readouterr()
     assert err == ""
     lines = out.splitlines()
     assert lines[0] == f"{predictions_path}: rows: {len(PAIRS)}"
-    assert [line.split()[:2] for line in lines[3:]] == [[name, f"{result[name]:.2f}"] for name in score.METRICS]
-    assert len({line.index(score.METRICS[line.split()[0]][0]) for line in lines[3:]}) == 1  # aligned
+    assert lines[1] == "in brackets: 95 % interval, 1,000 resamples of the rows"
+    assert [line.split()[:2] for line in lines[4:]] == [[name, f"{result[name]:.2f}"] for name in score.METRICS]
+    assert len({line.index(metrics.METRICS[line.split()[0]].title) for line in lines[4:]}) == 1  # aligned
+    for line in lines[4:]:
+        low, high = report["intervals"][line.split()[0]]
+        assert f" [{low:.1f}, {high:.1f}]  " in line and low <= report["metrics"][line.split()[0]] <= high
+
+
+def test_without_resamples_the_table_has_the_values_alone(predictions_path, tmp_path, capsys):
+    assert score.main(["--predictions", predictions_path, "--bootstrap", "0"]) == 0
+    report = json.loads((tmp_path / "predictions.scores.json").read_text(encoding="utf-8"))
+    assert report["intervals"] == dict.fromkeys(score.METRICS)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:3] == ["", f"{'metric':15}{'value':>8}  definition"]
+    for name, line in zip(score.METRICS, lines[3:], strict=True):
+        assert line == f"{name:15}{report['metrics'][name]:8.2f}  {metrics.METRICS[name].title}"
 
 
 def test_definitions_name_library_and_version():
-    definitions = score.definitions()
+    definitions = metrics.definitions(metrics.METRICS)
     for name in ("rouge1", "rouge2", "rougeL"):
-        assert f"rouge-chinese {score.importlib.metadata.version('rouge-chinese')}" in definitions[name]
+        assert f"rouge-chinese {importlib.metadata.version('rouge-chinese')}" in definitions[name]
         assert f"jieba {jieba.__version__}" in definitions[name]
     for name in ("bleu4", "bleu4_words"):
-        assert f"nltk {score.importlib.metadata.version('nltk')}" in definitions[name]
+        assert f"nltk {importlib.metadata.version('nltk')}" in definitions[name]
     assert not [sentence for sentence in definitions.values() if "{" in sentence or not sentence.endswith(".")]
 
 
@@ -316,9 +346,10 @@ def test_several_files_side_by_side(tmp_path, capsys):
     assert score.main(["--predictions", with_triples, without]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == [f"[1] {with_triples}: rows: 1", f"[2] {without}: rows: 1"]
-    values = {line.split()[0]: line.split()[1:3] for line in lines[3:]}
+    values = {line.split()[0]: line.split()[1:3] for line in lines[4:-2]}
     assert (values["metric"], values["f1"]) == (["[1]", "[2]"], ["100.00", "-"])
     assert values["exact_match"] == ["100.00", "0.00"]
+    assert lines[-2:] == ["", "[2]: its references are not those of [1], so there is no difference"]
     reports = [json.loads((tmp_path / name).read_text()) for name in ("a.scores.json", "b.scores.json")]
     assert [report["metrics"]["exact_match"] for report in reports] == [100, 0]
     assert [report["files"] for report in reports] == [[with_triples], [without]]

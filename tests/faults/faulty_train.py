@@ -27,7 +27,6 @@ import watch  # noqa: E402
 
 POINTS = ("before a file", "after a file", "before the manifest", "before the rename", "after the rename")
 REPLACING = "between the renames"  # reached only where a folder of the name is there already
-BLOCK = 16 << 20  # bytes of a plain write
 
 
 def kill(rank, number, *point):
@@ -142,23 +141,22 @@ def time_saves(path):
 
 
 def plain_write(folder):
-    """Seconds in which all ranks write and flush files as large as those that they have in a state.
+    """Seconds in which all ranks write and flush copies of the files that they have in a state, which are in memory.
 
-    The files stay as long as the state does, so that both ways find the same disk: space that was never used, or that
+    The copies stay as long as the state does, so that both ways find the same disk: space that was never used, or that
     has just been given back.
     """
     import torch.distributed as dist
 
-    sizes = [file.stat().st_size for file in folder.rglob("*") if file.is_file() and owner(file) == os.environ["RANK"]]
-    block = memoryview(os.urandom(BLOCK))
+    mine = [file for file in folder.rglob("*") if file.is_file() and owner(file) == os.environ["RANK"]]
+    contents = [file.read_bytes() for file in mine]
     place = folder.parent / f"plain-{os.environ['RANK']}" / folder.name
     place.mkdir(parents=True)
     dist.barrier()
     start = time.monotonic()
-    for number, size in enumerate(sizes):
+    for number, content in enumerate(contents):
         with open(place / str(number), "wb") as file:
-            for done in range(0, size, BLOCK):
-                file.write(block[: size - done])
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
     dist.barrier()

@@ -1,0 +1,319 @@
+"""The YAML file of compare.py: read, checked, and expanded into the methods that are run."""
+
+import difflib
+import itertools
+import os
+import re
+from dataclasses import dataclass, field
+
+import yaml
+
+from arguments import predict_parser, sampling_problems, train_parser, train_problems
+from data_set import data_files
+from modes import MODES
+from tasks import TASKS
+from tuning import TRAIN_TYPES
+
+# What compare.py gives itself, and what it gives where the file does not.
+FILE_FLAGS = ("eval_path", "replay_path")  # of train.py: more rows that decide the weights
+OWN_TRAIN_FLAGS = "train_path model_name_or_path mode train_type output_dir seed resume local_rank".split()
+OWN_PREDICT_FLAGS = "model_path mode test_path output_path overwrite prompt interactive local_rank".split()
+TRAIN_DEFAULTS = {"save_state_step": 100, "save_total_limit": 1}
+NAMED = r"[^\W_][\w.+-]*"  # of a method: it is the name of a folder, too
+KEYS = {  # key of the file: (type, what messages call it, is it needed)
+    "base": (str, "a folder or a hub name", True),
+    "base_command": (str, "a command line", False),
+    "mode": (str, f"one of {', '.join(MODES)}", False),
+    "task": (str, f"one of {', '.join(TASKS)}", False),
+    "train_path": ((str, list), "a path or a list of them", True),
+    "test_path": ((str, list), "a path or a list of them", True),
+    "train_flags": (dict, "flags of train.py without the dashes", False),
+    "predict_flags": (dict, "flags of predict.py without the dashes", False),
+    "methods": (list, "a list of methods", True),
+    "seeds": (list, "a list of different whole numbers", False),
+    "forgetting": (bool, "true or false", False),
+}
+METHOD_KEYS = {
+    "name": (str, "a name", True),
+    "train_type": (str, f"one of {', '.join(TRAIN_TYPES)}", True),
+    "flags": (dict, "flags of train.py without the dashes", False),
+    "grid": (dict, "a list of values for each flag of train.py", False),
+}
+CHOICES = {"mode": MODES, "task": TASKS, "train_type": TRAIN_TYPES}
+
+
+@dataclass
+class Method:
+    """One row of the report: a method with one choice of the values in its grid. flags: its own; all: with those of
+    all methods and the defaults."""
+
+    name: str
+    family: str  # the name in the file, of all choices of a grid
+    train_type: str
+    flags: dict
+    all: dict
+
+
+@dataclass
+class Plan:
+    """A comparison: what the file says, checked."""
+
+    path: str
+    base: str
+    train_path: list
+    test_path: list
+    task: str = None
+    base_command: str = None
+    mode: str = None
+    predict_flags: dict = field(default_factory=dict)
+    methods: list = field(default_factory=list)
+    seeds: list = field(default_factory=lambda: [1234])
+    forgetting: bool = False
+
+
+class Loader(yaml.SafeLoader):
+    """YAML in which a key may stand once: the library would take the last one without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        """A dict, of a mapping without a key twice."""
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands here twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path):
+    """The mapping in a YAML file; ValueError that names the line otherwise."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            values = yaml.load(file, Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}): name a YAML file") from None
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{path}{line}: not YAML ({error.problem}): mend this line") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())}): mend it") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: is {name_type(values)}: write keys with values, such as base: ChatGLM3-6B")
+    return values
+
+
+def read_plan(path):
+    """(Plan, problems): the problems are one line each, as {key: value, rule, fix}; the plan is None with them."""
+    values = read_yaml(path)
+    problems = key_problems(values, KEYS, "")
+    entries = values.get("methods")
+    for number, entry in enumerate(entries if isinstance(entries, list) else []):
+        where = f"methods[{number}]"
+        if isinstance(entry, dict):
+            problems += key_problems(entry, METHOD_KEYS, f"{where}.")
+        else:
+            problems.append(f"{where} {show(entry)}: is {name_type(entry)}: write name and train_type")
+    problems = problems or value_problems(values)
+    if not problems:
+        plan = expand(path, values)
+        problems = flag_problems(plan, values)
+    return (None if problems else plan), [f"{path}: {problem}" for problem in problems]
+
+
+def key_problems(values, keys, where):
+    """Keys that are unknown, missing or of another type."""
+    problems = []
+    for key, value in values.items():
+        if key not in keys:
+            near = difflib.get_close_matches(str(key), keys, 1)
+            fix = f"did you mean {near[0]}?" if near else f"known are {', '.join(keys)}"
+            problems.append(f"{where}{key} {show(value)}: no such key: {fix}")
+        elif not isinstance(value, keys[key][0]) or (value in ("", []) and keys[key][2]):
+            problems.append(f"{where}{key} {show(value)}: is {name_type(value)}: give {keys[key][1]}")
+        elif key in CHOICES and value not in CHOICES[key]:
+            problems.append(f"{where}{key} {show(value)}: is none of them: give {keys[key][1]}")
+    return problems + [
+        f"{where}{key}: is missing: give {text}"
+        for key, (_, text, is_needed) in keys.items()
+        if is_needed and key not in values
+    ]
+
+
+def value_problems(values):
+    """What is wrong with values that have the right type."""
+    problems = []
+    for key in ("train_path", "test_path"):
+        try:
+            paths = as_list(values[key])
+            if not all(isinstance(path, str) for path in paths):
+                raise ValueError("a path is no text: put it in quotes")
+            data_files(paths)
+        except ValueError as error:
+            problems.append(f"{key} {error}")
+    seeds = values.get("seeds", [0])
+    if not seeds or len({*map(str, seeds)}) < len(seeds) or any(type(seed) is not int for seed in seeds):
+        problems.append(f"seeds {show(seeds)}: must be {KEYS['seeds'][1]}: for example [1234, 1235]")
+    names = set()
+    for number, entry in enumerate(values["methods"]):
+        where, name = f"methods[{number}]", entry["name"]
+        if not re.fullmatch(NAMED, name) or name.lower() in ("base", *names):
+            rule = "is taken" if name.lower() in ("base", *names) else "is a folder's name too"
+            problems.append(f"{where}.name {show(name)}: {rule}: give another, of letters, digits, '.', '_', '+', '-'")
+        names.add(name.lower())
+        for flag, choices in (entry.get("grid") or {}).items():
+            texts = [as_text(choice) for choice in choices] if isinstance(choices, list) else []
+            if not texts or len(set(texts)) < len(texts):
+                rule = "must be a list of different values"
+                problems.append(f"{where}.grid.{flag} {show(choices)}: {rule}: for example [1e-4, 3e-4]")
+            if flag in (entry.get("flags") or {}):
+                problems.append(f"{where}.grid.{flag}: stands in flags too: remove one")
+    return problems
+
+
+def expand(path, values):
+    """The plan, with a method for each choice of the values in a grid."""
+    common = {**TRAIN_DEFAULTS, **values.get("train_flags", {})}
+    methods = []
+    for entry in values["methods"]:
+        grid = entry.get("grid", {})
+        for choice in itertools.product(*grid.values()):
+            point = dict(zip(grid, choice))
+            name = ",".join([entry["name"], *(f"{flag}={as_text(value)}" for flag, value in point.items())])
+            flags = {**entry.get("flags", {}), **point}
+            name = re.sub(r"[^\w.,=+-]+", "-", name)
+            methods.append(Method(name, entry["name"], entry["train_type"], flags, {**common, **flags}))
+    same = {key: value for key, value in values.items() if key not in ("train_flags", "methods")}
+    return Plan(path=path, **same | {key: as_list(values[key]) for key in ("train_path", "test_path")}, methods=methods)
+
+
+def flag_problems(plan, values):
+    """What train.py and predict.py would refuse, of each method; `values` say where a flag stands."""
+    problems = []
+    for number, entry in enumerate(values["methods"]):
+        first = next(method for method in plan.methods if method.family == entry["name"])
+        places = {"train_flags.": values.get("train_flags", {}), f"methods[{number}].flags.": entry.get("flags", {})}
+        places |= {f"methods[{number}].grid.": entry.get("grid", {})}
+        for where, flags in places.items():
+            problems += name_problems(train_parser(), flags, OWN_TRAIN_FLAGS, where)
+        if not problems:
+            for method in plan.methods:
+                if method.family == first.family:
+                    problems += [
+                        f"methods[{number}] ({method.name}): {text}" for text in train_flag_problems(plan, method)
+                    ]
+    problems += name_problems(predict_parser(), plan.predict_flags, OWN_PREDICT_FLAGS, "predict_flags.")
+    if not problems:
+        problems += [f"predict_flags: {text}" for text in predict_flag_problems(plan)]
+    return list(dict.fromkeys(problems))
+
+
+def name_problems(parser, flags, own, where):
+    """Flags that the script does not have, or that are not the file's to give."""
+    known = [action.dest for action in parser._actions if action.dest not in ("help", *own)]
+    problems = []
+    for flag, value in flags.items():
+        if flag in own:
+            problems.append(
+                f"{where}{flag} {show(value)}: compare.py gives it: remove it (seeds, base and paths are keys)"
+            )
+        elif flag not in known:
+            near = difflib.get_close_matches(str(flag), known, 1)
+            fix = f"did you mean {near[0]}?" if near else f"see python {parser.prog} --help"
+            problems.append(f"{where}{flag} {show(value)}: {parser.prog} has no such flag: {fix}")
+    return problems
+
+
+def train_flag_problems(plan, method):
+    """What train.py would say of a method's command line before it reads a weight."""
+    try:
+        found = train_problems(*train_args(plan, method))
+    except ValueError as error:
+        return [str(error)]
+    # A base that a command will make cannot be looked at yet.
+    return [p for p in found if not (plan.base_command and not has_base(plan) and p.startswith("--model_name_or_path"))]
+
+
+def train_args(plan, method):
+    """(args of train.py for a method, names of the flags that are given); ValueError for a flag that it refuses."""
+    parser = strict(train_parser())
+    words = train_words(plan, method, plan.seeds[0], os.path.join("output", "not-there-yet"))
+    return parser.parse_args(words), parser.typed(words)
+
+
+def predict_flag_problems(plan):
+    """What predict.py would say of its command line; the ranges of numbers it says itself, at the base's rows."""
+    parser = predict_parser()
+    try:
+        words = predict_words(plan, plan.base, "predictions.jsonl")
+        args = strict(parser).parse_args(words)
+    except ValueError as error:
+        return [str(error)]
+    return sampling_problems(args, parser.typed(words))
+
+
+def strict(parser):
+    """The parser, raising ValueError where it would end the program."""
+
+    def error(message):
+        raise ValueError(f"{message}: see python {parser.prog} --help")
+
+    parser.error = error
+    return parser
+
+
+def has_base(plan):
+    """Is the base model there?"""
+    return os.path.isfile(os.path.join(plan.base, "config.json"))
+
+
+def train_words(plan, method, seed, output_dir):
+    """The flags of train.py for a method with one seed, as words."""
+    words = ["--train_path", *plan.train_path, "--model_name_or_path", plan.base]
+    words += ["--mode", plan.mode] if plan.mode else []
+    words += ["--train_type", method.train_type, *flag_words(train_parser(), method.all)]
+    return [*words, "--seed", str(seed), "--output_dir", output_dir, "--resume", "auto"]
+
+
+def predict_words(plan, model, output_path):
+    """The flags of predict.py for a model, as words."""
+    words = ["--model_path", model, *(["--mode", plan.mode] if plan.mode else []), "--test_path", *plan.test_path]
+    return [*words, *flag_words(predict_parser(), plan.predict_flags), "--output_path", output_path, "--overwrite"]
+
+
+def flag_words(parser, flags):
+    """{flag: value} as words: true and false switch a flag that takes no value; ValueError where it is neither."""
+    actions = {action.dest: action for action in parser._actions}
+    words = []
+    for flag, value in flags.items():
+        if actions[flag].nargs == 0:
+            if not isinstance(value, bool):
+                raise ValueError(f"--{flag} {show(value)}: is on or off: give true or false")
+            words += [f"--{flag}"] if value else []
+        elif isinstance(value, dict) or value is None or any(isinstance(part, (dict, list)) for part in as_list(value)):
+            raise ValueError(f"--{flag} {show(value)}: is {name_type(value)}: give a text or a number")
+        elif isinstance(value, list) and actions[flag].nargs is None:
+            raise ValueError(f"--{flag} {show(value)}: takes one value: give one, or write the list as a grid")
+        else:
+            words += [f"--{flag}", *map(as_text, as_list(value))]
+    return words
+
+
+def as_list(value):
+    """A list as it is, another value as a list of one."""
+    return value if isinstance(value, list) else [value]
+
+
+def as_text(value):
+    """A value of the file as a word of a command line."""
+    return str(value)
+
+
+def show(value):
+    """A value for a message, on one line."""
+    text = " ".join(str(value).split())
+    return repr(value if isinstance(value, str) else None) if text in ("", "None") else text[:60]
+
+
+def name_type(value):
+    """What a value is, in YAML's words."""
+    names = {dict: "a mapping", list: "a list", str: "a text", bool: "true or false", type(None): "empty"}
+    return names.get(type(value), "a number" if isinstance(value, (int, float)) else f"a {type(value).__name__}")

@@ -1,0 +1,396 @@
+"""What did fine-tuning make the model forget? Loss and scored answers on a fixed suite of general questions.
+
+    python forgetting.py --model_path ChatGLM3-6B --output_path before.json
+    python forgetting.py --model_path output-glm3/epoch-2-step-720 --before before.json --output_path after.json
+
+Takes what predict.py takes. The suite, and how its rows are scored: data/general/README.md.
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import re
+import sys
+import unicodedata
+
+from arguments import collect, forgetting_parser, model_problems, output_file_problems, range_problems
+from checkpoint import load_opened, open_checkpoint
+from data_set import Columns, check_items, data_files, encode_row, place_of, read_file
+from modes import read_json
+from predict import Answerer, make_batches
+from utils import choose_device, choose_precision, fail, prepare_environment, torch_dtype, world_size
+from weights import write_json
+
+MAX_LEN = 1 << 30  # tokens of a row: a reference is never cut
+NUM_RESAMPLES = 2000
+MIN_ROWS = 6  # of fewer, all change in one direction by chance in more than 5 % of cases: no interval then
+PACKAGES = ("torch", "transformers", "peft", "rouge-chinese", "jieba")
+DIGITS = {"loss": 2, "score": 1}
+
+
+def main(argv):
+    """Measure a model on the suite, compare with an earlier result, write the result, print the table."""
+    args, suite, before = parse_args(argv)
+    prepare_environment(args.device)
+    opened = open_checkpoint(args.model_path, args.mode, base=args.model_name_or_path)
+    device = choose_device(args.device)
+    result = {
+        "model": args.model_path,
+        "mode": opened.mode.name,
+        "precision": choose_precision(args.precision, device),
+        "suite": {"path": args.suite, "sha256": suite_hash(suite)},
+        "max_new_tokens": None if args.no_generate else args.max_new_tokens,
+    }
+    if before:
+        require_comparable(before, result, args.before)
+    model, tokenizer = load_opened(opened, torch_dtype(result["precision"]), device)
+    rows = measure_losses(model, tokenizer, opened.mode.prompt, suite, args)
+    if not args.no_generate:
+        answers = measure_answers(Answerer(model, tokenizer, opened.mode.prompt, args), suite, args)
+        rows = [{**row, **answer} for row, answer in zip(rows, answers)]
+    result |= {**summary(rows), "before": None, "difference": None, "verdict": None}
+    if before:
+        result["before"] = {"path": args.before, "model": before["model"], **summary(before["rows"])}
+        result["difference"] = differences(rows, before["rows"], args.before)
+        result["verdict"] = verdict(result["difference"])
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    save(result | {"versions": versions, "rows": rows}, args.output_path)
+    print(format_result(result))
+    return 0
+
+
+def parse_args(argv):
+    """(checked flags, rows of the suite, result of --before or {}); ends with exit code 2 and all problems at once."""
+    parser = forgetting_parser()
+    args = parser.parse_args(argv)
+    suite, before = [], {}
+    problems = range_problems(args, at_least_one="batch_size max_new_tokens", at_least_zero="batch_tokens")
+    if args.no_generate and "max_new_tokens" in parser.typed(argv):
+        problems.append("--max_new_tokens: belongs to the answers: remove it or --no_generate")
+    if world_size() > 1:
+        problems.append("WORLD_SIZE: this is one process: start it with python, not with the launcher")
+    problems += collect(lambda: suite.extend(read_suite(args.suite)), prefix="--suite ")
+    if args.before:
+        problems += collect(lambda: before.update(read_before(args.before)), prefix="--before ")
+    inputs = [path for path in (args.before, args.suite) if path]
+    problems += output_file_problems(argparse.Namespace(**vars(args), test_path=inputs))
+    if not os.path.exists(os.path.join(args.model_path, "run.json")):
+        problems += model_problems(args, "--model_path", args.model_path)
+    if problems:
+        fail(problems, parser.prog)
+    return args, suite, before
+
+
+# The suite, and how an answer is scored.
+
+
+def read_suite(path):
+    """Rows {"query", "answer", "place", "category", "check", "accept"} of a file or of the files in a folder."""
+    rows = []
+    for file in data_files([path]):
+        part = read_file(file)
+        items = list(part.items)
+        for number, row in check_items(part._replace(items=items), Columns()):
+            place = place_of(file, part.is_array, number)
+            rows.append({**row, **check_scoring(json.loads(items[number - part.first]), place)})
+    if not rows:
+        raise ValueError(f"{path}: no row in it: give at least one")
+    return rows
+
+
+def check_scoring(row, place):
+    """The fields of a row that say how its answer is scored, checked."""
+    category, check, accept = row.get("category"), row.get("check"), row.get("accept", [])
+    if not isinstance(category, str) or not category.strip():
+        raise ValueError(f"{place}: field 'category': must be a string that is not empty")
+    if check not in list(CHECKS):
+        raise ValueError(f"{place}: field 'check': must be one of {', '.join(CHECKS)}")
+    lists = accept if check == "all" else [accept]
+    is_right = isinstance(lists, list) and all(is_list_of_texts(texts) for texts in lists)
+    if not is_right or (check in ("all", "contains") and not (lists and all(lists))):
+        kind = "lists of strings" if check == "all" else "strings"
+        raise ValueError(f"{place}: field 'accept': check {check} takes a list of {kind}, none of them empty")
+    if check == "number" and last_number(row["output"]) is None:
+        raise ValueError(f"{place}: field 'output' holds no number, which check number needs: add one")
+    return {"category": category, "check": check, "accept": accept}
+
+
+def is_list_of_texts(value):
+    return isinstance(value, list) and all(isinstance(text, str) and words(text) for text in value)
+
+
+def suite_hash(rows):
+    """SHA-256 of what is asked and how it is scored, wherever the rows lie."""
+    fields = [[row[name] for name in ("query", "answer", "category", "check", "accept")] for row in rows]
+    return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
+
+
+def words(text):
+    """The text with spaces around each word (of ASCII letters, digits and `_`) and each other character.
+
+    `words(a) in words(b)` then means: a stands in b, whatever the white space, and not inside a longer word or number.
+    """
+    return "".join(f" {word} " for word in re.findall(r"\w+|\S", unicodedata.normalize("NFKC", text), re.ASCII))
+
+
+def plain(text):
+    """`words` of a text without the quotes and full stops around it."""
+    return words(unicodedata.normalize("NFKC", text).strip(" \t\r\n\"'“”‘’「」《》`*。.!"))
+
+
+def last_number(text):
+    """The last number of a text, with or without commas between thousands; None where there is none."""
+    text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", unicodedata.normalize("NFKC", text).replace("−", "-"))
+    found = re.findall(r"(?:(?<![A-Za-z0-9_)])-)?[0-9]+(?:\.[0-9]+)?", text)
+    return float(found[-1]) if found else None
+
+
+def stands_in(answer, texts):
+    """Does one of the texts stand in the answer? Upper and lower case are alike."""
+    return any(words(text).lower() in words(answer).lower() for text in texts)
+
+
+def rouge_l(answer, references):
+    """ROUGE-L F1 of score.py against the reference that is nearest."""
+    from score import score_rows
+
+    return max(score_rows([answer], [reference])["rougeL"] for reference in references)
+
+
+CHECKS = {  # the `check` of a row: function of an answer and the row, 0..100 or true and false
+    "exact": lambda answer, row: plain(answer) in [plain(text) for text in (row["answer"], *row["accept"])],
+    "contains": lambda answer, row: stands_in(answer, row["accept"]),
+    "all": lambda answer, row: 100 * sum(stands_in(answer, texts) for texts in row["accept"]) / len(row["accept"]),
+    "number": lambda answer, row: last_number(answer) == last_number(row["answer"]),
+    "rougeL": lambda answer, row: rouge_l(answer, [row["answer"], *row["accept"]]),
+}
+
+
+def score_answer(answer, row):
+    """0..100 by the row's check; rounded, because the ROUGE library misses 100 by its guard against 0 / 0."""
+    value = CHECKS[row["check"]](answer, row)
+    return 100.0 * value if isinstance(value, bool) else round(value, 4)
+
+
+# Measuring.
+
+
+def in_batches(label, sizes, args):
+    """Yield lists of row numbers, with a progress bar. sizes: tokens of each row."""
+    from tqdm import tqdm
+
+    with tqdm(total=len(sizes), desc=label, unit="row") as bar:
+        for numbers in make_batches(dict(enumerate(sizes)), args.batch_size, args.batch_tokens):
+            yield numbers
+            bar.update(len(numbers))
+
+
+def measure_losses(model, tokenizer, prompt, suite, args):
+    """The rows of the result: what each of the suite is, and its loss per supervised token."""
+    from batches import collate, to_device
+
+    encoded = [encode_row(row["query"], row["answer"], tokenizer, prompt, MAX_LEN, None) for row in suite]
+    rows = [None] * len(suite)
+    for numbers in in_batches("losses", [len(row["input_ids"]) for row in encoded], args):
+        batch = to_device(collate([encoded[n] for n in numbers], tokenizer.pad_token_id), model.device)
+        for n, (loss_sum, num_tokens) in zip(numbers, row_losses(model, batch)):
+            row = suite[n]
+            if not math.isfinite(loss_sum):
+                raise ValueError(
+                    f"{args.model_path}: the loss of {row['place']} is {loss_sum}: python doctor.py --full"
+                )
+            rows[n] = {"index": n, "category": row["category"], "query": row["query"], "output": row["answer"]}
+            rows[n] |= {"num_tokens": num_tokens, "loss": loss_sum / num_tokens}
+    return rows
+
+
+def row_losses(model, batch):
+    """(cross entropy summed in float32, number of supervised tokens) of each row of a batch from `collate`.
+
+    The model's own forward gives the sum over the batch alone.
+    """
+    import torch
+
+    losses = []
+    with torch.inference_mode():
+        hidden = model.transformer(input_ids=batch["input_ids"]).last_hidden_state  # B L H
+        for row_hidden, labels in zip(hidden, batch["labels"]):
+            is_asked = labels[1:] != -100  # the hidden state of a position predicts the token after it
+            targets = labels[1:][is_asked]
+            losses.append((model.get_output_embeddings()(row_hidden[:-1][is_asked], targets).item(), len(targets)))
+    return losses
+
+
+def measure_answers(answer, suite, args):
+    """{"prediction", "stopped", "score"} for each row of the suite."""
+    prompts = [answer.prompt_ids(row["query"]) for row in suite]
+    found = [None] * len(suite)
+    for numbers in in_batches("answers", [len(ids) + args.max_new_tokens for ids, _ in prompts], args):
+        for n, result in zip(numbers, answer([prompts[n] for n in numbers])):
+            [text], [stopped] = result["predictions"], result["stopped"]
+            found[n] = {"prediction": text, "stopped": stopped, "score": score_answer(text, suite[n])}
+    return found
+
+
+# Totals and differences.
+
+
+def totals(rows):
+    """{"loss", "score", "num_rows"}: the loss over all tokens; the mean score, or None where nothing was answered."""
+    loss = math.fsum(row["loss"] * row["num_tokens"] for row in rows) / sum(row["num_tokens"] for row in rows)
+    score = math.fsum(row["score"] for row in rows) / len(rows) if "score" in rows[0] else None
+    return {"loss": loss, "score": score, "num_rows": len(rows)}
+
+
+def by_category(rows, function):
+    """{category: function(its rows)}, the categories as they come."""
+    names = dict.fromkeys(row["category"] for row in rows)
+    return {name: function([row for row in rows if row["category"] == name]) for name in names}
+
+
+def summary(rows):
+    """The totals of all rows, and of each category."""
+    return {**totals(rows), "categories": by_category(rows, totals)}
+
+
+def paired_difference(changes, weights):
+    """[weighted mean of the rows' changes, low, high]: 95 %, percentile bootstrap over rows, always the same draws."""
+    import numpy
+
+    weights = numpy.array(weights, dtype=float)
+    sums = numpy.array(changes) * weights
+    value = float(sums.sum() / weights.sum())
+    if len(sums) < MIN_ROWS:
+        return [value, None, None]
+    draws = numpy.random.default_rng(0)
+    drawn = (draws.integers(len(sums), size=len(sums)) for _ in range(NUM_RESAMPLES))
+    means = [sums[rows].sum() / weights[rows].sum() for rows in drawn]
+    return [value, *numpy.percentile(means, [2.5, 97.5]).tolist()]
+
+
+def differences(after, before, path):
+    """After minus before: {"loss": [value, low, high], "score": the same or None, "categories": {name: both}}."""
+    for new, old in zip(after, before, strict=True):
+        if new["num_tokens"] != old["num_tokens"]:
+            counts = f"row {new['index']} has {old['num_tokens']} supervised tokens there, {new['num_tokens']} here"
+            raise ValueError(f"--before {path}: {counts}: compare models that have the same tokenizer")
+
+    def compare(pairs):
+        loss = paired_difference([pair["loss"] for pair in pairs], [pair["num_tokens"] for pair in pairs])
+        scores = [pair["score"] for pair in pairs if "score" in pair]
+        return {"loss": loss, "score": paired_difference(scores, [1] * len(scores)) if scores else None}
+
+    pairs = []
+    for new, old in zip(after, before):
+        both = [name for name in DIGITS if name in new and name in old]
+        pairs.append({**new, **{name: new[name] - old[name] for name in both}})
+        if "score" not in both:
+            pairs[-1].pop("score", None)
+    return {**compare(pairs), "categories": by_category(pairs, compare)}
+
+
+def read_before(path):
+    """A result of an earlier run; ValueError where it is not one."""
+    result = read_json(path)
+    try:
+        summary(result["rows"])
+        is_result = {"model", "mode", "precision", "max_new_tokens"} <= set(result) and result["suite"]["sha256"]
+    except (KeyError, TypeError, IndexError, ZeroDivisionError):
+        is_result = False
+    if not is_result:
+        raise ValueError(f"{path}: is not a result of forgetting.py: name what its --output_path wrote")
+    return result
+
+
+def require_comparable(before, now, path):
+    """ValueError where a difference could come from something else than the weights."""
+    if before["suite"]["sha256"] != now["suite"]["sha256"]:
+        raise ValueError(f"--before {path}: is of another suite than {now['suite']['path']}: measure that model again")
+    for key in ("mode", "precision", "max_new_tokens"):
+        is_off = key == "max_new_tokens" and None in (before[key], now[key])  # then only losses are compared
+        if before[key] != now[key] and not is_off:
+            raise ValueError(f"--before {path}: {key} is {before[key]} there, {now[key]} here: use the same for both")
+
+
+def is_worse(name, interval):
+    """Does the interval, as it is shown, lie on the bad side of 0? A loss should not rise, a score should not fall.
+
+    Rounded, because other batches change a loss in its last digits.
+    """
+    _, low, high = interval or (None, None, None)
+    if low is None:
+        return False
+    return round(low, DIGITS[name]) > 0 if name == "loss" else round(high, DIGITS[name]) < 0
+
+
+def verdict(difference):
+    """The differences in one sentence."""
+    said = {name: f"{name} {interval_text(name, difference[name])}" for name in DIGITS if difference[name]}
+    worse = [text for name, text in said.items() if is_worse(name, difference[name])]
+    if worse:
+        return f"forgot: {', '.join(worse)}"
+    if difference["loss"][1] is None:
+        return f"too few rows to tell forgetting from noise: {', '.join(said.values())}"
+    named = [label for label, part in difference["categories"].items() if any(is_worse(n, part[n]) for n in DIGITS)]
+    note = f"; look at {', '.join(named)}" if named else ""
+    return f"no forgetting beyond the noise: {', '.join(said.values())}{note}"
+
+
+# Output.
+
+
+def interval_text(name, interval):
+    """`+0.41 [+0.30, +0.55]`; without bounds where there are none, `-` where nothing was compared."""
+    if interval is None:
+        return "-"
+    # Plus 0.0 makes a plus of the minus of a rounded 0.
+    value, *bounds = (f"{round(x, DIGITS[name]) + 0.0:+.{DIGITS[name]}f}" for x in interval if x is not None)
+    return f"{value} [{', '.join(bounds)}]" if bounds else value
+
+
+def save(result, path):
+    """Write the result, whole or not at all."""
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        write_json(result, path + ".partial")
+        os.replace(path + ".partial", path)
+    except OSError as error:
+        raise ValueError(f"--output_path {path}: cannot be written ({error.strerror}): choose another place") from None
+    finally:
+        if os.path.exists(path + ".partial"):
+            os.remove(path + ".partial")
+
+
+def format_result(result):
+    """The table, a line for each category and one for all, with the verdict where there is one."""
+    before, difference = result["before"], result["difference"]
+    names = [name for name in DIGITS if result[name] is not None]
+    cells = [["category", "rows"]]
+    for name in names:
+        cells[0] += [f"{name} before", "after", "difference"] if before else [name]
+    for label in [*result["categories"], None]:
+        reports = (result, before, difference)
+        now, then, change = (report["categories"][label] if report and label else report for report in reports)
+        line = [label or "all", str(now["num_rows"])]
+        for name in names:
+            values = [report[name] for report in ([then, now] if before else [now])]
+            line += ["-" if value is None else f"{value:.{DIGITS[name]}f}" for value in values]
+            if change:
+                line.append(interval_text(name, change[name]) + (" *" if is_worse(name, change[name]) else "  "))
+        cells.append(line)
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in cells]
+    if difference:
+        lines += ["* worse, and more than noise: the 95 % interval leaves out 0", "", result["verdict"]]
+    title = f"{result['model']} on {result['suite']['path']}" + (f", before: {before['model']}" if before else "")
+    return "\n".join(line.rstrip() for line in [title, "", *lines])
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ValueError as error:
+        fail(" ".join(str(error).split()))

@@ -1,0 +1,161 @@
+"""Pictures by matplotlib, without a screen, in fonts that have the characters of their labels."""
+
+import contextlib
+import functools
+import math
+import sys
+
+OWN_FONT = "DejaVu Sans"  # comes with matplotlib
+# Fonts for Chinese that systems have, the best first; where there is none of them, any other font is looked at.
+CHINESE_FONTS = (
+    "Noto Sans CJK SC",
+    "Noto Sans SC",
+    "Source Han Sans SC",
+    "Source Han Sans CN",
+    "PingFang SC",
+    "Hiragino Sans GB",
+    "Microsoft YaHei",
+    "Noto Sans CJK JP",
+    "WenQuanYi Micro Hei",
+    "WenQuanYi Zen Hei",
+    "SimHei",
+    "Droid Sans Fallback",
+    "Arial Unicode MS",
+)
+MARKERS = "osD^vP*X<>"
+GREY = "#777777"
+
+
+def installed_fonts():
+    """(family, path) of the fonts on this machine, those for Chinese first."""
+    from matplotlib import font_manager
+
+    manager = font_manager.fontManager
+    known = {font.fname for font in manager.ttflist}
+    for path in font_manager.findSystemFonts():  # matplotlib keeps its list on disk: newer ones are not in it
+        if path not in known:
+            with contextlib.suppress(RuntimeError, OSError, ValueError):
+                manager.addfont(path)
+    order = {name: number for number, name in enumerate(CHINESE_FONTS)}
+    upright = [font for font in manager.ttflist if font.style == "normal" and 300 <= int(font.weight) <= 500]
+    return sorted({(font.name, font.fname) for font in upright}, key=lambda font: (order.get(font[0], 99), font))
+
+
+@functools.cache
+def characters(path):
+    """Code points that a font file has; none where it cannot be read."""
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        return frozenset(FT2Font(path).get_charmap())
+    except (RuntimeError, OSError):
+        return frozenset()
+
+
+@functools.cache
+def families_for(wanted):
+    """(font families for a frozenset of characters, those that no font has)."""
+    from matplotlib import font_manager
+
+    own = characters(font_manager.findfont(OWN_FONT))
+    missing = {char for char in wanted if ord(char) not in own and char.isprintable()}
+    families, best = [OWN_FONT], None
+    for name, path in installed_fonts() if missing else []:
+        found = {char for char in missing if ord(char) in characters(path)}
+        if len(found) > len(best[1] if best else ()):
+            best = name, found
+        if found == missing:
+            break
+    if best:
+        families.append(best[0])
+        missing -= best[1]
+    return families, missing
+
+
+def readable(texts):
+    """(font families, texts as they can be drawn in them): what no font has is escaped, never an empty box."""
+    families, missing = families_for(frozenset("".join(texts)))
+    if missing:
+        hint(min(missing))
+    shown = ("".join(escape(char) if char in missing or not char.isprintable() else char for char in t) for t in texts)
+    return families, [text.replace("$", r"\$") for text in shown]  # two dollars would make a formula
+
+
+def escape(char):
+    """'故' -> '\\u6545'."""
+    return char.encode("unicode_escape").decode("ascii")
+
+
+@functools.cache
+def hint(char):
+    """Say once what would help."""
+    text = f"no installed font has {escape(char)}: labels in pictures are escaped; install one, as fonts-noto-cjk"
+    print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def picture(path, size=(5.6, 3.6), families=(OWN_FONT,)):
+    """A PNG with one axis, which is yielded; size in inches."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"font.family": list(families), "font.size": 10}):
+        figure = Figure(figsize=size, layout="constrained")
+        axis = figure.add_subplot()
+        axis.grid(alpha=0.3)
+        axis.set_axisbelow(True)
+        yield axis
+        figure.savefig(path, dpi=160)
+
+
+def draw_losses(curves, path):
+    """Loss over the updates. curves: {name: [one run's [[step, loss], ...], ...]}; runs of a name share a colour."""
+    families, names = readable(list(curves))
+    with picture(path, families=families) as axis:
+        values = []
+        for number, (name, runs) in enumerate(zip(names, curves.values())):
+            for k, points in enumerate(runs):
+                losses = [math.nan if loss is None else loss for _, loss in points]
+                style = dict(color=f"C{number % 10}", linestyle=("-", "--", ":")[number // 10 % 3], linewidth=1.4)
+                axis.plot([step for step, _ in points], losses, label=None if k else name, **style)
+                values += [loss for loss in losses if loss > 0]
+        if values and max(values) > 20 * min(values):
+            axis.set_yscale("log")
+        axis.set_xlabel("update")
+        axis.set_ylabel("loss per supervised token")
+        axis.legend(fontsize=8, ncols=1 + (len(names) > 6))
+
+
+def draw_quality(bars, metric, path):
+    """A bar with its interval for each of `bars`: (name, value, low, high), the first on top."""
+    families, names = readable([bar[0] for bar in bars])
+    with picture(path, size=(5.6, 1.0 + 0.36 * len(bars)), families=families) as axis:
+        places = range(len(bars))
+        colours = [GREY if bar[0] == "base" else "tab:blue" for bar in bars]
+        values = [bar[1] for bar in bars]
+        axis.barh(places, values, color=colours, height=0.62)
+        axis.errorbar(values, places, xerr=spans(bars), fmt="none", ecolor="black", capsize=3, linewidth=1)
+        axis.set_yticks(places, names)
+        axis.invert_yaxis()
+        axis.set_xlim(left=min(0, *values))
+        axis.set_xlabel(metric)
+
+
+def draw_cost(points, metric, cost, path):
+    """Quality against what it costs. points: (name, value, low, high, cost of it)."""
+    families, names = readable([point[0] for point in points])
+    with picture(path, families=families) as axis:
+        for number, (name, point) in enumerate(zip(names, points)):
+            style = dict(fmt=MARKERS[number % len(MARKERS)], color=f"C{number % 10}", capsize=3, markersize=7)
+            axis.errorbar([point[4]], [point[1]], yerr=spans([point]), label=name, linewidth=1, **style)
+        axis.set_xlim(left=0)
+        axis.set_xlabel(cost)
+        axis.set_ylabel(metric)
+        axis.legend(fontsize=8, ncols=1 + (len(names) > 6))
+
+
+def spans(bars):
+    """Intervals as matplotlib wants them: what is below and above each value; nothing where there is none."""
+    below = [0 if low is None else max(0, value - low) for _, value, low, *_ in bars]
+    above = [0 if bar[3] is None else max(0, bar[3] - bar[1]) for bar in bars]
+    return [below, above]

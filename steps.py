@@ -1,0 +1,143 @@
+"""Commands that are run once: what is done already, from the same command and inputs, is not done again."""
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from folders import file_entry
+from utils import EXIT_LEFT, fail, free_port
+
+
+class StepFailed(SystemExit):
+    """A command ended with another exit code than 0, which is also this program's unless it is caught."""
+
+
+def run_words(words, environment):
+    """Run a command and wait for it, also where this process is asked to leave: then it is asked to leave, too.
+
+    Returns (exit code, was this process asked to leave).
+    """
+    asked = []
+    process = subprocess.Popen(words, env=environment)
+
+    def pass_on(number, frame):
+        asked.append(number)
+        process.terminate()
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return (code if code >= 0 else 128 - code), bool(asked)
+
+
+class Steps:
+    """Runs commands once: each leaves a stamp with its command, a hash of it and its inputs, and its seconds.
+
+    folder: for the stamps, and for results that this program alone looks after. cards: CUDA_VISIBLE_DEVICES of what the
+    launcher starts. run_words: how a command is run; tests put another one here.
+    """
+
+    def __init__(self, folder, cards="0", run_words=run_words):
+        self.folder = Path(folder)
+        self.run_words = run_words
+        self.commands = []
+        self.seconds = 0.0
+        self.digests = {}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # `python` and `deepspeed` are those of this interpreter, also where its environment is not activated.
+        path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
+        self.environment = {**os.environ, "PATH": path}
+        self.cards = cards
+
+    def stamp_path(self, name):
+        """Where the stamp of a step lies."""
+        return self.folder / f"{name}.stamp.json"
+
+    def stamp(self, name):
+        """The stamp of a step, {} without one. `seconds` is None while the step has not come to its end."""
+        path = self.stamp_path(name)
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def key(self, command, inputs):
+        """SHA-256 over a command and the contents of its inputs."""
+        key = hashlib.sha256(command.encode())
+        for path in map(str, inputs):
+            if path not in self.digests:  # base weights are the input of many steps
+                self.digests[path] = file_entry(path)["sha256"]
+            key.update(self.digests[path].encode())
+        return key.hexdigest()
+
+    def is_done(self, name, result, key=None):
+        """Has a step come to its end, with this key, and is its result there?"""
+        stamp = self.stamp(name)
+        return stamp.get("seconds") is not None and Path(result).exists() and key in (None, stamp["key"])
+
+    def is_own(self, result):
+        """Is a result inside the folder? What lies elsewhere serves others too, and looks after itself."""
+        return self.folder.resolve() in Path(result).resolve().parents
+
+    def conflict(self, name, key, result, goes_on=False):
+        """Why a folder cannot be the result of a step, or None: it is that of other settings, and is worth keeping."""
+        stamp = self.stamp(name)
+        is_kept = stamp and (goes_on or stamp["seconds"] is not None)
+        if is_kept and stamp["key"] != key and self.is_own(result) and Path(result).is_dir():
+            return f"{result}: is of other settings: remove or rename it"
+        return None
+
+    def run(self, name, command, inputs, result, goes_on=False):
+        """Run a command line unless `result` is there from the same command and inputs.
+
+        goes_on: where it was broken off the command finds its own place again; otherwise what it left is removed.
+        """
+        self.commands.append(command)
+        key = self.key(command, inputs)
+        if self.is_done(name, result, key):
+            self.seconds += self.stamp(name)["seconds"]
+            print(f"\n== {name}: as before, {result}", flush=True)
+            return
+        if problem := self.conflict(name, key, result, goes_on):
+            fail(problem)
+        if self.is_own(result) and Path(result).is_dir() and not (goes_on and self.stamp(name)):
+            shutil.rmtree(result)  # of a run that was broken off
+        self.write_stamp(name, key, command, None)
+        print(f"\n== {name}\n$ {command}", flush=True)
+        started = time.time()
+        words = shlex.split(command.replace("--master_port 29500", f"--master_port {free_port()}"))
+        self.digests.pop(str(result), None)
+        code, is_asked = self.run_words(words, self.command_environment(words))
+        seconds = time.time() - started
+        if code == 0:
+            self.write_stamp(name, key, command, seconds)
+            self.seconds += seconds
+        if is_asked or code == EXIT_LEFT:
+            raise SystemExit(EXIT_LEFT)
+        if code:
+            raise StepFailed(code)
+
+    def write_stamp(self, name, key, command, seconds):
+        """Note that a step has begun or, with its seconds, come to its end."""
+        path = self.stamp_path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"key": key, "command": command, "seconds": seconds}, ensure_ascii=False)
+        path.with_suffix(".partial").write_text(text, encoding="utf-8")
+        os.replace(path.with_suffix(".partial"), path)
+
+    def command_environment(self, words):
+        """The launcher takes these cards alone; on a CPU, which has none, that is the number of processes."""
+        return {**self.environment, "CUDA_VISIBLE_DEVICES": self.cards} if "deepspeed" in words else self.environment
+
+
+def newest_checkpoint(folder):
+    """The checkpoint of the last step in a run's folder."""
+    found = [path for path in Path(folder).glob("epoch-*-step-*") if (path / "run.json").exists()]
+    return str(max(found, key=lambda path: int(path.name.rsplit("-", 1)[1])))

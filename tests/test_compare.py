@@ -1,0 +1,418 @@
+"""compare.py: what it refuses, what it runs and does not run again, and what the report says."""
+
+import json
+import re
+import shlex
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import GOLDEN_FOLDERS, ROOT
+
+import compare
+import report
+import steps
+from arguments import train_parser
+from bootstrap import difference
+from compare_plan import read_plan
+
+BASE = str(GOLDEN_FOLDERS["glm3"])
+ROWS = [{"instruction": "抽取：", "input": f"零件{n}开裂", "output": f"零件{n}_部件故障_开裂"} for n in range(20)]
+FLAGS = {"max_len": 64, "max_src_len": 32}
+GOOD = {
+    "base": BASE,
+    "mode": "glm3",
+    "task": "extraction",
+    "train_path": "rows.jsonl",
+    "test_path": ["rows.jsonl"],
+    "train_flags": FLAGS,
+    "predict_flags": {"max_new_tokens": 8},
+    "methods": [
+        {"name": "lora", "train_type": "lora", "flags": {"lora_dim": 2}, "grid": {"learning_rate": ["1e-3", 0.003]}},
+        {"name": "all", "train_type": "all"},
+    ],
+    "seeds": [1, 2],
+    "forgetting": True,
+}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder to start from, with rows and the file of a comparison."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    Path("rows.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS))
+    write_config(GOOD)
+    return tmp_path
+
+
+def write_config(values, name="c.yaml"):
+    is_text = isinstance(values, str)
+    Path(name).write_text(values if is_text else yaml.safe_dump(values, allow_unicode=True, sort_keys=False))
+
+
+def refused(argv, capsys):
+    """The lines with which compare.py ends."""
+    with pytest.raises(SystemExit) as stop:
+        compare.main(argv, run_words=None)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("compare.py: error: ") for line in lines)
+    return [line.removeprefix("compare.py: error: ") for line in lines]
+
+
+def method(**changes):
+    """The file with one LoRA method that has these changes."""
+    return {"methods": [{"name": "m", "train_type": "lora", **changes}]}
+
+
+BAD = {
+    "unknown key": ({"sedes": [1]}, r"c.yaml: sedes \[1\]: no such key: did you mean seeds\?"),
+    "unknown key of a method": (method(flag={}), r"c.yaml: methods\[0\]\.flag {}: no such key: did you mean flags\?"),
+    "missing": ({"test_path": None}, r"c.yaml: test_path: is missing: give a path or a list of them"),
+    "type": ({"train_flags": "--max_len 3"}, r"c.yaml: train_flags --max_len 3: is a text: give flags of train.py"),
+    "no methods": ({"methods": []}, r"c.yaml: methods \[\]: is a list: give a list of methods"),
+    "method is a text": ({"methods": ["lora"]}, r"c.yaml: methods\[0\] lora: is a text: write name and train_type"),
+    "mode": ({"mode": "glm4"}, r"c.yaml: mode glm4: is none of them: give one of glm, glm2, glm3"),
+    "train type": (method(train_type="qlora"), r"c.yaml: methods\[0\].train_type qlora: is none of them: give one of"),
+    "task": ({"task": "spo"}, r"c.yaml: task spo: is none of them: give one of extraction"),
+    "rows": ({"train_path": "nowhere.jsonl"}, r"c.yaml: train_path nowhere.jsonl: no such file or folder: check"),
+    "seeds": ({"seeds": [1, 1]}, r"c.yaml: seeds \[1, 1\]: must be a list of different whole numbers: for example"),
+    "seed out of range": ({"seeds": [-1]}, r"c.yaml: methods\[0\].*--seed -1: must be from 0"),
+    "name": (method(name="a/b"), r"c.yaml: methods\[0\].name a/b: is a folder's name too: give another"),
+    "name of the base": (method(name="base"), r"c.yaml: methods\[0\].name base: is taken: give another"),
+    "grid": (method(grid={"learning_rate": 3}), r"c.yaml: methods\[0\].grid.learning_rate 3: must be a list of differ"),
+    "grid and flags": (method(grid={"lora_dim": [2]}, flags={"lora_dim": 4}), r"methods\[0\].grid.lora_dim: stands in"),
+    "unknown flag": (method(flags={"lora_dimm": 4}), r"flags.lora_dimm 4: train.py has no such flag: did you mean lora_d"),
+    "unknown flag of all": ({"train_flags": {"x": 4}}, r"train_flags.x 4: train.py has no such flag: see python train.py"),
+    "own flag": (method(flags={"seed": 4}), r"c.yaml: methods\[0\].flags.seed 4: compare.py gives it: remove it"),
+    "flag of another type": (method(flags={"pre_seq_len": 4}), r"\(m\): --pre_seq_len: belongs to --train_type ptuning"),
+    "no number": (method(flags={"lora_dim": "x"}), r"methods\[0\] \(m\): argument --lora_dim: invalid int value: 'x': see"),
+    "range": (method(flags={"lora_dim": 0}), r"c.yaml: methods\[0\] \(m\): --lora_dim 0: must be at least 1"),
+    "list": (method(flags={"lora_dim": [1, 2]}), r"--lora_dim \[1, 2\]: takes one value: give one, or write the list as"),
+    "switch": (method(flags={"packing": 1}), r"methods\[0\] \(m\): --packing 1: is on or off: give true or false"),
+    "predict flag": ({"predict_flags": {"top_p": 0.5}}, r"c.yaml: predict_flags: --top_p: needs --do_sample: add it"),
+    "no base": ({"base": "nowhere"}, r"c.yaml: methods\[0\].*--model_name_or_path nowhere: no such folder"),
+    "not YAML": ("base: [", r"c.yaml:1: not YAML \("),
+    "key twice": ("base: a\nseeds: [1]\nbase: b\n", r"c.yaml: not YAML|c.yaml:3: not YAML \(base stands here twice\)"),
+    "no mapping": ("- base", r"c.yaml: is a list: write keys with values"),
+    "empty": ("", r"c.yaml: is empty: write keys with values"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_the_file_gets_wrong_is_one_line(name, here, capsys):
+    changes, expected = BAD[name]
+    if isinstance(changes, dict):
+        changes = {key: value for key, value in {**GOOD, **changes}.items() if value is not None}
+    write_config(changes)
+    lines = refused(["c.yaml"], capsys)
+    assert any(re.search(expected, line) for line in lines), lines
+    assert not Path("output").exists()
+
+
+def test_flags_of_the_command_line_are_checked(here, capsys):
+    assert "no such method: choose from all, lora, lora,learning_rate=0.003" in refused(["c.yaml", "--only", "x"], capsys)[0]
+    assert "--report_only: there is no output/compare-c" in refused(["c.yaml", "--report_only"], capsys)[0]
+    assert "nothing.yaml: cannot be read" in refused(["nothing.yaml"], capsys)[0]
+    assert "c.yaml is a file" in refused(["c.yaml", "--output_dir", "c.yaml/x"], capsys)[0]
+
+
+def test_a_grid_is_expanded(here):
+    plan, problems = read_plan("c.yaml")
+    assert not problems
+    names = ["lora,learning_rate=1e-3", "lora,learning_rate=0.003", "all"]
+    assert [m.name for m in plan.methods] == names and [m.family for m in plan.methods] == ["lora", "lora", "all"]
+    assert plan.methods[1].flags == {"lora_dim": 2, "learning_rate": 0.003}
+    write_config({**GOOD, **method(grid={"learning_rate": [0.1], "lora_dim": [1, 2]})})
+    assert [m.name for m in read_plan("c.yaml")[0].methods] == [f"m,learning_rate=0.1,lora_dim={n}" for n in (1, 2)]
+
+
+def test_the_quickstart_is_right(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    plan, problems = read_plan("configs/compare_quickstart.yaml")
+    assert not problems and plan.forgetting
+    assert {m.train_type for m in plan.methods} == {"freeze", "ptuning", "lora", "all"}
+    assert {str(m.all.get("prefix_projection")) for m in plan.methods} == {"None", "True", "False"}
+
+
+class FakeCommands:
+    """Runs nothing, and writes what the commands would; `fails` decides what ends with which exit code."""
+
+    def __init__(self, fails=None):
+        self.ran = []
+        self.fails = fails or (lambda script, words: 0)
+
+    def __call__(self, words, environment):
+        script = next(word for word in words if word.endswith(".py"))
+        name = Path(script).stem
+        flags = {words[i]: words[i + 1] for i in range(len(words) - 1) if words[i].startswith("--")}
+        output = flags.get("--output_dir") or flags.get("--output_path") or flags["--predictions"]
+        self.ran.append((name, output))
+        if name == "train":
+            args = train_parser().parse_args(words[words.index(script) + 1 :])
+            assert args.resume == "auto" and args.save_state_step == 100 and environment["CUDA_VISIBLE_DEVICES"] == "0"
+            (Path(output) / "state-step-10").mkdir(parents=True, exist_ok=True)
+        if code := self.fails(name, output):
+            return code, False
+        getattr(self, name)(Path(output), flags)
+        return 0, False
+
+    def train(self, output, flags):
+        checkpoint = output / "epoch-1-step-20"
+        checkpoint.mkdir()
+        (checkpoint / "run.json").write_text("{}")
+        (checkpoint / "adapter_model.safetensors").write_text(json.dumps(flags))
+        log = [{"step": step, "loss": 3.0 / step} for step in (10, 20)]
+        done = {"step": 20, "event": "done", "seconds": 83.0, "tokens_per_second": 1234.5, "peak_memory_bytes": 6.5e8}
+        done |= {"trained_weights": 29_600, "all_weights": 2_000_000}
+        (output / "train_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+        (output / "events.jsonl").write_text(json.dumps(done) + "\n" + '{"step": 2')
+
+    def predict(self, output, flags):
+        """The base knows nothing, `all` little, LoRA half or nearly all."""
+        path = flags["--model_path"]
+        share = 0.75 if "0.003" in path else 0.6 if "lora" in path else 0.2 if "all" in path else 0
+        lines = []
+        for n, row in enumerate(ROWS):
+            answer = row["output"] if n < share * len(ROWS) else "<script>alert(1)</script>"
+            query = row["instruction"] + row["input"]
+            lines.append({"index": n, "query": query, "output": row["output"], "prediction": answer})
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+    def score(self, predictions, flags):
+        predictions.with_suffix(".scores.json").write_text("{}")
+
+    def forgetting(self, output, flags):
+        assert ("--before" in flags) == ("runs" in str(output))
+        difference = {"loss": [0.41, 0.3, 0.55], "score": None} if "--before" in flags else None
+        output.write_text(json.dumps({"loss": 1.0, "score": 2.0, "difference": difference}))
+
+
+def test_a_whole_comparison(here, capsys):
+    commands = FakeCommands()
+    assert compare.main(["c.yaml"], run_words=commands) == 0
+    assert len(commands.ran) == 3 + 6 * 4 and commands.ran[:3] == [
+        ("predict", "output/compare-c/base/predictions.jsonl"),
+        ("score", "output/compare-c/base/predictions.jsonl"),
+        ("forgetting", "output/compare-c/base/forgetting.json"),
+    ]
+    assert not list(here.rglob("state-step-*"))
+    results = json.loads(Path("output/compare-c/report/results.json").read_text())
+    by_name = {entry["name"]: entry for entry in results["methods"]}
+    best = by_name["lora,learning_rate=0.003"]
+    assert results["best"] == best["name"] and best["metrics"]["f1"] == pytest.approx(75)
+    assert best["to_best"] is None and best["to_base"][0] == pytest.approx(75) and best["spread"] == 0
+    assert by_name["all"]["to_best"][0] == pytest.approx(-55)
+    assert best["forgetting"] == {"loss": [0.41, 0.3, 0.55], "score": None} and best["peak_memory_bytes"] == 6.5e8
+    assert best["runs"][1]["loss"] == [[10, 0.3], [20, 0.15]] and best["runs"][1]["seed"] == 2
+    assert best["checkpoint_bytes"] == sum(path.stat().st_size for path in Path(best["runs"][0]["checkpoint"]).iterdir())
+    assert len(results["commands"]) == 27 and all(shlex.split(command) for command in results["commands"])
+    assert {"torch", "python"} <= set(results["machine"]["versions"])
+    page = Path("output/compare-c/report/index.html").read_text()
+    assert page.count("data:image/png") == 4 and "1 min 23 s" in page and "650.0 MB" in page and "1.48% of 2 M" in page
+
+
+def test_nothing_is_done_twice(here, capsys):
+    assert compare.main(["c.yaml", "--only", "all"], run_words=FakeCommands()) == 0
+    commands = FakeCommands()
+    assert compare.main(["c.yaml", "--only", "all"], run_words=commands) == 0 and commands.ran == []
+    assert compare.main(["c.yaml", "--report_only"], run_words=None) == 0
+    assert "Without figures: lora,learning_rate=1e-3" in Path("output/compare-c/report/index.html").read_text()
+    # Other flags of the prediction are done anew; those of a training are refused before anything runs.
+    write_config({**GOOD, "predict_flags": {"max_new_tokens": 9}})
+    assert compare.main(["c.yaml", "--only", "all"], run_words=commands) == 0
+    assert [name for name, _ in commands.ran] == ["predict"] * 3  # with the same answers, and so the same scores
+    write_config({**GOOD, "train_flags": {**FLAGS, "num_train_epochs": 2}})
+    lines = refused(["c.yaml"], capsys)
+    assert lines == [
+        f"c.yaml: output/compare-c/runs/all/seed-{seed}/train: is of other settings: remove or rename it" for seed in (1, 2)
+    ]
+    assert compare.main(["c.yaml", "--report_only"], run_words=None) == 0
+    results = json.loads(Path("output/compare-c/report/results.json").read_text())
+    assert [entry["status"] for entry in results["methods"]] == ["not run"] * 3  # those figures are of other flags
+
+
+def test_what_was_broken_off_goes_on(here):
+    leaves = FakeCommands(lambda script, output: 75 if output.endswith("lora,learning_rate=0.003/seed-1/train") else 0)
+    with pytest.raises(SystemExit) as stop:
+        compare.main(["c.yaml"], run_words=leaves)
+    assert stop.value.code == 75
+    [state] = here.rglob("state-step-10")
+    commands = FakeCommands(lambda script, output: 0 if state.exists() or script != "train" else 1)
+    compare.main(["c.yaml", "--only", "lora"], run_words=commands)
+    assert commands.ran[0] == ("train", "output/compare-c/runs/lora,learning_rate=0.003/seed-1/train")
+    done = [output for script, output in leaves.ran if script == "train"]
+    assert not {output for _, output in commands.ran} & set(done[:-1])
+
+
+def test_a_run_that_fails_does_not_end_the_others(here, capsys):
+    fails = FakeCommands(lambda script, output: 3 if script == "train" and "1e-3" in output else 0)
+    assert compare.main(["c.yaml"], run_words=fails) == 1
+    results = json.loads(Path("output/compare-c/report/results.json").read_text())
+    assert [entry["status"] for entry in results["methods"]] == ["failed with exit code 3", "done", "done"]
+    assert "failed with exit code 3" in Path("output/compare-c/report/report.md").read_text()
+    again = FakeCommands()
+    assert compare.main(["c.yaml"], run_words=again) == 0
+    assert len(again.ran) == 2 * 4
+
+
+def test_layers_that_the_base_does_not_have(here, capsys):
+    write_config({**GOOD, "methods": [{"name": "f", "train_type": "freeze", "flags": {"freeze_module_name": "layers.99."}}]})
+    [line] = refused(["c.yaml"], capsys)
+    assert "c.yaml: f: --freeze_module_name layers.99.: matches no weight" in line
+
+
+def test_the_base_is_made_where_it_is_absent(here):
+    write_config({**GOOD, "base": "made", "base_command": "python make.py --output_dir made", **method()})
+
+    class Makes(FakeCommands):
+        def make(self, output, flags):
+            output.symlink_to(BASE)
+
+    commands = Makes()
+    assert compare.main(["c.yaml"], run_words=commands) == 0 and commands.ran[0] == ("make", "made")
+    assert compare.main(["c.yaml"], run_words=None) == 0
+
+
+def test_differences_are_those_of_the_scores(here):
+    """With one seed, the interval is that of score.py; with several, runs that are alike change nothing."""
+    compare.main(["c.yaml"], run_words=FakeCommands())
+    results = json.loads(Path("output/compare-c/report/results.json").read_text())
+    rows = {}
+    for name in ("all", "lora,learning_rate=0.003"):
+        path = f"output/compare-c/runs/{name}/seed-1/predictions.jsonl"
+        rows[name] = compare.scored(path, 0, "extraction")[0]
+    expected = difference(rows["lora,learning_rate=0.003"], rows["all"], "f1")
+    found = next(entry for entry in results["methods"] if entry["name"] == "all")["to_best"]
+    assert found == pytest.approx(list(expected))
+
+
+@pytest.mark.parametrize(
+    "change, is_noise",
+    [([1, -1, 3], True), ([1, 0, 3], True), ([-1, -2, 0], True), ([1, 0.1, 3], False), ([-1, -3, -0.1], False)]
+    + [([1, None, None], True)],
+)
+def test_inside_the_noise(change, is_noise):
+    assert report.is_noise(change) == is_noise
+    assert ("inside the noise" in report.change_text(change)) == is_noise
+
+
+def entry(name, value, **values):
+    """A method as in results.json."""
+    done = {"status": "done", "metrics": {"f1": value, "bleu4": None}, "intervals": {"f1": [value - 5, value + 5], "bleu4": None}}
+    costs = dict(seconds=83.0, tokens_per_second=1234.5, peak_memory_bytes=6.5e8, trained_weights=29600, all_weights=2e6)
+    costs |= dict(checkpoint_bytes=12_345, forgetting={"loss": [0.4, 0.3, 0.5], "score": None}, spread=1.25)
+    runs = [{"seed": seed, "loss": [[1, 2.0], [2, None], [3, 0.5]]} for seed in (1, 2)]
+    kind = dict(train_type="lora", flags={"lora_alpha": "<b>"}, family=name)
+    return {"name": name, **done, **costs, **kind, "runs": runs, "num_rows": 50, "to_base": [60, 50, 70], **values}
+
+
+EVIL = "<script>alert('坏')</script>\n```\n| a | b |"
+RESULTS = {
+    "plan": "configs/<i>my</i>.yaml",
+    "base_model": "ChatGLM3-6B",
+    "task": "extraction",
+    "primary": "f1",
+    "metrics": {"f1": "F1 of triples", "bleu4": "BLEU-4"},
+    "train_path": ["a.json"],
+    "test_path": ["b.json"],
+    "seeds": [1, 2],
+    "forgetting": True,
+    "has_grid": True,
+    "base": {"name": "base", "status": "done", "metrics": {"f1": 11.25, "bleu4": None}, "num_rows": 50}
+    | {"intervals": {"f1": [8.5, 14.5], "bleu4": None}, "spread": None, "runs": [{}]},
+    "methods": [
+        entry("all", 78.25, to_best=[-3.5, -8.25, 1.5], seconds=None, peak_memory_bytes=4e8),
+        entry("法", 81.75, to_best=None),
+        entry("freeze", 41.75, to_best=[-40, -48, -32]),
+        {"name": "late", "status": "not run", "train_type": "all", "flags": {}, "family": "late", "runs": [{"loss": []}]},
+    ],
+    "best": "法",
+    "samples": [
+        {"row": 7, "question": EVIL, "reference": EVIL, "answers": {"base": {"text": EVIL, "score": None}}}
+        | {"answers": {"法": {"text": "", "score": 50.0}}}
+    ],
+    "commands": ["python train.py --x '<script>'"],
+    "machine": {"system": "Linux", "cpu": "2 x X", "memory_bytes": 1e9, "cards": [], "versions": {"torch": "2.13.0"}},
+    "time": "2026-01-01 10:00",
+}
+
+
+class Page(HTMLParser):
+    """Tags of a page with their attributes, and its text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open, self.text = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    report.write_report(RESULTS, str(folder))
+    return folder
+
+
+def test_the_page_needs_nothing_else(written):
+    text = (written / "index.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    links = [value for _, attributes in page.tags for name, value in attributes.items() if name in ("src", "href")]
+    assert len(links) == 4 and all(link.startswith("data:image/png;base64,") for link in links)
+    assert not {"script", "link", "iframe", "i", "b>"} & {tag for tag, _ in page.tags}
+    assert "url(" not in text and "@import" not in text and "http" not in text.replace("http-equiv", "")
+
+
+def test_the_report_has_all_numbers(written):
+    page = " ".join(Page((written / "index.html").read_text()).text)
+    markdown = (written / "report.md").read_text().replace("\\", "")
+    for text in (page, markdown):
+        for number in ("81.75", "[76.75, 86.75]", "± 1.25 over 2 seeds", "-3.50", "[-8.25, +1.50] inside the noise"):
+            assert number in text, number
+        for number in ("1,234", "650.0 MB", "400.0 MB", "1 min 23 s", "29.6 K", "1.48% of 2 M", "12.3 KB", "11.25"):
+            assert number in text, number
+        for number in ("loss +0.40 [+0.30, +0.50]", "not known", "not run", "-40.00", "[-48.00, -32.00]", "2.13.0"):
+            assert number in text, number
+        assert "alert('坏')" in text and "f1 50" in text
+    assert "[-48.00, -32.00] inside" not in page
+
+
+def test_the_verdict():
+    lines = report.verdict(RESULTS)
+    assert lines[0] == "Best: 法, f1 81.75 [76.75, 86.75] on 50 test rows."
+    assert "cannot be told apart from all: more test rows" in lines[2]
+    assert lines[3] == "Of these, all takes the least memory (400.0 MB)."  # the time of one is not known
+    assert lines[-1] == "Without figures: late."
+    assert report.verdict({**RESULTS, "methods": []}) == ["No method has been trained and scored yet."]
+
+
+def test_markdown_is_not_broken_by_answers(written):
+    text = (written / "report.md").read_text()
+    assert "<script>alert" not in re.sub(r"(?ms)^(`{3,})text$.*?^\1$", "", text)
+    assert "````text\n<script>alert" in text and "&lt;b&gt;" in text
+    assert all((written / name).exists() for name in re.findall(r"!\[.*?\]\((.*?)\)", text))
+
+
+def test_a_signal_reaches_the_command(tmp_path):
+    """run_words asks the command to leave, and waits until it has."""
+    code = "import os, signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+    code += "os.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(30)"
+    import sys
+
+    assert steps.run_words([sys.executable, "-c", code], None) == (75, True)
+    assert steps.run_words([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], None) == (137, False)

@@ -1,0 +1,398 @@
+"""The table of tasks, its metrics against second computations, and the intervals: what they cover and compare."""
+
+import importlib.util
+import json
+import random
+import re
+from collections import Counter
+
+import numpy
+import pytest
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bootstrap
+import metrics
+import score
+from arguments import score_parser
+from tasks import LABELS, NO_TASK, TASKS, find_task
+
+# A prediction that is right and one that is wrong, with the reference.
+EXAMPLES = {
+    "extraction": ("水泵_部件故障_漏水", "水泵_部件故障_卡滞", "水泵_部件故障_漏水"),
+    "generation": ("这款上衣版型宽松", "天气", "这款上衣版型宽松"),
+    "classification": ("制动组。", "转向组", "制动组"),
+    "summary": ("水泵漏水，已经更换", "天气", "水泵漏水，已经更换"),
+    "questions": (["水泵在哪里？", "怎样更换水泵？"], ["水泵在哪里？", "水泵在哪里"], "水泵在哪里？"),
+}
+BEST = {"questions": metrics.QUESTION_POINTS}  # of the primary metric; elsewhere 100
+
+
+def write_lines(path, *rows):
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
+    return str(path)
+
+
+# ---------------------------------------------------------------- the table
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_task_is_finished(name):
+    task, (right, wrong, reference) = TASKS[name], EXAMPLES[name]
+    assert task.name == name and task.primary in task.metrics and len(set(task.metrics)) == len(task.metrics)
+    best, worse = (score.score_rows([answer], [reference], name) for answer in (right, wrong))
+    assert list(best) == [*task.metrics, "rows"]
+    assert best[task.primary] == pytest.approx(BEST.get(name, 100)) and worse[task.primary] < best[task.primary]
+    assert score.metrics_of(best["rows"], name) == {metric: best[metric] for metric in task.metrics}
+    for text in metrics.definitions(task.metrics).values():
+        assert text.endswith(".") and "{" not in text
+    assert len(task.missing) == 2 and all(len(text) > 15 for text in task.missing)
+
+
+def test_every_metric_is_in_a_task_and_is_computed_by_one_group():
+    in_tasks = {name for task in TASKS.values() for name in task.metrics}
+    in_groups = [name for names, _ in metrics.GROUPS for name in names]
+    assert sorted(in_groups) == sorted(metrics.METRICS) and in_tasks == set(metrics.METRICS)
+    assert set(NO_TASK.metrics) < in_tasks and NO_TASK.primary in NO_TASK.metrics
+    assert next(action for action in score_parser()._actions if action.dest == "task").choices is TASKS
+
+
+def test_no_module_asks_for_a_task_by_name():
+    for path in ROOT.glob("*.py"):
+        assert not re.search(r"task(\.name)? (==|in) ?[\"'(\[]", path.read_text(encoding="utf-8")), path
+
+
+def test_an_unknown_task_is_refused(tmp_path, capsys):
+    with pytest.raises(ValueError, match="'summaries': is none of extraction, "):
+        find_task("summaries")
+    path = write_lines(tmp_path / "p.jsonl", {"prediction": "a", "output": "a"})
+    with pytest.raises(SystemExit) as stopped:
+        score.main(["--predictions", path, "--task", "summaries"])
+    assert stopped.value.code == 2 and "--task: invalid choice: 'summaries'" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- labels
+
+LABEL_TEXTS = ["甲", "乙", "丙", "丁", "不知道", "", " 甲。\n", "乙 .", "甲乙"]
+
+
+def plain_macro_f1(predictions, references):
+    """Label by label, as it stands in a textbook."""
+    values = []
+    for label in sorted(set(references)):
+        right = sum(p == r == label for p, r in zip(predictions, references))
+        if not right:
+            values.append(0.0)
+            continue
+        precision = right / predictions.count(label)
+        recall = right / references.count(label)
+        values.append(2 * precision * recall / (precision + recall))
+    return 100 * sum(values) / len(values)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(LABEL_TEXTS), st.sampled_from("甲乙丙")), min_size=1, max_size=30))
+def test_accuracy_and_macro_f1_are_those_of_a_second_computation(pairs):
+    predictions, references = map(list, zip(*pairs))
+    result = score.score_rows(predictions, references, "classification")
+    cleaned = [text.strip(" \n。.") for text in predictions]
+    assert result["accuracy"] == pytest.approx(100 * sum(p == r for p, r in zip(cleaned, references)) / len(pairs))
+    assert result["macro_f1"] == pytest.approx(plain_macro_f1(cleaned, references))
+    if importlib.util.find_spec("sklearn"):
+        from sklearn.metrics import f1_score
+
+        labels = sorted(set(references))
+        value = f1_score(references, cleaned, labels=labels, average="macro", zero_division=0)
+        assert result["macro_f1"] == pytest.approx(100 * value)
+
+    confusion = metrics.confusion_of(result["rows"])
+    assert set(confusion["labels"]) == set(references)
+    found = Counter({(r, p): n for r, row in confusion["counts"].items() for p, n in row.items()})
+    other = Counter(r for r, p in zip(references, cleaned) if p not in references)
+    assert found == Counter((r, p) for p, r in zip(cleaned, references) if p in references)
+    assert confusion["other"] == other and found.total() + other.total() == len(pairs)
+
+
+def test_macro_f1_by_hand():
+    # 甲: 1 right of 2 predicted and 2 in references; 乙: 1 right of 1 and 2; 丙 is in no reference; 丁: never right.
+    result = score.score_rows(["甲", "丙", "甲", "乙", "？"], ["甲", "甲", "乙", "乙", "丁"], "classification")
+    assert result["accuracy"] == 40
+    assert result["macro_f1"] == pytest.approx(100 * (2 / 4 + 2 / 3 + 0) / 3)
+
+
+@pytest.mark.parametrize(
+    "prediction, reference, right",
+    [
+        ("制动组", "制动组", True),
+        (" 制动组\n", "制动组。", True),
+        ("制动组。 ", "制动组", True),
+        ("brakes..", "brakes", True),
+        ("Brakes", "brakes", False),
+        ("制动组！", "制动组", False),
+        ("答案：制动组", "制动组", False),
+        ("制动组\n因为刹车软", "制动组", False),
+        ("", "制动组", False),
+        ("", "", False),
+        ("。", "", False),
+    ],
+)
+def test_a_label_is_the_text_without_white_space_and_full_stops(prediction, reference, right):
+    result = score.score_rows([prediction, "好"], [reference, "好"], "classification")
+    assert [row["accuracy"] for row in result["rows"]] == [100 * right, 100]
+    hits = metrics.sums_of(metrics.columns_of(result["rows"]))["label_hits"].sum()
+    assert hits == 1 + right  # the table of labels and the accuracy are of one mind
+
+
+def test_the_confusion_table_is_aligned_and_cut(tmp_path, capsys):
+    references = ["制动组"] * 3 + ["a", "很长很长很长很长的名称\n"] + ["转向组"] * 2
+    predictions = ["制动组", "制动组", "x", "a", "很长很长很长很长的名称", "制动组", "转向组"]
+    rows = [{"prediction": p, "output": r} for p, r in zip(predictions, references)]
+    path = write_lines(tmp_path / "p.jsonl", *rows)
+    assert score.main(["--predictions", path, "--task", "classification"]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[1] == "task: classification; primary metric: accuracy"
+    table = out[out.index("confusion, rows\n") :].splitlines()[1:]
+    assert [line.split() for line in table] == [
+        ["reference", "\\", "prediction", "制动组", "转向组", "a", "很长很长很长...", "other"],
+        ["制动组", "2", "0", "0", "0", "1"],
+        ["转向组", "1", "1", "0", "0", "0"],
+        ["a", "0", "0", "1", "0", "0"],
+        ["很长很长很长...", "0", "0", "0", "1", "0"],
+    ]
+    ends = [score.display_width(line[: line.rindex(" ")]) for line in table]
+    assert len(set(ends)) == 1  # the last column begins at one place of the terminal
+    report = json.loads((tmp_path / "p.scores.json").read_text(encoding="utf-8"))
+    assert report["confusion"]["counts"]["制动组"] == {"制动组": 2} and report["confusion"]["other"] == {"制动组": 1}
+    assert list(report["metrics"]) == list(report["definitions"]) == list(report["intervals"]) == list(LABELS)
+
+    many = [{"prediction": "a", "output": f"label {number}"} for number in range(score.MAX_LABELS + 1)]
+    assert score.main(["--predictions", write_lines(tmp_path / "q.jsonl", *many), "--task", "classification"]) == 0
+    assert capsys.readouterr().out.endswith(f"confusion of {score.MAX_LABELS + 1} labels: see the JSON file\n")
+
+
+# ---------------------------------------------------------------- questions
+
+
+@pytest.mark.parametrize(
+    "questions, num_repeated, num_empty, num_overlong",
+    [
+        (["水泵在哪里？", "怎样更换水泵？", "水泵多少钱？"], 0, 0, 0),
+        (["水泵在哪里？", "水泵在哪里?", " 水泵，在哪里"], 2, 0, 0),  # each repetition is a fault, the first is none
+        (["红枣最突出的特点是什么？", "红枣最突出特点是什么？"], 1, 0, 0),
+        (["冲服具有什么优点？", "冲服具有什么缺点？"], 0, 0, 0),  # one character can ask for something else
+        (["", " \n", "？？", "水泵在哪里？"], 0, 3, 0),
+        (["问" * 64 + "？", "水" * 65, "水泵" * 40, "水泵" * 40], 1, 0, 4),
+        (["a"] * 40, 39, 0, 0),
+        ([""], 0, 1, 0),
+    ],
+)
+def test_faults_of_questions_by_hand(questions, num_repeated, num_empty, num_overlong):
+    row = metrics.score_questions(questions)
+    assert [row[f"num_{name}"] for name in ("repeated", "empty", "overlong")] == [num_repeated, num_empty, num_overlong]
+    assert row["diversity"] == max(0, 5 - 0.25 * (num_repeated + num_empty + num_overlong))
+
+
+def test_shares_of_faults_are_of_all_questions():
+    predictions = [["甲是什么？", "甲是什么？", "", "乙是什么？" * 20], ["丙在哪里？"]]
+    result = score.score_rows(predictions, ["", ""], "questions")
+    shares = {"repeated_questions": 20, "empty_questions": 20, "overlong_questions": 20}
+    assert {name: result[name] for name in TASKS["questions"].metrics} == {"diversity": (4.25 + 5) / 2, **shares}
+    assert score.score_rows([["甲"], ["乙"]], ["", ""], "questions")["diversity"] is None
+
+
+def test_questions_about_different_facts_are_no_near_duplicates():
+    spec = importlib.util.spec_from_file_location("data_words", ROOT / "scripts" / "data_words.py")
+    words = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(words)
+    for kind in words.DOCUMENT_KINDS:
+        slots = {name: options[0] for name, options in kind.items() if name not in ("texts", "questions")}
+        questions = [question.format(**slots) for question in kind["questions"]]
+        assert metrics.score_questions(questions)["diversity"] == 5, questions
+
+
+def test_all_answers_of_a_row_count_as_questions(tmp_path, capsys):
+    rows = [{"predictions": ["甲是什么？", "甲是什么", "乙呢？"], "output": ""}] * 2
+    path = write_lines(tmp_path / "p.jsonl", *rows)
+    assert score.main(["--predictions", path, "--task", "questions"]) == 0
+    out = capsys.readouterr().out
+    assert "not scored" not in out and "\ndiversity" in out
+    report = json.loads((tmp_path / "p.scores.json").read_text(encoding="utf-8"))
+    assert report["metrics"]["diversity"] == 4.75 and "for a judge" in report["definitions"]["diversity"]
+
+
+# ---------------------------------------------------------------- intervals
+
+
+def plain_rows(**columns):
+    """Rows as score_rows gives them, from lists of their numbers."""
+    return [dict(zip(columns, values)) for values in zip(*columns.values())]
+
+
+def mixed_rows(generator, num_rows):
+    """Scored rows with and without triples, and with labels."""
+    triples = ["a_b_c", "d_e_f", "g_h_i", "没有"]
+    pairs = [["\n".join(generator.sample(triples, 2)) for _ in range(2)] for _ in range(num_rows)]
+    found = []
+    for prediction, reference in pairs:
+        row = metrics.score_triples(prediction, reference) | {"exact_match": 100.0 * (prediction == reference)}
+        found.append(row | metrics.score_label(generator.choice("甲乙丙丁"), generator.choice("甲甲乙丙")))
+    return found
+
+
+@pytest.mark.parametrize("num_rows", [2, 3, 40])
+def test_resampling_by_counts_is_scoring_the_drawn_rows(num_rows, monkeypatch):
+    names = ("precision", "recall", "f1", "precision_micro", "recall_micro", "f1_micro", "exact_match", *LABELS)
+    rows = mixed_rows(random.Random(num_rows), num_rows)
+    found = bootstrap.resampled(rows, names, 50, seed=3)
+    drawn = numpy.random.default_rng(3).integers(num_rows, size=(50, num_rows))
+    for number, places in enumerate(drawn):
+        chosen = [rows[place] for place in places]
+        expected = score.metrics_of(chosen, "extraction") | score.metrics_of(chosen, "classification")
+        for name in names:
+            value = found[name][number]
+            assert expected[name] == (None if numpy.isnan(value) else pytest.approx(value, abs=1e-9)), name
+    monkeypatch.setattr(bootstrap, "MAX_CELLS", 7 * num_rows)
+    again = bootstrap.resampled(rows, names, 50, seed=3)  # in blocks
+    assert all(numpy.allclose(found[name], again[name], atol=1e-9, equal_nan=True) for name in names)
+
+
+def test_intervals_are_the_same_in_every_run_and_turn_on_the_seed():
+    rows = mixed_rows(random.Random(1), 30)
+    first = bootstrap.intervals(rows, LABELS, 200)
+    assert first == bootstrap.intervals(rows, LABELS, 200)
+    assert first != bootstrap.intervals(rows, LABELS, 200, seed=1)
+    for name, (low, high) in first.items():
+        assert 0 <= low < score.metrics_of(rows, "classification")[name] < high <= 100
+
+
+def drawn_sets(num_sets=300, num_rows=60):
+    """Sets of rows from distributions whose true values are known."""
+    rng = numpy.random.default_rng(0)
+    for _ in range(num_sets):
+        label = rng.integers(3, size=num_rows)
+        # Right with 80 per cent, else one of the two others: then precision, recall and F1 of each label are 80.
+        predicted = (label + (rng.random(num_rows) > 0.8) * rng.integers(1, 3, size=num_rows)) % 3
+        matched, counts = rng.binomial(3, 0.6, size=num_rows), [3] * num_rows
+        yield plain_rows(
+            exact_match=100.0 * (rng.random(num_rows) < 0.7),
+            rougeL=100.0 * rng.beta(2, 1, size=num_rows),
+            num_matched=matched,
+            num_predicted=counts,
+            num_reference=counts,
+            label=map(str, label),
+            predicted_label=map(str, predicted),
+            accuracy=100.0 * (label == predicted),
+        )
+
+
+def test_intervals_cover_the_true_value_as_often_as_they_say():
+    truth = {"exact_match": 70, "rougeL": 200 / 3, "f1_micro": 60, "macro_f1": 80, "accuracy": 80}
+    covered = Counter()
+    for rows in drawn_sets():
+        for name, (low, high) in bootstrap.intervals(rows, truth).items():
+            covered[name] += low <= truth[name] <= high
+    print({name: f"{100 * number / 300:.1f} %" for name, number in covered.items()})
+    assert all(0.90 * 300 <= covered[name] <= 0.99 * 300 for name in truth), covered
+
+
+def width(ends):
+    return ends[-1] - ends[-2]
+
+
+def test_the_paired_difference_is_narrower_than_the_unpaired():
+    rng = numpy.random.default_rng(5)
+    hard = rng.beta(1, 1, size=100) * 80  # rows differ much, and alike for both
+    rows_a, rows_b = (plain_rows(rougeL=hard + gain + rng.normal(0, 3, size=100)) for gain in (8, 11))
+    value, low, high = score.difference(rows_a, rows_b, "rougeL")
+    assert 0 < low < value < high and value == pytest.approx(3, abs=1)
+    single = [bootstrap.intervals(rows, ("rougeL",))["rougeL"] for rows in (rows_a, rows_b)]
+    assert width((low, high)) < 0.3 * numpy.hypot(*map(width, single))
+    assert single[0][1] > single[1][0]  # the two intervals overlap, the difference is beyond the noise all the same
+    assert score.difference(rows_b, rows_a, "rougeL") == pytest.approx((-value, -high, -low))
+
+
+def test_a_difference_that_is_none_is_inside_the_noise_as_often_as_it_says():
+    rng = numpy.random.default_rng(6)
+    inside = 0
+    for _ in range(200):
+        rows = [plain_rows(exact_match=100.0 * (rng.random(60) < 0.7)) for _ in range(2)]
+        _, low, high = score.difference(*rows, "exact_match", 400)
+        inside += low <= 0 <= high
+    assert 0.90 * 200 <= inside <= 0.99 * 200, inside
+
+
+def test_no_rows_one_row_and_equal_rows():
+    row = metrics.score_row(["a_b_c"], "a_b_c\nd_e_f", ("f1", "f1_micro"))
+    names = ("f1", "f1_micro")
+    assert score.metrics_of([]) == dict.fromkeys(NO_TASK.metrics)
+    for rows in ([], [row]):
+        assert bootstrap.intervals(rows, names) == {"f1": None, "f1_micro": None}
+    assert score.difference([], [], "f1") == (None, None, None)
+    assert score.difference([row], [row], "f1") == (0, None, None)
+    assert bootstrap.intervals([row] * 9, names) == {name: pytest.approx([200 / 3] * 2) for name in names}
+    assert score.difference([row] * 9, [row] * 9, "f1") == (0, 0, 0)
+    assert bootstrap.intervals([row] * 9, names, num_resamples=0) == {"f1": None, "f1_micro": None}
+    assert score.difference([row] * 9, [row] * 9, "f1", num_resamples=0) == (0, None, None)
+    with pytest.raises(ValueError, match="9 and 8"):
+        score.difference([row] * 9, [row] * 8, "f1")
+
+
+def test_a_metric_without_a_value_has_no_interval():
+    rows = score.score_rows(["好", "不", "没有"], ["好", "不好", "有"], "extraction")["rows"]
+    assert bootstrap.intervals(rows, ("f1", "exact_match"))["f1"] is None
+    assert score.difference(rows, rows, "f1") == (None, None, None)
+    one = rows + score.score_rows(["a_b_c"], ["a_b_c"], "extraction")["rows"]  # in some resamples it has one
+    assert bootstrap.intervals(one, ("f1",))["f1"] == [100, 100]
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_files_over_the_same_rows_are_compared_with_the_first(tmp_path, capsys):
+    answers = {"a": ["好"] * 40 + ["不"] * 20, "b": ["好"] * 57 + ["不"] * 3, "c": ["好"] * 41 + ["不"] * 19}
+    paths = {}
+    for name, texts in answers.items():
+        paths[name] = write_lines(tmp_path / f"{name}.jsonl", *({"prediction": t, "output": "好"} for t in texts))
+    paths["d"] = write_lines(tmp_path / "d.jsonl", *({"prediction": "好", "output": "不"} for _ in range(60)))
+    command = ["--predictions", *paths.values(), paths["a"], "--task", "classification"]
+    assert score.main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    start = lines.index("difference to [1], row by row")
+    assert lines[start + 1].split() == ["metric", "[2]", "[3]"]
+    row = lines[start + 2]
+    assert row.startswith("accuracy  +28.33 [+") and row.count("inside the noise") == 1
+    assert re.search(r"\+1\.67 \[\+0\.00, \+\d\.\d\d\] inside the noise$", row), row
+    assert "[4]: its references are not those of [1], so there is no difference" in lines
+
+    reports = {name: json.loads((tmp_path / f"{name}.scores.json").read_text(encoding="utf-8")) for name in paths}
+    rows = {name: score.score_rows(texts, ["好"] * 60, "classification")["rows"] for name, texts in answers.items()}
+    for name, inside_noise in (("b", False), ("c", True)):
+        found = reports[name]["difference"]
+        value, low, high = score.difference(rows["a"], rows[name], "accuracy")
+        assert found["to"] == paths["a"]
+        assert found["metrics"]["accuracy"] == {"value": value, "interval": [low, high], "inside_noise": inside_noise}
+    assert "difference" not in reports["a"] and reports["d"]["difference"] is None
+
+    assert score.main([*command, "--bootstrap", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "\naccuracy  +28.33   +1.67\n" in out and "noise" not in out and "in brackets" not in out
+
+
+REFUSED = {
+    "too few resamples": (["--bootstrap", "99"], "--bootstrap: 99: is too few for the ends of a 95 % interval: use at"),
+    "negative": (["--bootstrap=-1"], "--bootstrap: -1: is too few for the ends of a 95 % interval: use at least 100"),
+    "no triples": (["--task", "extraction"], "--task: extraction: {file}: no reference has a triple, a line such as"),
+    "one question": (["--task", "questions"], "--task: questions: {file}: every row has one answer, and one question"),
+}
+
+
+@pytest.mark.parametrize("arguments, message", REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_scored_is_refused(arguments, message, tmp_path, capsys):
+    path = write_lines(tmp_path / "p.jsonl", {"prediction": "好", "output": "好"})
+    with pytest.raises(SystemExit) as stopped:
+        score.main(["--predictions", path, *arguments])
+    out, err = capsys.readouterr()
+    assert (stopped.value.code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("score.py: error: " + message.replace("{file}", path))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["p.jsonl"]
