@@ -8,6 +8,7 @@ import sys
 import time
 
 from guard import name_rows
+from plots import picture
 from utils import is_main, print_rank_0
 
 SHOWN = ("loss", "rougeL", "bleu4", "f1", "accuracy", "macro_f1", "diversity", "exact_match")  # of an evaluation's metrics, on the screen
@@ -193,27 +194,19 @@ class RunLog:
 
 def draw_loss(records, path):
     """Loss and learning rate over the updates, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     steps = [record["step"] for record in records]
-    axis.plot(
-        steps,
-        [math.nan if record["loss"] is None else record["loss"] for record in records],
-        color="tab:blue",
-        marker=".",
-        label="loss",
-    )
-    axis.set_xlabel("update")
-    axis.set_ylabel("loss per supervised token")
-    axis.set_ylim(bottom=0)
-    axis.grid(alpha=0.3)
-    rate = axis.twinx()
-    rate.plot(steps, [record["learning_rate"] for record in records], color="tab:orange", alpha=0.6)
-    rate.set_ylabel("learning rate", color="tab:orange")
-    rate.set_ylim(bottom=0)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with picture(path, size=(8, 4.5)) as axis:
+        axis.plot(
+            steps,
+            [math.nan if record["loss"] is None else record["loss"] for record in records],
+            color="tab:blue",
+            marker=".",
+            label="loss",
+        )
+        axis.set_xlabel("update")
+        axis.set_ylabel("loss per supervised token")
+        axis.set_ylim(bottom=0)
+        rate = axis.twinx()
+        rate.plot(steps, [record["learning_rate"] for record in records], color="tab:orange", alpha=0.6)
+        rate.set_ylabel("learning rate", color="tab:orange")
+        rate.set_ylim(bottom=0)

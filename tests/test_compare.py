@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -38,8 +39,10 @@ GOOD = {
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    """A folder to start from, with rows and the file of a comparison."""
+def here(tmp_path, monkeypatch, request):
+    """A folder to start from, with rows and the file of a comparison; one test draws the pictures, too."""
+    if request.function is not test_a_whole_comparison:
+        monkeypatch.setattr(report, "draw_pictures", lambda results, folder: {})
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     Path("rows.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS))
@@ -84,13 +87,28 @@ BAD = {
     "name of the base": (method(name="base"), r"c.yaml: methods\[0\].name base: is taken: give another"),
     "grid": (method(grid={"learning_rate": 3}), r"c.yaml: methods\[0\].grid.learning_rate 3: must be a list of differ"),
     "grid and flags": (method(grid={"lora_dim": [2]}, flags={"lora_dim": 4}), r"methods\[0\].grid.lora_dim: stands in"),
-    "unknown flag": (method(flags={"lora_dimm": 4}), r"flags.lora_dimm 4: train.py has no such flag: did you mean lora_d"),
-    "unknown flag of all": ({"train_flags": {"x": 4}}, r"train_flags.x 4: train.py has no such flag: see python train.py"),
+    "unknown flag": (
+        method(flags={"lora_dimm": 4}),
+        r"flags.lora_dimm 4: train.py has no such flag: did you mean lora_d",
+    ),
+    "unknown flag of all": (
+        {"train_flags": {"x": 4}},
+        r"train_flags.x 4: train.py has no such flag: see python train.py",
+    ),
     "own flag": (method(flags={"seed": 4}), r"c.yaml: methods\[0\].flags.seed 4: compare.py gives it: remove it"),
-    "flag of another type": (method(flags={"pre_seq_len": 4}), r"\(m\): --pre_seq_len: belongs to --train_type ptuning"),
-    "no number": (method(flags={"lora_dim": "x"}), r"methods\[0\] \(m\): argument --lora_dim: invalid int value: 'x': see"),
+    "flag of another type": (
+        method(flags={"pre_seq_len": 4}),
+        r"\(m\): --pre_seq_len: belongs to --train_type ptuning",
+    ),
+    "no number": (
+        method(flags={"lora_dim": "x"}),
+        r"methods\[0\] \(m\): argument --lora_dim: invalid int value: 'x': see",
+    ),
     "range": (method(flags={"lora_dim": 0}), r"c.yaml: methods\[0\] \(m\): --lora_dim 0: must be at least 1"),
-    "list": (method(flags={"lora_dim": [1, 2]}), r"--lora_dim \[1, 2\]: takes one value: give one, or write the list as"),
+    "list": (
+        method(flags={"lora_dim": [1, 2]}),
+        r"--lora_dim \[1, 2\]: takes one value: give one, or write the list as",
+    ),
     "switch": (method(flags={"packing": 1}), r"methods\[0\] \(m\): --packing 1: is on or off: give true or false"),
     "predict flag": ({"predict_flags": {"top_p": 0.5}}, r"c.yaml: predict_flags: --top_p: needs --do_sample: add it"),
     "no base": ({"base": "nowhere"}, r"c.yaml: methods\[0\].*--model_name_or_path nowhere: no such folder"),
@@ -113,7 +131,10 @@ def test_what_the_file_gets_wrong_is_one_line(name, here, capsys):
 
 
 def test_flags_of_the_command_line_are_checked(here, capsys):
-    assert "no such method: choose from all, lora, lora,learning_rate=0.003" in refused(["c.yaml", "--only", "x"], capsys)[0]
+    assert (
+        "no such method: choose from all, lora, lora,learning_rate=0.003"
+        in refused(["c.yaml", "--only", "x"], capsys)[0]
+    )
     assert "--report_only: there is no output/compare-c" in refused(["c.yaml", "--report_only"], capsys)[0]
     assert "nothing.yaml: cannot be read" in refused(["nothing.yaml"], capsys)[0]
     assert "c.yaml is a file" in refused(["c.yaml", "--output_dir", "c.yaml/x"], capsys)[0]
@@ -208,7 +229,9 @@ def test_a_whole_comparison(here, capsys):
     assert by_name["all"]["to_best"][0] == pytest.approx(-55)
     assert best["forgetting"] == {"loss": [0.41, 0.3, 0.55], "score": None} and best["peak_memory_bytes"] == 6.5e8
     assert best["runs"][1]["loss"] == [[10, 0.3], [20, 0.15]] and best["runs"][1]["seed"] == 2
-    assert best["checkpoint_bytes"] == sum(path.stat().st_size for path in Path(best["runs"][0]["checkpoint"]).iterdir())
+    assert best["checkpoint_bytes"] == sum(
+        path.stat().st_size for path in Path(best["runs"][0]["checkpoint"]).iterdir()
+    )
     assert len(results["commands"]) == 27 and all(shlex.split(command) for command in results["commands"])
     assert {"torch", "python"} <= set(results["machine"]["versions"])
     page = Path("output/compare-c/report/index.html").read_text()
@@ -228,7 +251,8 @@ def test_nothing_is_done_twice(here, capsys):
     write_config({**GOOD, "train_flags": {**FLAGS, "num_train_epochs": 2}})
     lines = refused(["c.yaml"], capsys)
     assert lines == [
-        f"c.yaml: output/compare-c/runs/all/seed-{seed}/train: is of other settings: remove or rename it" for seed in (1, 2)
+        f"c.yaml: output/compare-c/runs/all/seed-{seed}/train: is of other settings: remove or rename it"
+        for seed in (1, 2)
     ]
     assert compare.main(["c.yaml", "--report_only"], run_words=None) == 0
     results = json.loads(Path("output/compare-c/report/results.json").read_text())
@@ -260,7 +284,9 @@ def test_a_run_that_fails_does_not_end_the_others(here, capsys):
 
 
 def test_layers_that_the_base_does_not_have(here, capsys):
-    write_config({**GOOD, "methods": [{"name": "f", "train_type": "freeze", "flags": {"freeze_module_name": "layers.99."}}]})
+    write_config(
+        {**GOOD, "methods": [{"name": "f", "train_type": "freeze", "flags": {"freeze_module_name": "layers.99."}}]}
+    )
     [line] = refused(["c.yaml"], capsys)
     assert "c.yaml: f: --freeze_module_name layers.99.: matches no weight" in line
 
@@ -302,8 +328,14 @@ def test_inside_the_noise(change, is_noise):
 
 def entry(name, value, **values):
     """A method as in results.json."""
-    done = {"status": "done", "metrics": {"f1": value, "bleu4": None}, "intervals": {"f1": [value - 5, value + 5], "bleu4": None}}
-    costs = dict(seconds=83.0, tokens_per_second=1234.5, peak_memory_bytes=6.5e8, trained_weights=29600, all_weights=2e6)
+    done = {
+        "status": "done",
+        "metrics": {"f1": value, "bleu4": None},
+        "intervals": {"f1": [value - 5, value + 5], "bleu4": None},
+    }
+    costs = dict(
+        seconds=83.0, tokens_per_second=1234.5, peak_memory_bytes=6.5e8, trained_weights=29600, all_weights=2e6
+    )
     costs |= dict(checkpoint_bytes=12_345, forgetting={"loss": [0.4, 0.3, 0.5], "score": None}, spread=1.25)
     runs = [{"seed": seed, "loss": [[1, 2.0], [2, None], [3, 0.5]]} for seed in (1, 2)]
     kind = dict(train_type="lora", flags={"lora_alpha": "<b>"}, family=name)
@@ -328,7 +360,14 @@ RESULTS = {
         entry("all", 78.25, to_best=[-3.5, -8.25, 1.5], seconds=None, peak_memory_bytes=4e8),
         entry("法", 81.75, to_best=None),
         entry("freeze", 41.75, to_best=[-40, -48, -32]),
-        {"name": "late", "status": "not run", "train_type": "all", "flags": {}, "family": "late", "runs": [{"loss": []}]},
+        {
+            "name": "late",
+            "status": "not run",
+            "train_type": "all",
+            "flags": {},
+            "family": "late",
+            "runs": [{"loss": []}],
+        },
     ],
     "best": "法",
     "samples": [
@@ -412,7 +451,5 @@ def test_a_signal_reaches_the_command(tmp_path):
     """run_words asks the command to leave, and waits until it has."""
     code = "import os, signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
     code += "os.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(30)"
-    import sys
-
     assert steps.run_words([sys.executable, "-c", code], None) == (75, True)
     assert steps.run_words([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], None) == (137, False)
