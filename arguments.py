@@ -15,6 +15,7 @@ from weights import INDEX_FILES, WEIGHT_FILES
 
 ATTENTION = {"sdpa": "sdpa", "flex": "flex_attention", "eager": "eager"}  # the library's names
 BEST_METRICS = ("loss", "rougeL", "bleu4", "f1", "accuracy")  # of --metric_for_best_model
+MAX_NAME = 200  # bytes of a file's name; most file systems have 255, and endings such as .partial come behind
 LEAST_SRC_LEN = 16  # tokens: the words around the question, and something of it
 
 
@@ -319,6 +320,11 @@ def range_problems(args, at_least_one="", at_least_zero="", share="", seed=""):
     for names, rule, good in (
         (at_least_one, "must be at least 1", lambda value: value >= 1),
         (at_least_zero, "must be 0 or more", lambda value: value >= 0 and math.isfinite(value)),
+        (
+            f"{at_least_one} {at_least_zero}",
+            f"must be at most {2**31 - 1}",
+            lambda value: not 2**31 <= value < math.inf,
+        ),
         (share, "must be 0 or more and below 1", lambda value: 0 <= value < 1),
         (seed, f"must be from 0 to {2**32 - 1}", lambda value: 0 <= value < 2**32),
     ):
@@ -411,6 +417,8 @@ def place_problem(flag, path):
     """Why nothing can be made at `path`, or None: the nearest folder that exists must be one to write in."""
     if not path:
         return f"{flag} '': is empty: name a place"
+    if any(len(os.fsencode(part)) > MAX_NAME for part in path.split(os.sep)):
+        return f"{flag} {path}: a name in it is longer than {MAX_NAME} bytes: choose a shorter one"
     parent = os.path.abspath(path)
     while not os.path.lexists(parent):
         parent = os.path.dirname(parent)
@@ -523,6 +531,8 @@ def parse_predict(argv):
         )
     if args.prompt is not None and not args.prompt.strip():
         problems.append(f"--prompt {args.prompt!r}: is empty: ask something")
+    if args.prompt is not None and any("\ud800" <= character <= "\udfff" for character in args.prompt):
+        problems.append(f"--prompt {args.prompt!r}: is not UTF-8: check the terminal's encoding")
     if args.test_path:
         problems += collect(data_files, args.test_path, prefix="--test_path ")
         if args.output_path is None:
@@ -579,7 +589,7 @@ def score_parser():
     parser.add_argument(
         "--task",
         choices=TASKS,
-        help="metrics of this kind of answer; left out: ROUGE, BLEU, exact match, and triples where references have them",
+        help="metrics of this kind of answer; left out: ROUGE, BLEU, exact match, and triples where there are any",
     )
     parser.add_argument(
         "--bootstrap",

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 
 from folders import new_folder, require_space
 from modes import MODES, Mode, possible_modes, read_json
-from tuning import ADAPTER_FILE, PREFIX_FILE, TRAIN_TYPES, load_trained
+from tuning import ADAPTER_FILE, PREFIX_FILE, TRAIN_TYPES, adapter_settings, check_shapes, load_trained
 from utils import BadNumbers, is_main, on_main
 from weights import (
+    check_dtypes,
     check_weights,
     disk_errors,
+    empty_model,
     finite_problem,
     load_base,
     safetensors_shapes,
@@ -65,7 +67,10 @@ def read_tokenizer(folder, mode, config):
     vocab_name = mode.tokenizer_class.vocab_files_names["vocab_file"]
     if not os.path.isfile(os.path.join(folder, vocab_name)):
         raise ValueError(f"{folder}/{vocab_name}: missing: copy it from the release (--mode {mode.name} needs it)")
-    tokenizer = mode.tokenizer_class.from_pretrained(folder)
+    try:
+        tokenizer = mode.tokenizer_class.from_pretrained(folder)
+    except (TypeError, AttributeError, KeyError) as error:  # the library does not look at types before it uses them
+        raise ValueError(f"{folder}/tokenizer_config.json: {error}: copy it from the release") from None
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"{folder}: {vocab_name} has {tokenizer.vocab_size} ids but the model only {config.vocab_size}:"
@@ -203,6 +208,10 @@ class Opened:
                 if saved.get(key) is None:
                     raise ValueError(f"{path}: has no {key}, which the prefix encoder needs: copy the folder again")
                 changes[key] = saved[key]
+            if type(changes["pre_seq_len"]) is not int or changes["pre_seq_len"] < 1:
+                raise ValueError(f"{path}: pre_seq_len = {changes['pre_seq_len']!r}: must be a whole number, 1 or more")
+            if type(changes["prefix_projection"]) is not bool:
+                raise ValueError(f"{path}: prefix_projection = {changes['prefix_projection']!r}: must be true or false")
         return read_config(self.base_folder, self.mode, changes)
 
     def tokenizer(self, config):
@@ -270,9 +279,19 @@ def load_base_and_trained(opened, config, dtype, device):
     trained_file = {"adapter": ADAPTER_FILE, "prefix": PREFIX_FILE}.get(opened.weights)
     if opened.weights == "adapter" and not os.path.isfile(os.path.join(opened.folder, "adapter_config.json")):
         raise ValueError(f"{opened.folder}/adapter_config.json: missing: copy the folder again")
-    shapes = safetensors_shapes(os.path.join(opened.folder, trained_file)) if trained_file else {}
+    shapes = {}
+    if trained_file:
+        path = os.path.join(opened.folder, trained_file)
+        found = safetensors_shapes(path)
+        check_dtypes(path, found)
+        shapes = {name: shape for name, (shape, _) in found.items()}
+    if opened.weights == "adapter":
+        adapter_settings(opened.folder, shapes)
+    elif opened.weights == "prefix":
+        names = empty_model(opened.mode, config).named_parameters()
+        check_shapes({n: tuple(p.shape) for n, p in names if "prefix_encoder." in n}, shapes, path)
     model = load_base(opened.base_folder, opened.mode, config, dtype, device)
-    return load_trained(model, opened.folder, opened.weights, {name: shape for name, (shape, _) in shapes.items()})
+    return load_trained(model, opened.folder, opened.weights, shapes)
 
 
 def load_opened(opened, dtype, device):

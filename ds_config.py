@@ -6,7 +6,7 @@ import os
 from modes import read_json
 from optimizer import ADAM
 
-SECTIONS = ("bf16", "fp16", "optimizer", "optimizer.params")
+SECTIONS = ("bf16", "fp16", "data_types", "optimizer", "optimizer.params")
 CONFIG_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs")
 
 
@@ -29,6 +29,12 @@ def read_ds_file(name):
     ) + SECTIONS:
         if not isinstance(value_at(config, path, {}), dict):
             raise ValueError(f"--ds_file {name}: {path} is {value_at(config, path)!r}: it must be a section {{...}}")
+    for path in ("bf16.enabled", "fp16.enabled"):
+        if value_at(config, path) not in (True, False, "auto"):
+            raise ValueError(f'--ds_file {name}: {path} is {value_at(config, path)!r}: use true, false or "auto"')
+    steps = config.get("steps_per_print", 1)
+    if type(steps) is not int or steps < 1:
+        raise ValueError(f"--ds_file {name}: steps_per_print is {steps!r}: it must be a whole number of at least 1")
     stage = config.get("zero_optimization", {}).get("stage")
     if stage not in (2, 3):
         raise ValueError(f"--ds_file {name}: zero_optimization.stage is {stage}: use 2 or 3")

@@ -68,7 +68,7 @@ def read_json(path):
     try:
         with open(path, encoding="utf-8-sig") as file:
             value = json.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as JSON ({error}): give a complete file") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: is a {type(value).__name__}, not a JSON object")

@@ -76,7 +76,7 @@ def readable(texts):
     """(font families, texts as they can be drawn in them): what no font has is escaped, never an empty box."""
     families, missing = families_for(frozenset("".join(texts)))
     if missing:
-        hint(min(missing))
+        hint()
     shown = ("".join(escape(char) if char in missing or not char.isprintable() else char for char in t) for t in texts)
     return families, [text.replace("$", r"\$") for text in shown]  # two dollars would make a formula
 
@@ -87,31 +87,33 @@ def escape(char):
 
 
 @functools.cache
-def hint(char):
+def hint():
     """Say once what would help."""
-    text = f"no installed font has {escape(char)}: labels in pictures are escaped; install one, as fonts-noto-cjk"
-    print(f"note: {text}", file=sys.stderr, flush=True)
+    text = "no installed font has all characters of the labels: in pictures they are escaped"
+    print(f"note: {text}; a font for Chinese, such as fonts-noto-cjk, helps", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def picture(path, size=(5.6, 3.6), families=(OWN_FONT,)):
-    """A PNG with one axis, which is yielded; size in inches."""
+def picture(path, size=(5.6, 4.0), families=(OWN_FONT,), has_legend=False):
+    """A PNG with one axis, which is yielded; size in inches. The legend stands below, where it hides nothing."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"font.family": list(families), "font.size": 10}):
+    with matplotlib.rc_context({"font.family": list(families), "font.size": 11}):
         figure = Figure(figsize=size, layout="constrained")
         axis = figure.add_subplot()
         axis.grid(alpha=0.3)
         axis.set_axisbelow(True)
         yield axis
+        if has_legend:
+            figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
         figure.savefig(path, dpi=160)
 
 
 def draw_losses(curves, path):
     """Loss over the updates. curves: {name: [one run's [[step, loss], ...], ...]}; runs of a name share a colour."""
     families, names = readable(list(curves))
-    with picture(path, families=families) as axis:
+    with picture(path, families=families, has_legend=True) as axis:
         values = []
         for number, (name, runs) in enumerate(zip(names, curves.values())):
             for k, points in enumerate(runs):
@@ -123,7 +125,6 @@ def draw_losses(curves, path):
             axis.set_yscale("log")
         axis.set_xlabel("update")
         axis.set_ylabel("loss per supervised token")
-        axis.legend(fontsize=8, ncols=1 + (len(names) > 6))
 
 
 def draw_quality(bars, metric, path):
@@ -144,14 +145,13 @@ def draw_quality(bars, metric, path):
 def draw_cost(points, metric, cost, path):
     """Quality against what it costs. points: (name, value, low, high, cost of it)."""
     families, names = readable([point[0] for point in points])
-    with picture(path, families=families) as axis:
+    with picture(path, families=families, has_legend=True) as axis:
         for number, (name, point) in enumerate(zip(names, points)):
             style = dict(fmt=MARKERS[number % len(MARKERS)], color=f"C{number % 10}", capsize=3, markersize=7)
             axis.errorbar([point[4]], [point[1]], yerr=spans([point]), label=name, linewidth=1, **style)
-        axis.set_xlim(left=0)
+        axis.set_xlim(0, 1.06 * max(point[4] for point in points) or 1)
         axis.set_xlabel(cost)
         axis.set_ylabel(metric)
-        axis.legend(fontsize=8, ncols=1 + (len(names) > 6))
 
 
 def spans(bars):

@@ -12,7 +12,7 @@ from folders import size_text
 from plots import draw_cost, draw_losses, draw_quality
 
 UNKNOWN = "not known"
-NUM_OTHERS = 3  # metrics that stand beside the primary one
+NUM_OTHERS = 2  # metrics that stand beside the primary one
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -33,25 +33,26 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: #fff; color: #1d2329; font: 16px/1.55 system-ui, -apple-system, "Segoe UI",
   "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "Source Han Sans SC", sans-serif; }
-main { max-width: 76rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+main { max-width: 80rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
 h1 { font-size: 1.55rem; line-height: 1.25; margin: 0 0 .3rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2.4rem 0 .7rem; padding-bottom: .25rem; border-bottom: 1px solid #dde2e7; }
 p { margin: .4rem 0; max-width: 60rem; }
-.quiet, small { color: #5b6570; font-size: .86rem; }
+.quiet, small { color: #5b6570; font-size: .84rem; }
 .verdict { background: #f0f6ff; border-left: 4px solid #2f6fd0; padding: .7rem 1rem; margin: 1rem 0;
   overflow-wrap: anywhere; }
 .box { overflow-x: auto; border: 1px solid #dde2e7; border-radius: 6px; }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; }
-th, td { padding: .5rem .7rem; text-align: left; vertical-align: top; border-bottom: 1px solid #e8ecf0;
+table { border-collapse: collapse; width: 100%; font-size: .88rem; line-height: 1.4; }
+th, td { padding: .45rem .5rem; text-align: left; vertical-align: top; border-bottom: 1px solid #e8ecf0;
   white-space: nowrap; font-variant-numeric: tabular-nums; }
 tr:last-child td, tr:last-child th { border-bottom: 0; }
 thead th { background: #f5f7f9; font-weight: 600; }
-tbody th { font-weight: 600; position: sticky; left: 0; background: #fff; max-width: 13rem; white-space: normal;
-  overflow-wrap: anywhere; }
+tbody th { font-weight: 600; position: sticky; left: 0; background: #fff; min-width: 8.5rem; max-width: 13rem;
+  white-space: normal; overflow-wrap: anywhere; }
+@media (min-width: 700px) { tbody th { min-width: 9rem; } }
 thead th:first-child { position: sticky; left: 0; z-index: 1; }
-td small, th small { display: block; font-weight: 400; }
+td small, th small { display: block; font-weight: 400; white-space: pre; }
 tr.best td, tr.best th { background: #eef7ee; }
-.pictures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
+.pictures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }
 figure { margin: 0; min-width: 0; }
 figure img { width: 100%; max-width: 40rem; height: auto; display: block; }
 figcaption { color: #5b6570; font-size: .86rem; }
@@ -66,8 +67,8 @@ figcaption { color: #5b6570; font-size: .86rem; }
 pre { background: #f5f7f9; border-radius: 6px; padding: .8rem; margin: .5rem 0; font-size: .82rem; line-height: 1.5;
   white-space: pre-wrap; overflow-wrap: anywhere; }
 summary { cursor: pointer; }
-dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .2rem 1rem; margin: 0; }
-dt { color: #5b6570; } dd { margin: 0; overflow-wrap: anywhere; }
+dl { display: grid; grid-template-columns: minmax(5rem, max-content) minmax(0, 1fr); gap: .25rem 1rem; margin: 0; }
+dt { color: #5b6570; max-width: 14rem; overflow-wrap: anywhere; } dd { margin: 0; overflow-wrap: anywhere; }
 """
 
 
@@ -148,31 +149,31 @@ def verdict(results):
     if near:
         names = ", ".join(method["name"] for method in near)
         lines.append(f"With these {rows} rows it cannot be told apart from {names}: more test rows or seeds would.")
-        lines += [text for text in map(lambda kind: cheapest([best, *near], *kind), CHEAP) if text]
+        lines += cheapest([best, *near])
     elif len(done) > 1:
         lines.append("Its lead over every other method is larger than the noise of the test rows.")
-    forgot = [m["name"] for m in done if m["forgetting"]["loss"] and not is_noise(m["forgetting"]["loss"])]
-    forgot = [m["name"] for m in done if m["name"] in forgot and m["forgetting"]["loss"][0] > 0]
+    changes = {m["name"]: m["forgetting"]["loss"] for m in done}
+    forgot = [name for name, change in changes.items() if change and change[0] > 0 and not is_noise(change)]
     if forgot:
-        lines.append(
-            f"General questions got harder (loss above the base's by more than the noise) for {', '.join(forgot)}."
-        )
+        lines.append(f"Forgetting: the loss on general questions rose by more than the noise with {', '.join(forgot)}.")
     missing = [m["name"] for m in results["methods"] if m["status"] != "done"]
     if missing:
         lines.append(f"Without figures: {', '.join(missing)}.")
     return lines
 
 
-CHEAP = (("seconds", "trains fastest"), ("peak_memory_bytes", "takes the least memory"))
-
-
-def cheapest(methods, name, words):
-    """Which of equally good methods costs least, None where that is not known."""
-    if any(method[name] is None for method in methods):
-        return None
-    least = min(methods, key=lambda method: method[name])
-    amount = duration(least[name]) if name == "seconds" else size_text(least[name])
-    return f"Of these, {least['name']} {words} ({amount})."
+def cheapest(methods):
+    """Which of equally good methods costs least; nothing where that is not known."""
+    found = {}
+    for name, words, text in (
+        ("seconds", "trains fastest", duration),
+        ("peak_memory_bytes", "takes the least memory", size_text),
+    ):
+        if all(method[name] is not None for method in methods):
+            least = min(methods, key=lambda method: method[name])
+            found.setdefault(least["name"], []).append(f"{words} ({text(least[name])})")
+    parts = [f"{name} {' and '.join(words)}" for name, words in found.items()]
+    return [f"Of these, {'; '.join(parts)}."] if parts else []
 
 
 def notes(results):
@@ -183,17 +184,18 @@ def notes(results):
         " interval of the difference includes 0.",
         "They say nothing of another training run: for that, give several seeds; ± is then the standard deviation over"
         " seeds, and every figure is a mean over seeds.",
-        "Time, tokens/s and memory are those of the training alone; memory is the peak of one process. The checkpoint's"
-        " size is that of its folder.",
+        "Trained: the number of weights that train. Time, tokens/s and memory are those of the training alone; memory"
+        " is the peak of one process. On disk: the folder of the checkpoint.",
     ]
     if results["has_grid"]:
         lines.append(
-            "Several values of a grid were tried on the same test rows, so the best of them looks a little better than it"
-            " is: score it on other rows before you rely on the figure."
+            "Several values of a grid were tried on the same test rows, so the best of them looks a little better than"
+            " it is: score it on other rows before you rely on the figure."
         )
     if results["forgetting"]:
         lines.append(
-            "Forgetting is the change from the base on general questions: the loss should not rise, the score not fall."
+            "General loss and score are changes from the base on general questions (forgetting): the loss should not"
+            " rise, the score not fall."
         )
     return lines
 
@@ -235,37 +237,40 @@ def main_table(results):
     """Rows of cells, the header first."""
     metric = results["primary"]
     others = [name for name in results["metrics"] if name != metric and not name.endswith("_micro")][:NUM_OTHERS]
-    head = ["method", metric, *others, "to the base", "to the best"]
-    head += ["forgetting"] if results["forgetting"] else []
-    head += ["trained weights", "tokens/s", "peak memory", "training", "checkpoint"]
+    head = ["method", metric, "to the base", "to the best"]
+    head += ["general loss", "general score"] if results["forgetting"] else []
+    head += ["trained", "tokens/s", "memory", "time", "on disk"]
     table = [[Cell(text) for text in head]]
     rest = [method for method in results["methods"] if method["status"] != "done"]
     for entry in (*ranked(results), *rest, results["base"]):
-        name = Cell(entry["name"], describe(entry))
-        if entry["status"] != "done":
-            table.append([name, Cell(entry["status"]), *[Cell("")] * (len(head) - 2)])
-            continue
-        spread = f"± {entry['spread']:.2f} over {len(entry['runs'])} seeds" if entry["spread"] is not None else ""
-        interval = entry["intervals"][metric]
-        ends = f"[{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""
-        row = [name, Cell(number(entry["metrics"][metric]), " ".join(filter(None, (ends, spread))))]
-        row += [Cell(number(entry["metrics"][name])) for name in others]
-        if entry["name"] == "base":
-            row += [Cell("")] * (len(head) - len(row))
+        row = [Cell(entry["name"], describe(entry))]
+        if entry["status"] == "done":
+            row.append(quality_cell(entry, metric, others))
         else:
+            row.append(Cell(*entry["status"].split(" with ")))
+        if entry["status"] == "done" and entry["name"] != "base":
             row += [change_cell(entry["to_base"]), change_cell(entry["to_best"], "the best")]
-            row += [forgetting_cell(entry["forgetting"])] if results["forgetting"] else []
+            forgetting = entry["forgetting"]
+            row += [change_cell(forgetting[name]) for name in ("loss", "score")] if results["forgetting"] else []
             row += cost_cells(entry)
-        table.append(row)
+        table.append(row + [Cell("")] * (len(head) - len(row)))
     return table
 
 
+def quality_cell(entry, metric, others):
+    """The metric; below it its interval, how far seeds differ, and other metrics."""
+    value, _, ends = value_text(entry, metric).partition(" ")
+    if entry["metrics"][metric] is None:
+        return Cell(UNKNOWN)
+    spread = "" if entry["spread"] is None else f"± {entry['spread']:.2f} over {len(entry['runs'])} seeds"
+    more = [f"{name} {number(entry['metrics'][name])}" for name in others]
+    return Cell(value, "\n".join(filter(None, (ends, spread, *more))))
+
+
 def describe(entry):
-    """What a method is: its train type and its own flags."""
-    if "train_type" not in entry:
-        return "as it is"
-    names = [f"{flag} {value}" for flag, value in entry["flags"].items()]
-    return ", ".join([entry["train_type"], *names])
+    """What a method is, where its name does not say it."""
+    train_type = entry.get("train_type", "as it is")
+    return "" if train_type == entry["name"] else train_type
 
 
 def number(value):
@@ -279,15 +284,7 @@ def change_cell(change, without=UNKNOWN):
         return Cell(without)
     value, low, high = change
     ends = "" if low is None else f"[{low:+.2f}, {high:+.2f}]"
-    return Cell(f"{value:+.2f}", " ".join(filter(None, (ends, "inside the noise" * is_noise(change)))))
-
-
-def forgetting_cell(forgetting):
-    """How the loss on general questions changed, and the score of the answers below it."""
-    if not forgetting["loss"]:
-        return Cell(UNKNOWN)
-    parts = [f"{name} {change_text(change)}" for name, change in forgetting.items() if change]
-    return Cell(parts[0], "; ".join(parts[1:]))
+    return Cell(f"{value:+.2f}", "\n".join(filter(None, (ends, "inside the noise" * is_noise(change)))))
 
 
 def cost_cells(entry):
@@ -326,6 +323,8 @@ def facts(results):
     yield "test rows", ", ".join(results["test_path"])
     yield "task", results["task"] or "none"
     yield "seeds", ", ".join(map(str, results["seeds"]))
+    for method in results["methods"]:
+        yield method["name"], ", ".join([method["train_type"], *(f"{k} {v}" for k, v in method["flags"].items())])
     if machine:
         yield "system", machine["system"]
         yield "CPU", f"{machine['cpu']}, {size_text(machine['memory_bytes'])} memory"
@@ -376,7 +375,10 @@ def html_table(table, best):
 
     def cell(cell, tag):
         small = f"<small>{html.escape(cell.small)}</small>" if cell.small else ""
-        return f"<{tag}>{html.escape(cell.text)}{small}</{tag}>"
+        text = html.escape(cell.text)
+        if tag == "th":  # a long name may be broken here
+            text = text.replace(",", ",<wbr>").replace("=", "=<wbr>")
+        return f"<{tag}>{text}{small}</{tag}>"
 
     lines = ['<div class="box"><table>', "<thead><tr>", *(cell(c, "th") for c in table[0]), "</tr></thead>", "<tbody>"]
     for row in table[1:]:

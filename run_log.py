@@ -11,7 +11,8 @@ from guard import name_rows
 from plots import picture
 from utils import is_main, print_rank_0
 
-SHOWN = ("loss", "rougeL", "bleu4", "f1", "accuracy", "macro_f1", "diversity", "exact_match")  # of an evaluation's metrics, on the screen
+# Of an evaluation's metrics, on the screen.
+SHOWN = ("loss", "rougeL", "bleu4", "f1", "accuracy", "macro_f1", "diversity", "exact_match")
 
 
 class JsonLines:

@@ -81,12 +81,15 @@ def main(argv, watch):
     complete_mode(args, folder)
     mode, train_type = MODES[args.mode], TRAIN_TYPES[args.train_type]
     config = read_config(folder, mode, train_type.config_changes(args))
+    window = getattr(config, "max_sequence_length", None) or config.seq_length
+    for flag, most in (("lora_dim", config.hidden_size), ("pre_seq_len", window)):
+        if flag in train_type.flags and getattr(args, flag) > most:
+            fail(f"--{flag} {getattr(args, flag)}: use at most {most} with this model")
     names = check_weights(folder, mode, config, new_prefix=train_type.weights == "prefix")
     if problems := train_type.problems(names, args):
         fail(problems)
     tokenizer = read_tokenizer(folder, mode, config)
     is_compiled, optimizer_name = choose_adam(args.optimizer, offloads(ds_config), device)
-    window = getattr(config, "max_sequence_length", None) or config.seq_length
     if args.max_len > window:
         fail(f"--max_len {args.max_len}: the model's window is {window} tokens: use at most {window}")
 

@@ -1,12 +1,15 @@
 """The table of `--train_type`: which weights train, what is saved, how it is loaded again."""
 
+import math
 import os
 from dataclasses import dataclass
 from functools import partial
 from typing import Callable
 
+from modes import read_json
+
 PREFIX_FILE = "prefix_encoder.safetensors"
-ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_FILE, SETTINGS_FILE = "adapter_model.safetensors", "adapter_config.json"
 LORA_TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 
 
@@ -193,6 +196,45 @@ def checkpoint_layers(model, interval=1):
             number += flows
 
 
+ADAPTER_SETTINGS = {  # key of adapter_config.json: (is its value good, rule)
+    "peft_type": (lambda value: value == "LORA", "must be LORA"),
+    "r": (lambda value: type(value) is int and value >= 1, "must be a whole number of at least 1"),
+    "lora_alpha": (lambda v: type(v) in (int, float) and 0 <= v < math.inf, "must be a number of 0 or more"),
+    "target_modules": (
+        lambda value: isinstance(value, list) and value and set(map(str, value)) <= set(LORA_TARGETS),
+        f"must be names out of {', '.join(LORA_TARGETS)}",
+    ),
+}
+FREE_SETTINGS = ("lora_dropout", "task_type", "inference_mode", "base_model_name_or_path", "revision", "peft_version")
+
+
+def adapter_settings(folder, shapes):
+    """peft's LoraConfig of a saved adapter, from the settings that train.py gives and no others.
+
+    `shapes` {name: shape} of the saved weights. ValueError names a setting that is wrong, that another tool made
+    (peft has some that import modules or repeat layers), or that does not fit the weights.
+    """
+    from peft import LoraConfig
+
+    path = os.path.join(folder, SETTINGS_FILE)
+    usual = LoraConfig().to_dict()
+    values = {"lora_alpha": usual["lora_alpha"], **read_json(path)}
+    for key, (is_good, rule) in ADAPTER_SETTINGS.items():
+        if not is_good(values.get(key)):
+            raise ValueError(f"{path}: {key} = {values.get(key)!r}: {rule}: copy the folder again")
+    for key, value in values.items():
+        if key not in (*ADAPTER_SETTINGS, *FREE_SETTINGS) and value and value != usual.get(key):
+            raise ValueError(f"{path}: {key} = {value!r}: train.py saves no such adapter: copy the folder again")
+    for name, shape in shapes.items():
+        if name.endswith("lora_A.weight") and shape[0] != values["r"]:
+            raise ValueError(
+                f"{os.path.join(folder, ADAPTER_FILE)}: {name} has shape {shape}, its r is {values['r']}:"
+                " copy the folder again"
+            )
+    chosen = {key: values[key] for key in ("r", "lora_alpha", "target_modules")}
+    return LoraConfig(**chosen, bias="none", task_type="CAUSAL_LM", inference_mode=True)
+
+
 def load_trained(model, folder, weights, shapes):
     """Put saved adapter or prefix weights onto a loaded base model; whole checkpoints are returned as they are.
 
@@ -200,13 +242,11 @@ def load_trained(model, folder, weights, shapes):
     not fit.
     """
     if weights == "adapter":
-        from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+        from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
         from safetensors.torch import load_file
 
-        config = PeftConfig.from_pretrained(folder)
-        config.inference_mode = True
-        config.base_model_name_or_path = None  # where the base lies now is for the caller to say
-        model = get_peft_model(model, config, autocast_adapter_dtype=False)
+        # Where the base lies now is for the caller to say.
+        model = get_peft_model(model, adapter_settings(folder, shapes), autocast_adapter_dtype=False)
         wanted = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
         check_shapes(wanted, shapes, os.path.join(folder, ADAPTER_FILE))
         set_peft_model_state_dict(model, load_file(os.path.join(folder, ADAPTER_FILE)))

@@ -59,8 +59,13 @@ def fail(problems, prog=None, code=2):
         time.sleep(5)
         prog = f"{prog}: rank {os.environ['RANK']}"
     for problem in [problems] if isinstance(problems, str) else problems:
-        print(f"{prog}: error: {' '.join(str(problem).splitlines())}", file=sys.stderr, flush=True)
+        print(f"{prog}: error: {visible(problem)}", file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def visible(text):
+    """A text on one line, with the characters that a terminal would obey spelled out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(str(text).splitlines()))
 
 
 def prepare_environment(device="auto"):

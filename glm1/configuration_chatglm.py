@@ -33,6 +33,12 @@ class ChatGLMConfig(ChatGLMConfigBase):
                 " tokens: use the release of 2023-04-06 or later (v1.1, vocab_size 130528)"
             )
 
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"config.json: num_attention_heads = {self.num_attention_heads}: must divide hidden_size ="
+                f" {self.hidden_size}"
+            )
+
     @property
     def head_dim(self):
         """Size of one attention head."""

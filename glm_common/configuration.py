@@ -1,6 +1,6 @@
 """What the families' configurations check and save alike."""
 
-import dataclasses
+import math
 
 from transformers import PreTrainedConfig
 
@@ -19,12 +19,14 @@ class ChatGLMConfigBase(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if type(field.default) in (int, float) and not isinstance(value, (int, float, list)):
-                raise ValueError(
-                    f"config.json: {field.name} = {value!r}: must be a number, {field.default} in the release"
-                )
+        for family in type(self).__mro__:
+            if issubclass(family, ChatGLMConfigBase):
+                for name in vars(family).get("__annotations__", {}):
+                    self.check_number(name, getattr(type(self), name, None))
+        if self.pre_seq_len is not None and (type(self.pre_seq_len) is not int or self.pre_seq_len < 0):
+            raise ValueError(f"config.json: pre_seq_len = {self.pre_seq_len!r}: must be a whole number of tokens")
+        if type(self.prefix_projection) is not bool:
+            raise ValueError(f"config.json: prefix_projection = {self.prefix_projection!r}: must be true or false")
         for name, value in self.fixed_values.items():
             if getattr(self, name, value) != value:
                 raise ValueError(f"config.json: {name} = {getattr(self, name)}: only {value} is supported, as released")
@@ -33,6 +35,24 @@ class ChatGLMConfigBase(PreTrainedConfig):
                 f"config.json: quantization_bit = {self.quantization_bit}: a quantised checkpoint cannot be trained"
                 " here: use the fp16 release"
             )
+
+    def check_number(self, name, default):
+        """ValueError for a value that is no number of the kind that the release has: an id, a size or a share."""
+        value = getattr(self, name)
+        if type(default) not in (int, float):
+            return
+        if name.endswith("_token_id"):
+            ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
+            is_good, rule = all(type(i) is int and i >= 0 for i in ids), "an id of the tokenizer"
+        elif type(default) is int:
+            is_good, rule = type(value) is int and value >= 1, "a whole number of at least 1"
+        else:
+            is_number = type(value) in (int, float) and math.isfinite(value)
+            is_share = name.endswith("_dropout")
+            is_good = is_number and (0 <= value < 1 if is_share else value > 0)
+            rule = "a number from 0 to below 1" if is_share else "a number above 0"
+        if not is_good:
+            raise ValueError(f"config.json: {name} = {value!r}: must be {rule}, {default} in the release")
 
     def to_dict(self):
         """The released key `torch_dtype` beside `dtype`, so that older code reads the right precision."""
