@@ -38,7 +38,7 @@ from score import read_predictions, score_rows
 from steps import StepFailed, Steps, newest_checkpoint, run_words
 from tasks import find_task
 from tuning import TRAIN_TYPES
-from utils import fail
+from utils import EXIT_LEFT, fail
 from weights import check_weights
 
 ROOT = Path(__file__).resolve().parent
@@ -86,7 +86,12 @@ def main(argv, run_words=run_words):
     failed = False
     if not args.report_only:
         chosen = [m for m in plan.methods if not args.only or {m.name, m.family} & set(args.only)]
-        failed = run_all(plan, steps, out, chosen)
+        try:
+            failed = run_all(plan, steps, out, chosen)
+        except SystemExit as stop:
+            if stop.code == EXIT_LEFT:
+                print("\nleft: the same command goes on from here", flush=True)
+            raise
     path = report(plan, steps, out)
     print(f"\nreport: {path}")
     return 1 if failed else 0

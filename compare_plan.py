@@ -30,7 +30,7 @@ KEYS = {  # key of the file: (type, what messages call it, is it needed)
     "train_flags": (dict, "flags of train.py without the dashes", False),
     "predict_flags": (dict, "flags of predict.py without the dashes", False),
     "methods": (list, "a list of methods", True),
-    "seeds": (list, "a list of different whole numbers", False),
+    "seeds": (list, "a list of different whole numbers, 0 or more", False),
     "forgetting": (bool, "true or false", False),
 }
 METHOD_KEYS = {
@@ -150,7 +150,7 @@ def value_problems(values):
         except ValueError as error:
             problems.append(f"{key} {error}")
     seeds = values.get("seeds", [0])
-    if not seeds or len({*map(str, seeds)}) < len(seeds) or any(type(seed) is not int for seed in seeds):
+    if not seeds or len({*map(str, seeds)}) < len(seeds) or any(type(seed) is not int or seed < 0 for seed in seeds):
         problems.append(f"seeds {show(seeds)}: must be {KEYS['seeds'][1]}: for example [1234, 1235]")
     names = set()
     for number, entry in enumerate(values["methods"]):
@@ -186,24 +186,20 @@ def expand(path, values):
 
 
 def flag_problems(plan, values):
-    """What train.py and predict.py would refuse, of each method; `values` say where a flag stands."""
-    problems = []
+    """What train.py and predict.py would refuse."""
+    problems = name_problems(train_parser(), values.get("train_flags", {}), OWN_TRAIN_FLAGS, "train_flags.")
     for number, entry in enumerate(values["methods"]):
-        first = next(method for method in plan.methods if method.family == entry["name"])
-        places = {"train_flags.": values.get("train_flags", {}), f"methods[{number}].flags.": entry.get("flags", {})}
-        places |= {f"methods[{number}].grid.": entry.get("grid", {})}
-        for where, flags in places.items():
-            problems += name_problems(train_parser(), flags, OWN_TRAIN_FLAGS, where)
-        if not problems:
-            for method in plan.methods:
-                if method.family == first.family:
-                    problems += [
-                        f"methods[{number}] ({method.name}): {text}" for text in train_flag_problems(plan, method)
-                    ]
+        for key in ("flags", "grid"):
+            where = f"methods[{number}].{key}."
+            problems += name_problems(train_parser(), entry.get(key, {}), OWN_TRAIN_FLAGS, where)
     problems += name_problems(predict_parser(), plan.predict_flags, OWN_PREDICT_FLAGS, "predict_flags.")
-    if not problems:
-        problems += [f"predict_flags: {text}" for text in predict_flag_problems(plan)]
-    return list(dict.fromkeys(problems))
+    if problems:
+        return problems
+    numbers = {entry["name"]: number for number, entry in enumerate(values["methods"])}
+    for method in plan.methods:
+        where = f"methods[{numbers[method.family]}] ({method.name})"
+        problems += [f"{where}: {text}" for text in train_flag_problems(plan, method)]
+    return problems + [f"predict_flags: {text}" for text in predict_flag_problems(plan)]
 
 
 def name_problems(parser, flags, own, where):
@@ -309,8 +305,7 @@ def as_text(value):
 
 def show(value):
     """A value for a message, on one line."""
-    text = " ".join(str(value).split())
-    return repr(value if isinstance(value, str) else None) if text in ("", "None") else text[:60]
+    return " ".join(str(value).split())[:60] or repr(value)
 
 
 def name_type(value):

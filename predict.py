@@ -7,6 +7,8 @@
 Takes a released checkpoint and every folder that train.py and merge_lora.py save.
 """
 
+import glob
+import hashlib
 import json
 import os
 import sys
@@ -52,7 +54,7 @@ def main(argv):
     elif args.interactive:
         talk(answer)
     else:
-        predict_file(answer, rows, args)
+        predict_file(answer, rows, args, key_of(args, opened, rows))
     if world_size() > 1:
         stop_distributed()
 
@@ -126,21 +128,29 @@ class Answerer:
         ]
 
 
-def predict_file(answer, rows, args):
-    """Answer all rows, the longest first, written as they come; at the end the file is put into input order."""
+def predict_file(answer, rows, args, key):
+    """Answer all rows, the longest first, written as they come; at the end the file is put into input order.
+
+    Rows that an interrupted run with the same `key` has answered are not answered again.
+    """
     from tqdm import tqdm
 
     started = time.time()
     rank, world = int(os.environ.get("RANK", "0")), world_size()
+    os.makedirs(os.path.dirname(os.path.abspath(args.output_path)), exist_ok=True)
+    done = take_up(args.output_path, key, args.overwrite)
+    if done:
+        print_rank_0(f"{len(done)} of {len(rows)} rows are answered already, {args.output_path} is gone on with")
     # Shared out by length in characters, which needs no encoding, so that the ranks have equally much to do.
-    mine = sorted(range(len(rows)), key=lambda i: (len(rows[i]["query"]), i), reverse=True)[rank::world]
+    left = [i for i in range(len(rows)) if i not in done]
+    mine = sorted(left, key=lambda i: (len(rows[i]["query"]), i), reverse=True)[rank::world]
     prompts = {number: answer.prompt_ids(rows[number]["query"]) for number in mine}
     copies = max(args.num_return_sequences, args.num_beams)  # of a row, side by side in its batch
     sizes = {number: copies * (len(ids) + args.max_new_tokens) for number, (ids, _) in prompts.items()}
     batches = make_batches(sizes, args.batch_size, args.batch_tokens)
-    part = f"{args.output_path}.rank{rank}.partial"
-    os.makedirs(os.path.dirname(os.path.abspath(part)), exist_ok=True)
-    with open(part, "w", encoding="utf-8", buffering=1) as file:
+    with open(part_path(args.output_path, rank), "a", encoding="utf-8", buffering=1) as file:
+        if rank:
+            file.write(json.dumps({"key": key}) + "\n")
         with tqdm(total=len(mine), desc="predicting", unit="row", disable=not is_main()) as bar:
             for numbers in batches:
                 for number, result in zip(numbers, answer([prompts[number] for number in numbers])):
@@ -148,8 +158,69 @@ def predict_file(answer, rows, args):
                 bar.update(len(numbers))
     barrier()
     if is_main():
-        put_in_order(args.output_path, world)
+        lines = put_in_order(args.output_path)
         print(f"{len(rows)} rows in {time.time() - started:.1f} s, {args.output_path}")
+        print(describe_answers(lines, args.max_new_tokens))
+
+
+def part_path(path, rank):
+    """Where a rank writes its answers until all are there."""
+    return f"{path}.rank{rank}.partial"
+
+
+def read_parts(path):
+    """({file: its key}, {row number: line}) of what interrupted runs have answered; torn last lines are left out."""
+    keys, lines = {}, {}
+    for part in sorted(glob.glob(f"{glob.escape(path)}.rank*.partial")):
+        with open(part, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    value = json.loads(line)
+                except ValueError:
+                    continue
+                if "index" in value:
+                    lines[value["index"]] = line
+                else:
+                    keys[part] = value.get("key")
+        keys.setdefault(part, None)
+    return keys, lines
+
+
+def take_up(path, key, overwrite):
+    """{row number: line} of the answers that are there; afterwards they lie in the first rank's part. Collective."""
+    keys, lines = read_parts(path)
+    others = [part for part, found in keys.items() if lines and found != key]
+    if others and not overwrite:
+        raise ValueError(
+            f"{others[0]}: answers of an interrupted run with another model, rows or flags: give --overwrite to drop"
+            " them, or another --output_path"
+        )
+    lines = {} if others else lines
+    barrier()  # all have read
+    if is_main():
+        with open(path + ".partial", "w", encoding="utf-8") as file:
+            file.write(json.dumps({"key": key}) + "\n")
+            file.writelines(lines.values())
+        os.replace(path + ".partial", part_path(path, 0))
+        for part in keys:
+            if part != part_path(path, 0):
+                os.remove(part)
+    barrier()
+    return lines
+
+
+def key_of(args, opened, rows):
+    """SHA-256 of what decides the answers: rows, flags, and the model's files by name, size and time."""
+    free = ("test_path", "output_path", "overwrite", "batch_size", "batch_tokens", "local_rank", "device", "prompt")
+    flags = {name: value for name, value in sorted(vars(args).items()) if name not in free}
+    files = [
+        (name, os.path.getsize(path), os.stat(path).st_mtime_ns)
+        for folder in dict.fromkeys((opened.folder, opened.base_folder))
+        for name in sorted(os.listdir(folder))
+        if os.path.isfile(path := os.path.join(folder, name))
+    ]
+    queries = [(row["query"], row["answer"]) for row in rows]
+    return hashlib.sha256(json.dumps([flags, files, queries]).encode()).hexdigest()
 
 
 def make_batches(sizes, batch_size, batch_tokens):
@@ -170,32 +241,62 @@ def make_batches(sizes, batch_size, batch_tokens):
 
 
 def output_row(number, row, result):
-    """One line of the output: the question, the reference if there is one, and the answer or answers."""
+    """One line of the output: the question, the reference if there is one, and the answer or answers.
+
+    stopped: the answer ended by itself; cut: it was ended at --max_new_tokens; empty; repeated: it ends in a loop.
+    """
     line = {"index": number, "query": row["query"]}
     if row["answer"] is not None:
         line["output"] = row["answer"]
-    if len(result["predictions"]) == 1:
-        line |= {"prediction": result["predictions"][0], "stopped": result["stopped"][0]}
+    texts, stopped = result["predictions"], result["stopped"]
+    columns = {
+        "stopped": stopped,
+        "cut": [not value for value in stopped],
+        "empty": [not text.strip() for text in texts],
+        "repeated": [is_repeated(text) for text in texts],
+    }
+    if len(texts) == 1:
+        line |= {"prediction": texts[0], **{name: values[0] for name, values in columns.items()}}
     else:
-        line |= {"predictions": result["predictions"], "stopped": result["stopped"]}
+        line |= {"predictions": texts, **columns}
     if result["source_cut"]:
         line["source_tokens_cut"] = result["source_cut"]
     return line
 
 
-def put_in_order(path, world):
-    """Join the ranks' parts into one file in input order, then remove them."""
-    parts = [f"{path}.rank{rank}.partial" for rank in range(world)]
-    lines = []
-    for part in parts:
-        with open(part, encoding="utf-8") as file:
-            lines += file
-    lines.sort(key=lambda line: json.loads(line)["index"])
+def is_repeated(text):
+    """Does the text end in a loop, the same 1 to 100 characters four times over, twenty characters in all?"""
+    text = text.rstrip()
+    for period in range(1, min(100, len(text) // 4) + 1):
+        length = period  # of the end of the text that repeats with this period
+        while length < len(text) and text[-length - 1] == text[-length - 1 + period]:
+            length += 1
+        if length >= max(4 * period - 1, 20):  # one character may have been white space at the end
+            return True
+    return False
+
+
+def describe_answers(lines, max_new_tokens):
+    """The rates of stopped, cut, empty and repeated answers, as a line."""
+    shares = {}
+    for name in ("stopped", "cut", "empty", "repeated"):
+        values = [value for line in lines for value in (line[name] if isinstance(line[name], list) else [line[name]])]
+        shares[name] = sum(values) / max(1, len(values))
+    return (
+        f"answers: {shares['stopped']:.1%} stopped by themselves, {shares['cut']:.1%} cut at --max_new_tokens"
+        f" {max_new_tokens}, {shares['empty']:.1%} empty, {shares['repeated']:.1%} end in a loop"
+    )
+
+
+def put_in_order(path):
+    """Join the ranks' parts into one file in input order, then remove them; the rows of the file."""
+    keys, lines = read_parts(path)
     with open(path + ".partial", "w", encoding="utf-8") as file:
-        file.writelines(lines)
+        file.writelines(lines[number] for number in sorted(lines))
     os.replace(path + ".partial", path)
-    for part in parts:
+    for part in keys:
         os.remove(part)
+    return [json.loads(line) for line in lines.values()]
 
 
 def talk(answer):

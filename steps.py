@@ -140,4 +140,6 @@ class Steps:
 def newest_checkpoint(folder):
     """The checkpoint of the last step in a run's folder."""
     found = [path for path in Path(folder).glob("epoch-*-step-*") if (path / "run.json").exists()]
+    if not found:
+        raise ValueError(f"{folder}: no checkpoint in it: remove the folder, and it is trained again")
     return str(max(found, key=lambda path: int(path.name.rsplit("-", 1)[1])))

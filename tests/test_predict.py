@@ -57,7 +57,8 @@ def test_a_batch_answers_like_single_rows(golden, tmp_path):
     batch = answers(golden.folder, rows, tmp_path / "batch.jsonl", "--batch_size", "4")
     assert single == batch
     assert [line["index"] for line in batch] == list(range(5))
-    assert set(batch[0]) == {"index", "query", "output", "prediction", "stopped"}
+    assert set(batch[0]) == {"index", "query", "output", "prediction", "stopped", "cut", "empty", "repeated"}
+    assert all(line["cut"] != line["stopped"] for line in batch)
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -116,6 +117,48 @@ def test_rows_without_answers_are_predicted(tmp_path):
     (tmp_path / "rows.json").write_text('[{"instruction": "说", "input": "你好"}]', encoding="utf-8")
     [line] = answers(GOLDEN_FOLDERS["glm3"], str(tmp_path / "rows.json"), tmp_path / "p.jsonl")
     assert "output" not in line and isinstance(line["prediction"], str)
+
+
+def test_an_interrupted_run_is_gone_on_with(tmp_path, monkeypatch, capsys):
+    """What is answered is not answered again; a torn line is; answers of other flags are refused."""
+    rows = write_rows(tmp_path / "rows.json")
+    model, output = GOLDEN_FOLDERS["glm3"], tmp_path / "p.jsonl"
+    whole = answers(model, rows, tmp_path / "whole.jsonl", "--batch_size", "1")
+    asked = []
+    call = predict.Answerer.__call__
+
+    def until_the_fourth(self, encoded):
+        asked.append(len(encoded))
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return call(self, encoded)
+
+    monkeypatch.setattr(predict.Answerer, "__call__", until_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        answers(model, rows, output, "--batch_size", "1")
+    part = tmp_path / "p.jsonl.rank0.partial"
+    part.write_bytes(part.read_bytes()[:-20])  # killed while it wrote the third line
+    with pytest.raises(ValueError, match=r"p.jsonl.rank0.partial: answers of an interrupted run with another model"):
+        answers(model, rows, output, "--batch_size", "1", "--max_src_len", "20")
+    assert answers(model, rows, output, "--batch_size", "2") == whole
+    assert asked[4:] == [2, 1], "three rows were left"
+    text = capsys.readouterr().out
+    assert "2 of 5 rows are answered already" in text and "cut at --max_new_tokens 8" in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.jsonl", "rows.json", "whole.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "text, is_loop",
+    [
+        ("好" * 20, True),
+        ("转向系统_组成_球头\n" * 4, True),
+        ("好" * 19, False),
+        ("一二三四五六七八九十" * 3, False),
+        ("", False),
+    ],
+)
+def test_loops_are_found(text, is_loop):
+    assert predict.is_repeated("开头。" + text) == is_loop
 
 
 @pytest.mark.launch

@@ -15,11 +15,11 @@ from tuning import TRAIN_TYPES, count_parameters, matches
 # A file may import those of its own level and below.
 LEVELS = [
     {"glm_common", "glm1", "glm2", "glm3"},
-    {"utils", "modes", "tasks", "folders", "watch"},
+    {"utils", "modes", "tasks", "folders", "watch", "plots", "steps"},
     {"tuning", "data_set", "batches", "guard", "ds_config", "optimizer", "run_log", "weights", "metrics", "bootstrap"},
-    {"checkpoint", "resume", "run_folder", "row_cache", "row_sets"},
-    {"arguments"},
-    {"train", "evaluation", "predict", "merge_lora", "score", "judge", "forgetting", "doctor"},
+    {"checkpoint", "resume", "run_folder", "row_cache", "row_sets", "report", "report_text"},
+    {"arguments", "compare_plan"},
+    {"train", "evaluation", "predict", "merge_lora", "score", "judge", "forgetting", "doctor", "compare"},
 ]
 
 

@@ -130,11 +130,12 @@ def time_saves(path):
             dist.barrier()
             start, folder = begun.pop()
             seconds = time.monotonic() - start
-            plain = plain_write(folder)
-            if os.environ["RANK"] == "0":
-                size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-                with open(path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps({"bytes": size, "seconds": seconds, "plain": plain}) + "\n")
+            if folder.exists():  # otherwise it was not saved
+                plain = plain_write(folder)
+                if os.environ["RANK"] == "0":
+                    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+                    with open(path, "a", encoding="utf-8") as file:
+                        file.write(json.dumps({"bytes": size, "seconds": seconds, "plain": plain}) + "\n")
         begin(self, *rest)
 
     resume.state_files, watch.Watch.begin = files, compare
