@@ -16,8 +16,9 @@ import report
 import report_text
 import steps
 from arguments import train_parser
-from bootstrap import difference
+from bootstrap import difference, intervals
 from compare_plan import read_plan
+from tasks import find_task
 
 BASE = str(GOLDEN_FOLDERS["glm3"])
 ROWS = [{"instruction": "抽取：", "input": f"零件{n}开裂", "output": f"零件{n}_部件故障_开裂"} for n in range(20)]
@@ -327,6 +328,20 @@ def test_differences_are_those_of_the_scores(here):
     assert found == pytest.approx(list(expected))
 
 
+def test_seeds_are_averaged_within_each_resample():
+    """One seed is right where the other is wrong: the mean is 50 whatever rows are drawn, and no row counts twice."""
+    rows = [[compare.score_rows([row["output"] if n % 2 == k else ""], [row["output"]], "extraction")["rows"][0]
+             for n, row in enumerate(ROWS)] for k in (0, 1)]  # fmt: skip
+    both = {"runs": [{"status": "done", "rows": part} for part in rows]}
+    one = {"runs": both["runs"][:1]}
+    for method in (both, one):
+        compare.summarize(method, find_task("extraction"))
+    assert both["metrics"]["f1"] == 50 and both["intervals"]["f1"] == pytest.approx([50, 50]) and both["spread"] == 0
+    assert one["intervals"]["f1"] == intervals(rows[0], ["f1"])["f1"] and one["spread"] is None
+    change = compare.compared(both, one, "f1")
+    assert change[0] == 0 and change[1] < -10 and change[2] > 10
+
+
 @pytest.mark.parametrize(
     "change, is_noise",
     [([1, -1, 3], True), ([1, 0, 3], True), ([-1, -2, 0], True), ([1, 0.1, 3], False), ([-1, -3, -0.1], False)]
@@ -440,6 +455,7 @@ def test_the_report_has_all_numbers(written):
             assert number in text, number
         assert "alert('坏')" in text and "f1 50" in text
     assert "[-48.00, -32.00] inside" not in page
+    assert "81.75 [76.75, 86.75] not known" in page  # in the table of all metrics
 
 
 def test_the_verdict():

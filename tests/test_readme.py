@@ -20,6 +20,9 @@ PARSERS = {
     "merge_lora.py": arguments.merge_parser,
     "score.py": arguments.score_parser,
     "doctor.py": arguments.doctor_parser,
+    "compare.py": arguments.compare_parser,
+    "forgetting.py": arguments.forgetting_parser,
+    "judge.py": arguments.judge_parser,
 }
 
 
