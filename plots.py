@@ -22,6 +22,7 @@ CHINESE_FONTS = (
     "Droid Sans Fallback",
     "Arial Unicode MS",
 )
+NO_FONTS = ("last resort", "lastresort", "adobe blank")  # have every character, as a box or as nothing
 MARKERS = "osD^vP*X<>"
 GREY = "#777777"
 
@@ -38,6 +39,7 @@ def installed_fonts():
                 manager.addfont(path)
     order = {name: number for number, name in enumerate(CHINESE_FONTS)}
     upright = [font for font in manager.ttflist if font.style == "normal" and 300 <= int(font.weight) <= 500]
+    upright = [font for font in upright if not font.name.lower().lstrip(".").startswith(NO_FONTS)]
     return sorted({(font.name, font.fname) for font in upright}, key=lambda font: (order.get(font[0], 99), font))
 
 

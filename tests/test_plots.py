@@ -48,6 +48,15 @@ def test_without_a_font_labels_are_escaped_and_said_once(tmp_path, capsys, monke
     assert line.startswith("note: no installed font has") and "fonts-noto-cjk" in line
 
 
+def test_what_matplotlib_brings_along_is_not_taken_for_chinese(monkeypatch):
+    """Among its own fonts is one that draws a box for every character there is."""
+    own = [font for font in font_manager.fontManager.ttflist if "mpl-data" in font.fname]
+    assert any(ord("故") in plots.characters(font.fname) for font in own)
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", own)
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [])
+    assert plots.readable(["故"]) == ([plots.OWN_FONT], [r"\u6545"])
+
+
 def test_a_font_that_has_the_characters_is_taken(monkeypatch):
     """The one that has most of them, before any other; what it lacks is escaped."""
     fonts = {"none": "", "one": "故", "both": "故障", "more": "故障发"}

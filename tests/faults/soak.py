@@ -46,8 +46,8 @@ TOGETHER = "together · 合计"
 END_SECONDS = 300  # after which a run counts as hanging
 LONG = "--num_train_epochs 8 --show_loss_step 1 --save_model_step 2 --save_state_step 2 --save_total_limit 2"
 LONG_ROWS, LONG_STEPS = 15, 32
-SHORT = "--num_train_epochs 3 --show_loss_step 1 --save_state_step 4"  # of prepare's rows: 9 updates
-SHORT_STEPS, STATE_STEP = 9, 4
+SHORT, SHORT_STEPS, STATE_STEP = 3, 9, 4  # epochs of prepare's rows, their updates, those before the state
+ADAM, ADAM_STEPS, ADAM_STATE = 14, 42, 20  # the difference takes some updates to show
 FILE_POINTS, CLOSING_POINTS = POINTS[:2], POINTS[2:]  # all ranks come to the former, the first one to the latter
 TRAINS = {  # what trains, without a DeepSpeed file
     "freeze": "--train_type freeze --freeze_module_name layers.1.",
@@ -271,18 +271,19 @@ def kills_problems(rows):
 # ---------------------------------------------------------------- exact, adam, convert
 
 
-def pairs(cases, compare):
+def pairs(cases, compare, epochs=SHORT, state_step=STATE_STEP):
     """A part that makes, for each case, a whole run and one resumed from its first state, and compares the two.
 
     cases: {name: (flags, {flags, processes} of the first run, those of the second)}. compare: what it gives of their
     two folders is a row.
     """
+    fixed = f"--num_train_epochs {epochs} --show_loss_step 1 --save_state_step {state_step}"
 
     def run(args, folder):
         for number, (name, (flags, *kinds)) in enumerate(some(cases, args)):
             place = prepare(folder / str(number))
-            for output_dir, resume, kind in zip("ab", ("", f"--resume a/state-step-{STATE_STEP}"), kinds):
-                words = f"{SHORT} {flags} {kind.get('flags', '')} {resume} --output_dir {output_dir}"
+            for output_dir, resume, kind in zip("ab", ("", f"--resume a/state-step-{state_step}"), kinds):
+                words = f"{fixed} {flags} {kind.get('flags', '')} {resume} --output_dir {output_dir}"
                 finished(Run(place, words, processes=kind.get("processes", 2)))
             yield {"case": name, **compare(place / "a", place / "b")}
 
@@ -322,7 +323,7 @@ def weights_apart(a, b):
 
     states = []
     for out in (a, b):
-        [path] = out.glob(f"epoch-*-step-{SHORT_STEPS}/*.safetensors")
+        [path] = out.glob(f"epoch-*-step-{ADAM_STEPS}/*.safetensors")
         states.append({name: tensor.double() for name, tensor in load_file(path).items()})
     absolute = max(float((states[0][name] - states[1][name]).abs().max()) for name in states[0])
     return {"absolute": absolute, "relative": absolute / max(float(t.abs().max()) for t in states[0].values())}
@@ -545,7 +546,7 @@ PARTS = {
     "adam": Part(
         "DeepSpeed's CPU Adam · DeepSpeed 的 CPU Adam",
         5,
-        pairs(adam_cases(), weights_apart),
+        pairs(adam_cases(), weights_apart, ADAM, ADAM_STATE),
         above("relative", 0.01),
         {
             "runs · 次数": len,
