@@ -230,14 +230,15 @@ def not_utf_8(place, error, column=0):
     return ValueError(f"{place}: not UTF-8 ({reason}): save the file as UTF-8")
 
 
-def read_rows(paths, columns, need_response=True):
+def read_rows(paths, columns, need_response=True, bad_rows=None):
     """Yield {"query", "answer", "place"} of every row; ValueError with file:line for the first that is not one.
 
-    A row is an object with string fields; the answer must not be empty where it is needed.
+    A row is an object with string fields; the answer must not be empty where it is needed. bad_rows: a list for the
+    messages of what is not a row, which is then left out.
     """
     num_rows = 0
     for path in data_files(paths):
-        for _, row in check_items(read_file(path), columns, need_response):
+        for _, row in check_items(read_file(path), columns, need_response, bad_rows):
             yield row
             num_rows += 1
     if not num_rows:

@@ -97,8 +97,8 @@ def evaluation_loss(engine, rows, batch_size, pad_token_id, device, group):
 
 def texts_of(rows, columns, args):
     """The texts of encoded rows, {"query", "answer"}, in their order: read again from their files."""
-    paths = args.eval_path or args.train_path
-    by_place = {row["place"]: row for row in read_rows(paths, columns)}
+    paths, bad_rows = args.eval_path or args.train_path, [] if args.skip_bad_rows else None
+    by_place = {row["place"]: row for row in read_rows(paths, columns, bad_rows=bad_rows)}
     return [by_place[rows.place(n)] for n in range(len(rows))]
 
 
