@@ -272,7 +272,7 @@ def choose_state(args, current, split):
 
     current: the run's `fingerprint`. ValueError names what differs. For the first process.
     """
-    remove_leftovers(args.output_dir, f"({STATE}|{CHECKPOINT})")
+    remove_leftovers(args.output_dir, f"({STATE}(-universal)?|{CHECKPOINT}|best)")
     if args.resume is None:
         return None, None
     folder, skipped = find_state(args.resume, args.output_dir)
@@ -283,9 +283,9 @@ def choose_state(args, current, split):
         print(f"--resume auto: no whole state in {args.output_dir}, the run begins", flush=True)
         return None, None
     info = read_info(folder)
-    note = check_same_run(folder, info, current, split)
+    notes = check_same_run(folder, info, current, split)
     print(f"resumed from {folder}: {info['progress']['step']} updates are done", flush=True)
-    for line in [note] if note else []:
+    for line in notes:
         print(f"note: {line}", flush=True)
     return folder, info
 
@@ -374,7 +374,7 @@ def differences(saved, current):
 
 
 def check_same_run(folder, info, current, split):
-    """Is this the run that saved the state? ValueError names what differs. Returns a note where bits may differ.
+    """Is this the run that saved the state? ValueError names what differs. Returns notes on why bits may differ.
 
     split: (micro-batch, accumulation, processes). Another split is fine where an update has as many rows.
     """
@@ -391,12 +391,15 @@ def check_same_run(folder, info, current, split):
             f" processes), now it has {sizes[1]} ({' x '.join(map(str, new))}): change --gradient_accumulation_steps"
             f" so that it is {sizes[0]}"
         )
+    notes = []
     if old != new:
-        return (
+        notes.append(
             f"an update is split differently ({' x '.join(map(str, old))} before, {' x '.join(map(str, new))} now): the"
             " same rows make the same updates, but rounding and dropout differ"
         )
-    return None
+    if str(current.get("--optimizer")).startswith("DeepSpeed"):
+        notes.append("DeepSpeed's CPU AdamW does not restart to the bit, --optimizer torch does: docs/reliability.md")
+    return notes
 
 
 # Loading.

@@ -54,8 +54,12 @@ def test_another_run_is_refused(tmp_path, current, split, says):
 def test_another_split_is_noted(tmp_path):
     info = resume.read_info(str(make_state(tmp_path, 4)))
     same = {"--seed": 1, "rows": "a"}
-    assert resume.check_same_run("x", info, same, [2, 1, 2]) is None
-    assert "2 x 1 x 2 before, 1 x 4 x 1 now" in resume.check_same_run("x", info, same, [1, 4, 1])
+    assert resume.check_same_run("x", info, same, [2, 1, 2]) == []
+    [note] = resume.check_same_run("x", info, same, [1, 4, 1])
+    assert "2 x 1 x 2 before, 1 x 4 x 1 now" in note
+    with_adam = {**same, "--optimizer": "DeepSpeed CPU AdamW"}
+    [note] = resume.check_same_run("x", {**info, "fingerprint": with_adam}, with_adam, [2, 1, 2])
+    assert "does not restart to the bit" in note
 
 
 def test_a_state_that_does_not_say_enough(tmp_path):
