@@ -11,50 +11,17 @@ from concurrent.futures import ThreadPoolExecutor
 MANIFEST = "manifest.json"
 PARTIAL, REPLACED = ".partial", ".replaced"  # endings of a folder that is being written, and of one on its way out
 HASH_THREADS = 4
+UMASK = os.umask(0)  # it can only be read by setting it
+os.umask(UMASK)
 
 
 def reached(point):
     """Called at the named points of a save. Does nothing; tests put a function here that ends the process."""
 
 
-class HashingFile:
-    """A new file whose SHA-256 is known when it has been written; flushed to the disk when it is closed."""
-
-    def __init__(self, path):
-        self.file = open(path, "wb")
-        self.digest = hashlib.sha256()
-        self.thread = ThreadPoolExecutor(1)
-
-    def write(self, data):
-        """Write bytes; many of them are hashed by another thread at the same time."""
-        if len(data) < 1 << 20:
-            self.digest.update(data)
-            return self.file.write(data)
-        hashed = self.thread.submit(self.digest.update, data)
-        try:
-            return self.file.write(data)
-        finally:
-            hashed.result()
-
-    def flush(self):
-        """Hand everything to the system."""
-        self.file.flush()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, *_):
-        try:
-            if kind is None:
-                self.file.flush()
-                os.fsync(self.file.fileno())
-        finally:
-            self.thread.shutdown()
-            self.file.close()
-
-    def entry(self):
-        """This file's line of a manifest; after it has been closed."""
-        return {"bytes": os.path.getsize(self.file.name), "sha256": self.digest.hexdigest()}
+def new_file(path):
+    """A new file to write bytes to. Tests put one on a full disk in its place."""
+    return open(path, "wb")
 
 
 def flush_path(path):
@@ -83,12 +50,15 @@ def files_in(folder):
     return sorted(name for name in found if name != MANIFEST)
 
 
-def close_folder(scratch, folder, known=None):
-    """Flush what lies in `scratch`, close it with a manifest, and give it its name.
+def close_folder(scratch, folder, sizes=None):
+    """Flush what lies in `scratch`, close it with a manifest, and give it its name. A folder that has the name goes.
 
-    known: {relative path: entry} of files that are flushed and hashed already. A folder that has the name goes.
+    sizes: {relative path: bytes} that must be there. OSError where they are not.
     """
-    names = [name for name in files_in(scratch) if name not in (known or {})]
+    names = files_in(scratch)
+    for name, size in (sizes or {}).items():
+        if name not in names or os.path.getsize(os.path.join(scratch, name)) != size:
+            raise OSError(0, f"{name} is not as it was written")
     paths = [os.path.join(scratch, name) for name in names]
     with ThreadPoolExecutor(HASH_THREADS) as threads:  # reading what was written goes on while the disk writes
         flushed = threads.map(flush_path, paths)
@@ -97,11 +67,13 @@ def close_folder(scratch, folder, known=None):
     for parent, _, files in os.walk(scratch):
         for name in files:
             # safetensors makes files that only their owner may read
-            os.chmod(os.path.join(parent, name), 0o666 & ~current_umask())
+            os.chmod(os.path.join(parent, name), 0o666 & ~UMASK)
         flush_path(parent)
     reached("before the manifest")
-    with HashingFile(os.path.join(scratch, MANIFEST)) as file:
-        file.write(json.dumps({"files": {**(known or {}), **entries}}, indent=1, sort_keys=True).encode())
+    manifest = os.path.join(scratch, MANIFEST)
+    with new_file(manifest) as file:
+        file.write(json.dumps({"files": entries}, indent=1, sort_keys=True).encode())
+    flush_path(manifest)
     flush_path(scratch)
     reached("before the rename")
     if os.path.exists(folder):
@@ -125,13 +97,6 @@ def new_folder(folder):
         close_folder(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def current_umask():
-    """The umask of this process, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def verify(folder, full=True):

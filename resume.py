@@ -22,7 +22,6 @@ from checkpoint import CHECKPOINT
 from folders import (
     MANIFEST,
     PARTIAL,
-    HashingFile,
     close_folder,
     file_entry,
     numbered,
@@ -121,7 +120,7 @@ def load_tensors(path, map_location="cpu"):
 
 
 def state_files(folder):
-    """DeepSpeed's interface to storage, for one state: hashes what it writes, unpickles nothing but tensors.
+    """DeepSpeed's interface to storage, for one state: notes what it writes, unpickles nothing but tensors.
 
     Errors of the disk are kept in `problem` and not raised: all ranks must come to the end of a save together.
     """
@@ -153,9 +152,9 @@ def state_files(folder):
                 if bad := finite_problem(tensors_in(state_dict)):
                     self.problem = BadNumbers(f"{bad}: no state was saved")
                 if self.problem is None:
-                    with HashingFile(path) as file:
+                    with folders.new_file(path) as file:
                         torch.save(state_dict, file)
-                    self.written[os.path.relpath(path, folder)] = file.entry()
+                    self.written[os.path.relpath(path, folder)] = os.path.getsize(path)
             folders.reached("after a file")
 
         def load(self, path, map_location=None):
@@ -220,11 +219,11 @@ def state_bytes(num_trained, dtype):
     return num_trained * (12 + dtype.itemsize) + (1 << 20)
 
 
-def save_state(engine, folder, info, num_bytes):
-    """Save a state; `folder` appears whole or not at all. Collective.
+def write_state(engine, folder, num_bytes):
+    """Write the files of a state beside its name, not yet flushed: {relative path: bytes}. Collective.
 
-    info: what state.json holds. num_bytes: about what it will take. Returns, on every rank, why it could not be saved,
-    or None. A full disk leaves everything as it was.
+    num_bytes: about what it will take. ValueError, on every rank, where the disk is full: all is as it was before.
+    BadNumbers where a value is not finite.
     """
     import torch.distributed as dist
 
@@ -235,33 +234,36 @@ def save_state(engine, folder, info, num_bytes):
         shutil.rmtree(scratch, ignore_errors=True)
         os.makedirs(scratch)
 
-    def close():
-        optimizers = [name for name in known if name.endswith("optim_states.pt")]
-        randoms = [name for name in known if name.startswith("rank-")]
-        assert len(optimizers) == len(randoms) == world_size(), f"files of a state are missing: {sorted(known)}"
-        write_json(info, os.path.join(scratch, STATE_FILE))
-        close_folder(scratch, folder, known)
+    on_main(prepare)
+    files = state_files(scratch)
+    engine.checkpoint_engine = files
+    engine._copy_recovery_script = lambda path: None  # DeepSpeed writes it past `files`
+    engine.save_checkpoint(scratch, TAG, save_latest=False, exclude_frozen_parameters=True)
+    files.save(random_states(), os.path.join(scratch, f"rank-{dist.get_rank()}.pt"))
+    found = [None] * world_size()
+    dist.all_gather_object(found, (files.problem, files.written))
+    for problem, _ in found:
+        if problem:
+            if is_main():
+                shutil.rmtree(scratch, ignore_errors=True)
+            raise problem if isinstance(problem, BadNumbers) else ValueError(problem)
+    return {name: size for _, written in found for name, size in written.items()}
 
+
+def close_state(folder, info, sizes):
+    """Flush and hash a state that all ranks have written, and give it its name. For the first process.
+
+    info: what state.json holds. sizes: what `write_state` returned. OSError leaves everything as it was.
+    """
+    scratch = folder + PARTIAL
+    optimizers = [name for name in sizes if name.endswith("optim_states.pt")]
+    randoms = [name for name in sizes if name.startswith("rank-")]
+    assert len(optimizers) == len(randoms) == info["world_size"], f"files of a state are missing: {sorted(sizes)}"
     try:
-        on_main(prepare)
-        files = state_files(scratch)
-        engine.checkpoint_engine = files
-        engine._copy_recovery_script = lambda path: None  # DeepSpeed writes it past `files`
-        engine.save_checkpoint(scratch, TAG, save_latest=False, exclude_frozen_parameters=True)
-        files.save(random_states(), os.path.join(scratch, f"rank-{dist.get_rank()}.pt"))
-        found = [None] * world_size()
-        dist.all_gather_object(found, (files.problem, files.written))
-        for problem, _ in found:
-            if problem:
-                raise problem if isinstance(problem, BadNumbers) else ValueError(problem)
-        known = {name: entry for _, written in found for name, entry in written.items()}
-        on_main(close)
-    except ValueError as error:  # the same on all ranks
-        return str(error)
+        write_json(info, os.path.join(scratch, STATE_FILE))
+        close_folder(scratch, folder, sizes)
     finally:
-        if is_main():
-            shutil.rmtree(scratch, ignore_errors=True)
-    return None
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 # Finding.

@@ -2,13 +2,14 @@
 
 import math
 import os
+import threading
 from dataclasses import asdict
 
 from checkpoint import CHECKPOINT, describe_run, save_checkpoint
 from folders import is_whole, keep_newest, numbered
-from resume import STATE, save_state, state_bytes
+from resume import STATE, close_state, state_bytes, write_state
 from run_log import JsonLines
-from utils import on_main, world_size
+from utils import is_main, on_main, world_size
 
 STATES_KEPT = 2  # without --save_total_limit: should one turn out damaged, there is another
 
@@ -25,10 +26,11 @@ class RunFolder:
         self.engine, self.tokenizer, self.train_type = engine, tokenizer, train_type
         self.trained, self.total = model
         self.log, self.identity, self.split = log, identity, split
-        self.problem = None
+        self.problem, self.is_closing = None, False
 
     def save_weights(self, step, epoch, name=None, **more):
         """A checkpoint epoch-E-step-S, or one with a name of its own; more: what else its run.json says."""
+        self.finish_state()
         path = os.path.join(self.args.output_dir, name or f"epoch-{epoch}-step-{step}")
         more |= {"trained_weights": self.trained, "all_weights": self.total}
         run = describe_run(self.args, self.base_folder, self.precision, epoch=epoch, step=step, **more)
@@ -39,15 +41,50 @@ class RunFolder:
             on_main(lambda: keep_newest(self.args.output_dir, CHECKPOINT, self.args.save_total_limit))
 
     def save_state(self, progress):
-        """A state state-step-S of all ranks."""
+        """A state state-step-S of all ranks. The loop waits until it is written; flushing, hashing and naming it is
+        done by a thread of the first process while the training goes on."""
+        self.finish_state()
         path = os.path.join(self.args.output_dir, f"state-step-{progress.step}")
         values = {"progress": asdict(progress), "fingerprint": self.identity, "split": self.split}
         num_bytes = state_bytes(self.trained, next(self.engine.module.parameters()).dtype)
-        self.problem = save_state(self.engine, path, {**values, "world_size": world_size()}, num_bytes)
-        self.log.saved(progress.step, path, self.problem)
-        if self.problem is None:
-            limit = self.args.save_total_limit or STATES_KEPT
-            on_main(lambda: keep_newest(self.args.output_dir, STATE, limit))
+        try:
+            sizes = write_state(self.engine, path, num_bytes)
+        except ValueError as error:
+            self.problem = str(error)
+            self.log.saved(progress.step, path, self.problem)
+            return
+        self.problem, self.is_closing = None, True
+        if is_main():
+            self.closing = Closing(path, {**values, "world_size": world_size()}, sizes, self.args, self.log)
+            self.closing.start()
+
+    def finish_state(self):
+        """Wait until the last state has its name. Collective."""
+        if self.is_closing:
+            self.is_closing = False
+            self.problem = on_main(lambda: self.closing.result())
+
+
+class Closing(threading.Thread):
+    """Gives a written state its name, and removes the oldest; says so when that is done."""
+
+    def __init__(self, path, info, sizes, args, log):
+        super().__init__(name="closing", daemon=True)
+        self.path, self.info, self.sizes, self.args, self.log = path, info, sizes, args, log
+        self.problem = None
+
+    def run(self):
+        try:
+            close_state(self.path, self.info, self.sizes)
+            keep_newest(self.args.output_dir, STATE, self.args.save_total_limit or STATES_KEPT)
+        except (OSError, AssertionError) as error:
+            self.problem = str(getattr(error, "strerror", None) or error)
+        self.log.saved(self.info["progress"]["step"], self.path, self.problem)
+
+    def result(self):
+        """Why it could not be done, or None; waits for the end."""
+        self.join()
+        return self.problem
 
 
 def last_checkpoint(output_dir):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 
 from guard import name_rows
@@ -21,6 +22,7 @@ class JsonLines:
     def __init__(self, path, up_to_step):
         """Goes on after the lines up to a step; half a line of a killed process is dropped."""
         self.path, self.records, self.waiting, self.is_complaining = path, [], b"", False
+        self.lock = threading.Lock()  # a state is closed by another thread
         if up_to_step and os.path.exists(path):
             with open(path, encoding="utf-8", errors="replace") as file:
                 self.records = [record for line in file if (record := parse(line)) and record["step"] <= up_to_step]
@@ -31,6 +33,11 @@ class JsonLines:
 
     def add(self, record):
         """Append a record."""
+        with self.lock:
+            self.append(record)
+
+    def append(self, record):
+        """`add`, for one thread at a time."""
         self.records.append(record)
         self.waiting += to_line(record).encode()
         try:

@@ -236,6 +236,7 @@ def main(argv, watch):
         if is_last or num_asked:
             break
 
+    run_folder.finish_state()
     if is_last and run_folder.problem is None:
         log.done(progress, trained, total, peak_memory(device))
     log.close()

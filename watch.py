@@ -208,6 +208,8 @@ def together():
         raise
     except BaseException:
         code = 1
+        if watch.lines:  # if another process has died, the watch says so, and a failed collective is no news
+            time.sleep(2 * LOOK_SECONDS)
         raise
     finally:
         watch.end(code)

@@ -15,6 +15,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
@@ -46,17 +47,33 @@ def kill(rank, number, *point):
 def full(number):
     """The disk is full from a file on."""
     opened = 0
-    whole = folders.HashingFile.write
+    whole = folders.new_file
 
-    def write(self, data):
-        nonlocal opened
-        opened += self.file.tell() == 0
-        if opened > int(number):
+    class FullDisk:
+        """A file that takes half of what is written first."""
+
+        def __init__(self, path):
+            self.file = whole(path)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, data):
             self.file.write(data[: len(data) // 2])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return whole(self, data)
 
-    folders.HashingFile.write = write
+        def flush(self):
+            self.file.flush()
+
+    def new_file(path):
+        nonlocal opened
+        opened += 1
+        return FullDisk(path) if opened > int(number) else whole(path)
+
+    folders.new_file = new_file
 
 
 def hang(rank, step):
@@ -112,7 +129,8 @@ def inf(step):
 
 
 def time_saves(path):
-    """Time all that the loop waits for when a state is saved; then write as many bytes plainly, in the same place."""
+    """Time all that the loop waits for when a state is saved; when it has its name, write as many bytes plainly, in the
+    same place."""
     state_files, begin = resume.state_files, watch.Watch.begin
     begun = []  # (when, folder) of a save; it is over where the next micro-batch begins, the old state is gone then
 
@@ -130,6 +148,10 @@ def time_saves(path):
             dist.barrier()
             start, folder = begun.pop()
             seconds = time.monotonic() - start
+            for thread in threading.enumerate():
+                if thread.name == "closing":
+                    thread.join()
+            dist.barrier()
             if folder.exists():  # otherwise it was not saved
                 plain = plain_write(folder)
                 if os.environ["RANK"] == "0":

@@ -208,6 +208,7 @@ def chain(folder, flags, whole, pending, times, rng):
         was_killed = code == -signal.SIGKILL or re.search(r"rank \d has died|code = -9", run.text)
         if not was_killed or code in (None, 2, 3, 4):
             yield from ({**row, "begun": None} for row in open_rows)
+            print(run.text)
             yield {"failed": f"exit code {code}, {kill}: {' | '.join(run.text.strip().splitlines()[-4:])}"}
             return
         saved = max([saved, *run.steps()])
@@ -505,7 +506,7 @@ PARTS = {
     ),
     "inputs": Part(
         "Bad inputs · 错误输入",
-        12,
+        15,
         inputs,
         lambda rows: rows[0]["failed"],
         {
