@@ -129,16 +129,20 @@ def inf(step):
 
 
 def time_saves(path):
-    """Time all that the loop waits for when a state is saved; when it has its name, write as many bytes plainly, in the
-    same place."""
+    """Time what the loop waits for when a state is saved, how long until it has its name, and a plain write of its
+    bytes in the same place.
+
+    Right before the save and before the plain write, the bytes are written and removed once: so both find memory and
+    blocks that the system has at hand. The first save, whose bytes are not known before, is not counted.
+    """
     state_files, begin = resume.state_files, watch.Watch.begin
-    begun = []  # (when, folder) of a save; it is over where the next micro-batch begins, the old state is gone then
+    begun = []  # (when, folder) of a save; the loop goes on where the next micro-batch begins
+    contents = []  # of the files that this rank had in the last state
 
     def files(scratch):
-        import torch.distributed as dist
-
-        dist.barrier()
-        begun.append((time.monotonic(), pathlib.Path(scratch.removesuffix(folders.PARTIAL))))
+        folder = pathlib.Path(scratch.removesuffix(folders.PARTIAL))
+        plain_write(folder.parent, contents)
+        begun.append((time.monotonic(), folder))
         return state_files(scratch)
 
     def compare(self, *rest):
@@ -147,34 +151,32 @@ def time_saves(path):
         if begun:
             dist.barrier()
             start, folder = begun.pop()
-            seconds = time.monotonic() - start
+            values = {"seconds": time.monotonic() - start}
             for thread in threading.enumerate():
                 if thread.name == "closing":
                     thread.join()
             dist.barrier()
-            if folder.exists():  # otherwise it was not saved
-                plain = plain_write(folder)
-                if os.environ["RANK"] == "0":
-                    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-                    with open(path, "a", encoding="utf-8") as file:
-                        file.write(json.dumps({"bytes": size, "seconds": seconds, "plain": plain}) + "\n")
+            values["named"] = time.monotonic() - start
+            found = [file for file in folder.rglob("*") if file.is_file()]  # nothing where it was not saved
+            is_counted = bool(contents and found)
+            contents[:] = [file.read_bytes() for file in found if owner(file) == os.environ["RANK"]]
+            plain_write(folder.parent, contents)
+            values["plain"] = plain_write(folder.parent, contents)
+            values["bytes"] = sum(file.stat().st_size for file in found)
+            if is_counted and os.environ["RANK"] == "0":
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(values) + "\n")
         begin(self, *rest)
 
     resume.state_files, watch.Watch.begin = files, compare
 
 
-def plain_write(folder):
-    """Seconds in which all ranks write and flush copies of the files that they have in a state, which are in memory.
-
-    The copies stay as long as the state does, so that both ways find the same disk: space that was never used, or that
-    has just been given back.
-    """
+def plain_write(parent, contents):
+    """Seconds in which all ranks write files of these contents and flush them; they are removed again. Collective."""
     import torch.distributed as dist
 
-    mine = [file for file in folder.rglob("*") if file.is_file() and owner(file) == os.environ["RANK"]]
-    contents = [file.read_bytes() for file in mine]
-    place = folder.parent / f"plain-{os.environ['RANK']}" / folder.name
-    place.mkdir(parents=True)
+    place = parent / f"plain-{os.environ['RANK']}"
+    place.mkdir()
     dist.barrier()
     start = time.monotonic()
     for number, content in enumerate(contents):
@@ -184,9 +186,7 @@ def plain_write(folder):
             os.fsync(file.fileno())
     dist.barrier()
     seconds = time.monotonic() - start
-    for old in place.parent.iterdir():
-        if not (folder.parent / old.name).exists():
-            shutil.rmtree(old)
+    shutil.rmtree(place)
     dist.barrier()
     return seconds
 

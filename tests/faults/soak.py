@@ -384,7 +384,7 @@ def saving(args, folder):
     """How long a state keeps the loop, against a plain write of the same bytes right after it."""
     make_model(folder / "model")
     for config in (ZERO2, ZERO3):
-        place = prepare(folder / config.partition(".")[0], 2 * NUM_SAVES + 2)  # two rows an update, none after the last
+        place = prepare(folder / config.partition(".")[0], 2 * (NUM_SAVES + 2))  # two rows for each update
         flags = f"--train_type all --precision bf16 --ds_file {config} --save_state_step 1 --output_dir out"
         finished(Run(place, flags, fault="time times.jsonl", model=folder / "model"))
         lines = (place / "times.jsonl").read_text(encoding="utf-8").splitlines()
@@ -531,15 +531,16 @@ PARTS = {
     ),
     "saving": Part(
         "What a state costs · 保存状态的代价",
-        2,
+        4,
         saving,
         saving_problems,
         {
             "state, MB · 状态": middle("bytes", ",.0f", 1e-6),
             "saves · 次数": len,
             "the loop waits, s (median) · 循环等待": middle("seconds", ".2f"),
-            "plain write, s (median) · 直接写": middle("plain", ".2f"),
+            "plain write, flushed, s (median) · 直接写并刷盘": middle("plain", ".2f"),
             "ratio (median) · 比值": middle("ratio", ".2f"),
+            "until it has its name, s (median) · 到改名为止": middle("named", ".2f"),
         },
         "DeepSpeed file · 文件",
         lambda row: row["case"],

@@ -33,7 +33,7 @@ def done(run):
 
 def test_a_killed_run_ends_with_the_same_weights(tmp_path):
     """Six kills, each resumed: of a rank at named points of a save, and of all processes at a random moment (None)."""
-    flags = FLAGS.format(type=TYPES["lora"]).replace("epochs 4", "epochs 10")
+    flags = FLAGS.format(type=TYPES["lora"]).replace("epochs 4", "epochs 20")
     done(Run(prepare(tmp_path / "whole"), flags))
     folder = prepare(tmp_path / "killed")
     faults = ["kill 1 2 before a file", "kill 0 3 before the rename", None, "kill 0 3 before the manifest", None, None]
@@ -42,7 +42,7 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path):
         run = Run(folder, f"{flags} --resume auto", fault=fault if fault in faults else None)
         if fault is None:
             run.wait_for(r"updates of \d+ rows")
-            time.sleep(random.Random(num_kills).uniform(0, 1))
+            time.sleep(random.Random(num_kills).uniform(0, 0.8))
             run.kill()
         code = run.end()
         assert (code == 0) == (fault == "end"), run.text[-3000:]
@@ -52,7 +52,7 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path):
         saved = max([saved, *run.steps()])
         assert all(is_whole(path) for path in (folder / "out").glob("*-step-*[0-9]"))
     assert num_kills == 6
-    assert last_weights(folder / "out", 30) == last_weights(tmp_path / "whole" / "out", 30)
+    assert last_weights(folder / "out", 60) == last_weights(tmp_path / "whole" / "out", 60)
     assert log_of(folder / "out") == log_of(tmp_path / "whole" / "out")
     assert not list((folder / "out").glob("*.partial"))
     assert len(list((folder / "out").glob("state-*"))) == len(list((folder / "out").glob("epoch-*"))) == 2

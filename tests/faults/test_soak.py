@@ -18,7 +18,9 @@ KILLS = [
     {"type": "all", "chain": 1, "kill": "rank 1", "saved": 8, "done": 9, "whole": True, "begun": 8},
     {"type": "all", "chain": 1, "identical": True},
 ]
-TIMES = [{"case": "a.json", "bytes": 2e6, "seconds": s, "plain": 2.0, "ratio": s / 2} for s in (2.0, 9.0, 2.2)]
+TIMES = [
+    {"case": "a.json", "bytes": 2e6, "seconds": s, "plain": 2.0, "ratio": s / 2, "named": 3} for s in (2.0, 9.0, 2.2)
+]
 EXACT = [{"case": f"{name}, a.json", "identical": name == "lora"} for name in ("lora", "all", "lora")]
 
 
@@ -30,7 +32,7 @@ def kept(rows, is_complete=True):
 def test_the_tables():
     text = soak.figures_text({"kills": kept(KILLS), "saving": kept(TIMES), "exact": kept(EXACT, False)})
     assert "| lora | 2 | 1 | 1 | 0 | 3 |" in text and "| together · 合计 | 3 | 2 | 2 | 0 | 3 |" in text
-    assert "| a.json | 2 | 3 | 2.20 | 2.00 | 1.10 |" in text
+    assert "| a.json | 2 | 3 | 2.20 | 2.00 | 1.10 | 3.00 |" in text
     assert "| lora | 2 | 2 |" in text and "| all | 1 | 0 |" in text
     assert text.count(soak.NOT_RUN) == len(soak.PARTS) - 3
     assert text.count("interrupted") == 1
