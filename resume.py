@@ -152,6 +152,7 @@ def state_files(folder):
                 if bad := finite_problem(tensors_in(state_dict)):
                     self.problem = BadNumbers(f"{bad}: no state was saved")
                 if self.problem is None:
+                    torch.serialization.set_crc32_options(False)  # the manifest's SHA-256 says more
                     with folders.new_file(path) as file:
                         torch.save(state_dict, file)
                     self.written[os.path.relpath(path, folder)] = os.path.getsize(path)
@@ -361,6 +362,14 @@ def fingerprint(args, base_folder, rows_key, precision, optimizer_name, device, 
         "rows of --train_path": rows_key,
         "base weights": sorted(hashes),
     }
+
+
+def write_fingerprint(output_dir, current):
+    """Say in the run's folder, before anything else lies there, whose it is: whole or not at all."""
+    os.makedirs(output_dir, exist_ok=True)
+    path = os.path.join(output_dir, FINGERPRINT_FILE)
+    write_json(current, path + PARTIAL)
+    os.replace(path + PARTIAL, path)
 
 
 def differences(saved, current):

@@ -77,7 +77,7 @@ class Closing(threading.Thread):
         try:
             close_state(self.path, self.info, self.sizes)
             keep_newest(self.args.output_dir, STATE, self.args.save_total_limit or STATES_KEPT)
-        except (OSError, AssertionError) as error:
+        except Exception as error:  # a thread that ended without a word would pass for a state that is saved
             self.problem = str(getattr(error, "strerror", None) or error)
         self.log.saved(self.info["progress"]["step"], self.path, self.problem)
 

@@ -5,7 +5,6 @@
 """
 
 import math
-import os
 import sys
 import time
 
@@ -20,13 +19,13 @@ from guard import check_skipped, explain_bad_loss, keep_going_at_low_scale
 from modes import MODES
 from optimizer import build_optimizer, build_scheduler, choose_adam
 from resume import (
-    FINGERPRINT_FILE,
     Progress,
     choose_state,
     convert,
     fingerprint,
     load_state,
     state_bytes,
+    write_fingerprint,
 )
 from row_cache import describe_counts, load_rows
 from row_sets import hold_out, mix
@@ -53,7 +52,7 @@ from utils import (
     world_size,
 )
 from watch import together
-from weights import check_weights, load_base, write_json
+from weights import check_weights, load_base
 
 
 def main(argv, watch):
@@ -170,9 +169,9 @@ def main(argv, watch):
     if eval_rows is not None:
         texts = texts_of(eval_rows, columns_of(args), args) if args.eval_generate else []
         evaluation = Evaluation(args, eval_rows, texts, tokenizer, mode.prompt, device, group, zero3)
+    on_main(lambda: write_fingerprint(args.output_dir, identity))
     log = RunLog(args.output_dir, num_steps, progress.step)
     log.bad_rows(rows.bad_rows)
-    on_main(lambda: write_json(identity, os.path.join(args.output_dir, FINGERPRINT_FILE)))
     if state:
         log.event(progress.step, "resumed", path=state)
 
