@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from types import SimpleNamespace
 
 from batches import collate, to_device
@@ -36,7 +37,11 @@ class Evaluation:
         """The metrics of score.py; the answers are kept in eval-step-N.jsonl, which it can read again."""
         from score import score_rows
 
-        write_answers(os.path.join(self.args.output_dir, f"eval-step-{step}.jsonl"), self.texts, answers)
+        path = os.path.join(self.args.output_dir, f"eval-step-{step}.jsonl")
+        try:
+            write_answers(path, self.texts, answers)
+        except OSError as error:  # a full disk does not end a run
+            print(f"\n{path} was not saved, the run goes on: {error.strerror}", file=sys.stderr, flush=True)
         values = score_rows(answers, [row["answer"] for row in self.texts], self.args.task)
         return {name: value for name, value in values.items() if isinstance(value, float)}
 

@@ -119,6 +119,7 @@ def check_scoring(row, place):
 
 
 def is_list_of_texts(value):
+    """Is the value a list of strings, each with something in it?"""
     return isinstance(value, list) and all(isinstance(text, str) and words(text) for text in value)
 
 

@@ -169,27 +169,29 @@ def part_path(path, rank):
 
 
 def read_parts(path):
-    """({file: its key}, {row number: line}) of what interrupted runs have answered; torn last lines are left out."""
+    """({file: its key, None where it has no answer}, {row number: line}) of what interrupted runs have answered.
+
+    Torn last lines are left out.
+    """
     keys, lines = {}, {}
     for part in sorted(glob.glob(f"{glob.escape(path)}.rank*.partial")):
+        key, keys[part] = None, None
         with open(part, encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:
                     value = json.loads(line)
                 except ValueError:
                     continue
+                key = value.get("key", key)
                 if "index" in value:
-                    lines[value["index"]] = line
-                else:
-                    keys[part] = value.get("key")
-        keys.setdefault(part, None)
+                    lines[value["index"]], keys[part] = line, key
     return keys, lines
 
 
 def take_up(path, key, overwrite):
     """{row number: line} of the answers that are there; afterwards they lie in the first rank's part. Collective."""
     keys, lines = read_parts(path)
-    others = [part for part, found in keys.items() if lines and found != key]
+    others = [part for part, found in keys.items() if found not in (None, key)]
     if others and not overwrite:
         raise ValueError(
             f"{others[0]}: answers of an interrupted run with another model, rows or flags: give --overwrite to drop"

@@ -135,7 +135,7 @@ def state_files(folder):
             """Nothing to prepare."""
 
         def commit(self, info):
-            """Nothing to close: `save_state` does that for all ranks."""
+            """Nothing to close: `close_state` does that for all ranks."""
             return True
 
         def makedirs(self, path, exist_ok=False):

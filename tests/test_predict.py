@@ -140,6 +140,7 @@ def test_an_interrupted_run_is_gone_on_with(tmp_path, monkeypatch, capsys):
     part.write_bytes(part.read_bytes()[:-20])  # killed while it wrote the third line
     with pytest.raises(ValueError, match=r"p.jsonl.rank0.partial: answers of an interrupted run with another model"):
         answers(model, rows, output, "--batch_size", "1", "--max_src_len", "20")
+    (tmp_path / "p.jsonl.rank1.partial").write_text("")  # of a process that was killed before it wrote
     assert answers(model, rows, output, "--batch_size", "2") == whole
     assert asked[4:] == [2, 1], "three rows were left"
     text = capsys.readouterr().out
