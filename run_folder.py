@@ -1,6 +1,5 @@
 """What a run leaves in its folder: checkpoints, the best one, states to resume from, and how many are kept."""
 
-import math
 import os
 import threading
 from dataclasses import asdict
@@ -8,8 +7,9 @@ from dataclasses import asdict
 from checkpoint import CHECKPOINT, describe_run, save_checkpoint
 from folders import is_whole, keep_newest, numbered
 from resume import STATE, close_state, state_bytes, write_state
-from run_log import JsonLines
+from run_log import read_records
 from utils import is_main, on_main, world_size
+from watch import CLOSING
 
 STATES_KEPT = 2  # without --save_total_limit: should one turn out damaged, there is another
 
@@ -69,7 +69,7 @@ class Closing(threading.Thread):
     """Gives a written state its name, and removes the oldest; says so when that is done."""
 
     def __init__(self, path, info, sizes, args, log):
-        super().__init__(name="closing", daemon=True)
+        super().__init__(name=CLOSING, daemon=True)
         self.path, self.info, self.sizes, self.args, self.log = path, info, sizes, args, log
         self.problem = None
 
@@ -89,7 +89,7 @@ class Closing(threading.Thread):
 
 def last_checkpoint(output_dir):
     """The last checkpoint of a run that has come to its end; None where it has not, or the checkpoint is not whole."""
-    for event in reversed(JsonLines(os.path.join(output_dir, "events.jsonl"), math.inf).records):
+    for event in reversed(read_records(os.path.join(output_dir, "events.jsonl"))):
         if event["event"] == "done":
             for name in numbered(output_dir, CHECKPOINT):
                 path = os.path.join(output_dir, name)

@@ -20,6 +20,7 @@ from utils import EXIT_BAD_NUMBERS, EXIT_LEFT, EXIT_STALLED, BadNumbers, fail, i
 
 LOOK_SECONDS = 1.0
 CONNECT_SECONDS = 60
+CLOSING, CLOSING_SECONDS = "closing", 30  # name of the thread that closes a state; how long it is waited for
 # Seconds without a sign of life after which the system takes another host for dead.
 KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 
@@ -140,6 +141,7 @@ class Watch:
         """End the process although its main thread waits for something that will never come."""
         if message:
             print(f"\ntrain.py: error: {message}", file=sys.stderr)
+        finish_closing()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -159,6 +161,13 @@ class Watch:
         self.leave_at_once(
             EXIT_STALLED, f"--step_timeout {self.step_timeout:g}: {what} did not end in time: see {path}"
         )
+
+
+def finish_closing():
+    """Let the thread that closes a state come to its end: all ranks have written theirs, it must not be lost."""
+    for thread in threading.enumerate():
+        if thread.name == CLOSING:
+            thread.join(CLOSING_SECONDS)
 
 
 def keep_alive(line):
@@ -225,6 +234,7 @@ def end_process_group(code):
     if dist.is_initialized():
         if isinstance(sys.exc_info()[1], Exception):
             traceback.print_exc()
+        finish_closing()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -232,7 +232,10 @@ def test_events_are_json(tmp_path):
 
     path = tmp_path / "events.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste', encoding="utf-8")
-    lines = JsonLines(str(path), 2)
+    lines = JsonLines(str(path), 1)
+    assert path.read_text(encoding="utf-8").count("\n") == 3, "later lines stay until they are written again"
+    lines.add({"step": 2})
+    assert path.read_text(encoding="utf-8").count("\n") == 3
     lines.add({"step": 3, "event": "转向"})
     assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == [
         {"step": 1},
