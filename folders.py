@@ -1,16 +1,20 @@
 """Folders that appear whole or not at all: written beside their name, flushed, closed by a manifest, renamed."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 MANIFEST = "manifest.json"
 PARTIAL, REPLACED = ".partial", ".replaced"  # endings of a folder that is being written, and of one on its way out
 HASH_THREADS = 4
+HOLD_SECONDS = 30  # how long a folder is waited for: the processes of a killed run need some seconds to end
+held = {}  # {folder: handle with its lock}; a lock goes with its process, however that ends
 UMASK = os.umask(0)  # it can only be read by setting it
 os.umask(UMASK)
 
@@ -135,6 +139,35 @@ def verify(folder, full=True):
 def is_whole(folder, full=True):
     """Was the folder closed, and are its files as they were then?"""
     return os.path.exists(os.path.join(folder, MANIFEST)) and not verify(folder, full)
+
+
+def hold(folder):
+    """Keep a folder for this process until it ends; one that is not there needs no lock.
+
+    ValueError where another process holds it, HOLD_SECONDS long. Does nothing on file systems without locks of folders.
+    """
+    folder = os.path.realpath(folder)
+    if folder in held or not os.path.isdir(folder):
+        return
+    handle, end, told = os.open(folder, os.O_RDONLY), time.monotonic() + HOLD_SECONDS, False
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                os.close(handle)
+                raise ValueError(
+                    f"--output_dir {folder}: another run writes into it: choose another folder, or end that run first"
+                ) from None
+            if not told:
+                print(f"{folder}: waiting for the run that writes into it", flush=True)
+            told = True
+            time.sleep(0.2)
+            continue
+        except OSError:  # some network file systems
+            pass
+        held[folder] = handle
+        return
 
 
 def numbered(parent, pattern):

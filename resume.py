@@ -24,6 +24,7 @@ from folders import (
     PARTIAL,
     close_folder,
     file_entry,
+    hold,
     numbered,
     remove_leftovers,
     require_space,
@@ -275,6 +276,7 @@ def choose_state(args, current, split):
 
     current: the run's `fingerprint`. ValueError names what differs. For the first process.
     """
+    hold(args.output_dir)
     remove_leftovers(args.output_dir, f"({STATE}(-universal)?|{CHECKPOINT}|best)")
     if args.resume is None:
         return None, None
@@ -367,6 +369,7 @@ def fingerprint(args, base_folder, rows_key, precision, optimizer_name, device, 
 def write_fingerprint(output_dir, current):
     """Say in the run's folder, before anything else lies there, whose it is: whole or not at all."""
     os.makedirs(output_dir, exist_ok=True)
+    hold(output_dir)
     path = os.path.join(output_dir, FINGERPRINT_FILE)
     write_json(current, path + PARTIAL)
     os.replace(path + PARTIAL, path)
