@@ -640,11 +640,18 @@ def forgetting_parser():
 
 def judge_parser():
     """Flags of judge.py."""
-    parser = OneLineParser(
-        prog="judge.py", description="Let a language model compare two files of predictions, row by row."
+    parser = OneLineParser(prog="judge.py", description="Let a language model judge predictions, row by row.")
+    parser.add_argument(
+        "--task",
+        choices=("pairs", "questions"),
+        default="pairs",
+        help="pairs: which answer is better, that of --predictions or of --baseline; questions: which of the questions"
+        " that --predictions made for documents are wrong",
     )
-    parser.add_argument("--predictions", help="JSON Lines of predict.py: the answers of the candidate")
-    parser.add_argument("--baseline", help="JSON Lines of predict.py: the answers to the same rows to compare with")
+    parser.add_argument("--predictions", help="JSON Lines of predict.py: the answers, or questions, to judge")
+    parser.add_argument(
+        "--baseline", help="JSON Lines of predict.py: the answers to the same rows to compare with; pairs only"
+    )
     parser.add_argument(
         "--output_path",
         required=True,
@@ -663,7 +670,8 @@ def judge_parser():
     parser.add_argument("--language", choices=("zh", "en"), default="zh", help="of the judge's prompt and reasons")
     parser.add_argument(
         "--criteria",
-        help="UTF-8 text file with the criteria; left out: accuracy, completeness, clarity and format",
+        help="UTF-8 text file with the criteria; left out: accuracy, completeness, clarity and format; of questions:"
+        " answerable, right, clear and harmless",
     )
     parser.add_argument("--concurrency", type=int, default=4, help="requests under way at a time")
     parser.add_argument(
@@ -673,7 +681,7 @@ def judge_parser():
         help="new tries of a request that meets a rate limit, a time-out, an error of the server or no connection;"
         " 0: off",
     )
-    parser.add_argument("--limit", type=int, default=0, help="compare the first rows only, this many; 0: all")
+    parser.add_argument("--limit", type=int, default=0, help="judge the first rows only, this many; 0: all")
     parser.add_argument(
         "--report_only",
         action="store_true",

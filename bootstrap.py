@@ -88,3 +88,20 @@ def difference(
 ) -> tuple[float | None, float | None, float | None]:
     """(b - a, low, high) of one metric for two predictions of the same rows, in the same order."""
     return differences(rows_a, rows_b, (metric,), num_resamples, seed)[metric]
+
+
+def weighted_mean(values, weights=None, num_resamples: int = 1000, seed: int = SEED) -> list[float | None]:
+    """[mean of the rows' values, low, high]; weights: what each row counts, left out: all alike.
+
+    low and high are None for fewer than two rows.
+    """
+    import numpy
+
+    weights = numpy.ones(len(values)) if weights is None else numpy.array(weights, dtype=float)
+    sums = numpy.array(values, dtype=float) * weights
+    mean = float(sums.sum() / weights.sum())
+    if len(sums) < 2:
+        return [mean, None, None]
+    rng = numpy.random.default_rng(seed)
+    drawn = (rng.integers(len(sums), size=len(sums)) for _ in range(num_resamples))
+    return [mean, *middle(numpy.array([sums[rows].sum() / weights[rows].sum() for rows in drawn]))]

@@ -17,6 +17,7 @@ import sys
 import unicodedata
 
 from arguments import collect, forgetting_parser, model_problems, output_file_problems, range_problems
+from bootstrap import weighted_mean
 from checkpoint import load_opened, open_checkpoint
 from data_set import Columns, check_items, data_files, encode_row, place_of, read_file
 from modes import read_json
@@ -259,17 +260,8 @@ def summary(rows):
 
 def paired_difference(changes, weights):
     """[weighted mean of the rows' changes, low, high]: 95 %, percentile bootstrap over rows, always the same draws."""
-    import numpy
-
-    weights = numpy.array(weights, dtype=float)
-    sums = numpy.array(changes) * weights
-    value = float(sums.sum() / weights.sum())
-    if len(sums) < MIN_ROWS:
-        return [value, None, None]
-    draws = numpy.random.default_rng(0)
-    drawn = (draws.integers(len(sums), size=len(sums)) for _ in range(NUM_RESAMPLES))
-    means = [sums[rows].sum() / weights[rows].sum() for rows in drawn]
-    return [value, *numpy.percentile(means, [2.5, 97.5]).tolist()]
+    mean, low, high = weighted_mean(changes, weights, NUM_RESAMPLES)
+    return [mean, low, high] if len(changes) >= MIN_ROWS else [mean, None, None]
 
 
 def differences(after, before, path):

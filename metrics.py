@@ -149,8 +149,8 @@ METRICS = {
         f"points of a row's questions, 0 to {QUESTION_POINTS:g}: {QUESTION_FAULT:g} off for each fault",
         "Mean over rows of max(0, {points} - {fault} * faults): points, not per cent. Each answer of a row is one "
         "question. Faults: {repeated}; {no_question}; {overlong}. This is what can be counted. Whether the document "
-        "answers a question, and whether it reads well and does no harm, takes from the same points: that is for a "
-        "judge (a person or a model), and without it this number is an upper bound.",
+        "answers a question, and whether it reads well and does no harm, takes from the same points: judge.py --task "
+        "questions asks a model that, and without it this number is an upper bound.",
         mean_of("diversity"),
         needs="has_several",
     ),

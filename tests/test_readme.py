@@ -69,6 +69,12 @@ def test_flags_and_files_in_the_text_exist(name):
         assert f"--mode {choice}" in text or f"--train_type {choice}" in text
 
 
+@pytest.mark.parametrize("name", READMES)
+def test_every_room_is_on_the_map(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert [path.name for path in sorted(ROOT.glob("*.py")) if f"`{path.name}`" not in text] == []
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda p: p.name)
 def test_configs(path):
     config = read_ds_file(path.name)

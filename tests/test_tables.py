@@ -19,7 +19,10 @@ LEVELS = [
     {"tuning", "data_set", "batches", "guard", "ds_config", "optimizer", "run_log", "weights", "metrics", "bootstrap"},
     {"checkpoint", "resume", "run_folder", "row_cache", "row_sets", "report", "report_text"},
     {"arguments", "compare_plan"},
-    {"train", "evaluation", "predict", "merge_lora", "score", "judge", "forgetting", "doctor", "compare"},
+    {
+        *("train", "evaluation", "predict", "merge_lora", "score", "forgetting", "doctor", "compare"),
+        *("judge", "judge_pairs", "judge_questions", "judge_rows", "endpoint"),
+    },
 ]
 
 

@@ -218,7 +218,7 @@ def test_all_answers_of_a_row_count_as_questions(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "not scored" not in out and "\ndiversity" in out
     report = json.loads((tmp_path / "p.scores.json").read_text(encoding="utf-8"))
-    assert report["metrics"]["diversity"] == 4.75 and "for a judge" in report["definitions"]["diversity"]
+    assert report["metrics"]["diversity"] == 4.75 and "judge.py --task questions" in report["definitions"]["diversity"]
 
 
 # ---------------------------------------------------------------- intervals
