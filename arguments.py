@@ -16,6 +16,7 @@ from weights import INDEX_FILES, WEIGHT_FILES
 ATTENTION = {"sdpa": "sdpa", "flex": "flex_attention", "eager": "eager"}  # the library's names
 BEST_METRICS = ("loss", "rougeL", "bleu4", "f1", "accuracy")  # of --metric_for_best_model
 MAX_NAME = 200  # bytes of a file's name; most file systems have 255, and endings such as .partial come behind
+GENERAL = os.path.join(os.path.dirname(os.path.realpath(__file__)), "data", "general")  # of the forgetting check
 LEAST_SRC_LEN = 16  # tokens: the words around the question, and something of it
 
 
@@ -302,6 +303,13 @@ def evaluation_problems(args, typed):
         problems.append("--replay_ratio: needs --replay_path: add it or remove this flag")
     for flag in ("eval_path", "replay_path"):
         problems += collect(data_files, getattr(args, flag) or [], prefix=f"--{flag} ")
+    for flag in ("train_path", "replay_path"):
+        problems += [
+            f"--{flag} {path}: holds the questions of the forgetting check, which would then measure nothing: use"
+            " other general rows"
+            for path in getattr(args, flag) or []
+            if os.path.realpath(path).startswith(GENERAL)
+        ]
     return problems
 
 
@@ -621,7 +629,7 @@ def forgetting_parser():
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
     parser.add_argument(
         "--suite",
-        default=os.path.join(os.path.dirname(os.path.realpath(__file__)), "data", "general"),
+        default=GENERAL,
         help="rows as in data/general/README.md: a file, or a folder of *.json and *.jsonl",
     )
     parser.add_argument("--no_generate", action="store_true", help="losses only; off: answers are scored too")

@@ -1,5 +1,6 @@
 """The DeepSpeed JSON: found, read, checked against the flags, filled in."""
 
+import difflib
 import json
 import os
 
@@ -7,6 +8,16 @@ from modes import read_json
 from optimizer import ADAM
 
 SECTIONS = ("bf16", "fp16", "data_types", "optimizer", "optimizer.params")
+# What DeepSpeed reads at the top of its file (its manual, "DeepSpeed Configuration JSON"), as far as it means something
+# to this training; DeepSpeed itself passes over a name that it does not know.
+NAMES = """
+    train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping optimizer scheduler
+    bf16 fp16 data_types torch_autocast zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
+    communication_data_type prescale_gradients gradient_predivide_factor gradient_allreduce_op disable_allgather
+    checkpoint aio compile disable_python_gc steps_per_print wall_clock_breakdown memory_breakdown dump_state
+    comms_logger flops_profiler tensorboard wandb comet csv_monitor timers
+""".split()
+INSTEAD = {"activation_checkpointing": "--gradient_checkpointing"}  # names that would do nothing here
 CONFIG_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs")
 
 
@@ -22,6 +33,11 @@ def find_ds_file(name):
 def read_ds_file(name):
     """The JSON object of `--ds_file`; ValueError that names file and fault."""
     config = read_json(find_ds_file(name))
+    for key in config:
+        if key not in NAMES and not key.startswith("_"):  # a comment
+            near = difflib.get_close_matches(key, NAMES, 1)
+            fix = f"use {INSTEAD[key]}" if key in INSTEAD else f"did you mean {near[0]}?" if near else "remove it"
+            raise ValueError(f"--ds_file {name}: {key}: does nothing in this training: {fix}")
     for path in (
         "zero_optimization",
         "zero_optimization.offload_optimizer",

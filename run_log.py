@@ -213,24 +213,26 @@ class RunLog:
         self.bar.close()
         try:
             if self.log.records:
-                draw_loss(self.log.records, os.path.join(self.output_dir, "loss.png"))
+                draw_loss(self.log.records, os.path.join(self.output_dir, "loss.png"), self.evaluations.records)
             if self.writer is not None:
                 self.writer.close()
         except OSError as error:
             print(f"\n{self.output_dir}: {error.strerror}: no loss.png", file=sys.stderr, flush=True)
 
 
-def draw_loss(records, path):
-    """Loss and learning rate over the updates, as a PNG."""
+def draw_loss(records, path, evaluations=()):
+    """Loss, that of held-out rows where there are any, and learning rate over the updates, as a PNG."""
+
+    def curve(axis, lines, **style):
+        losses = [math.nan if line["loss"] is None else line["loss"] for line in lines]
+        axis.plot([line["step"] for line in lines], losses, marker=".", **style)
+
     steps = [record["step"] for record in records]
     with picture(path, size=(8, 4.5)) as axis:
-        axis.plot(
-            steps,
-            [math.nan if record["loss"] is None else record["loss"] for record in records],
-            color="tab:blue",
-            marker=".",
-            label="loss",
-        )
+        curve(axis, records, color="tab:blue", label="training rows")
+        if evaluations:
+            curve(axis, evaluations, color="tab:green", label="held-out rows")
+            axis.legend(loc="upper right")
         axis.set_xlabel("update")
         axis.set_ylabel("loss per supervised token")
         axis.set_ylim(bottom=0)

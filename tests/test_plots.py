@@ -84,4 +84,7 @@ def test_signs_that_mean_something_to_matplotlib():
 def test_loss_of_a_run(tmp_path):
     records = [{"step": step, "loss": loss, "learning_rate": 1e-3} for step, loss in ((1, 2.0), (2, None), (3, 1.0))]
     run_log.draw_loss(records, tmp_path / "loss.png")
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    alone = (tmp_path / "loss.png").read_bytes()
+    assert alone.startswith(b"\x89PNG")
+    run_log.draw_loss(records, tmp_path / "loss.png", [{"step": 2, "loss": 1.5}])
+    assert (tmp_path / "loss.png").read_bytes() not in (alone, b"")
