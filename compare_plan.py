@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 
 import yaml
 
-from arguments import predict_parser, sampling_problems, train_parser, train_problems
+from arguments import predict_parser, sampling_problems
 from data_set import data_files
 from modes import MODES
 from tasks import TASKS
+from train_arguments import train_parser, train_problems
 from tuning import TRAIN_TYPES
 
 # What compare.py gives itself, and what it gives where the file does not.

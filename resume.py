@@ -153,8 +153,7 @@ def state_files(folder):
                 if bad := finite_problem(tensors_in(state_dict)):
                     self.problem = BadNumbers(f"{bad}: no state was saved")
                 if self.problem is None:
-                    torch.serialization.set_crc32_options(False)  # the manifest's SHA-256 says more
-                    with folders.new_file(path) as file:
+                    with folders.new_file(path) as file, without_crc32():
                         torch.save(state_dict, file)
                     self.written[os.path.relpath(path, folder)] = os.path.getsize(path)
             folders.reached("after a file")
@@ -172,6 +171,19 @@ def state_files(folder):
                 self.problem = self.problem or str(getattr(error, "strerror", None) or error)
 
     return StateFiles()
+
+
+@contextlib.contextmanager
+def without_crc32():
+    """torch.save without the checksums of its file format: the manifest's SHA-256 says more, and costs no waiting."""
+    import torch
+
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def tensors_in(value, name=""):

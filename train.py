@@ -8,7 +8,7 @@ import math
 import sys
 import time
 
-from arguments import ATTENTION, columns_of, folder_problems, length_problems, parse_train
+from arguments import columns_of, folder_problems
 from batches import Updates, collate, to_device
 from checkpoint import checkpoint_bytes, read_config, read_tokenizer, resolve_folder
 from data_set import show_row
@@ -31,6 +31,7 @@ from row_cache import describe_counts, load_rows
 from row_sets import hold_out, mix
 from run_folder import RunFolder, last_checkpoint
 from run_log import RunLog
+from train_arguments import ATTENTION, length_problems, parse_train
 from tuning import TRAIN_TYPES, checkpoint_layers, count_parameters
 from utils import (
     EXIT_LEFT,

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 import arguments
 import checkpoint
 import row_cache
+import train_arguments
 import utils
 import watch
 import weights
@@ -31,7 +32,7 @@ ROW = {"instruction": "问", "input": "", "output": "答"}
 ROW_LINE = json.dumps(ROW)
 OUTPUT_LAYER = "transformer.output_layer.weight"
 PARSERS = {
-    "train.py": arguments.train_parser,
+    "train.py": train_arguments.train_parser,
     "predict.py": arguments.predict_parser,
     "merge_lora.py": arguments.merge_parser,
 }

@@ -29,8 +29,8 @@ from refusing import (
 )
 from safetensors.torch import save_file
 
-import arguments
 import checkpoint
+import train_arguments
 import tuning
 import weights
 from modes import MODES
@@ -357,7 +357,7 @@ def test_a_folder_of_the_hub_that_could_be_two_families(here):
     import train
 
     NO_NAMES(here.model("glm3"))
-    args = arguments.train_parser().parse_args("--train_path x --model_name_or_path a/b --output_dir x".split())
+    args = train_arguments.train_parser().parse_args("--train_path x --model_name_or_path a/b --output_dir x".split())
     with pytest.raises(SystemExit):
         train.complete_mode(args, str(here.folder / "model"))
     assert "fits glm2 or glm3: give --mode" in here.capsys.readouterr().err
@@ -370,7 +370,7 @@ def test_a_folder_of_the_hub_that_could_be_two_families(here):
 def test_layers_2_is_not_layers_27(pattern):
     mode = MODES["glm"]
     model = weights.empty_model(mode, checkpoint.read_config(FOLDERS["glm"], mode))
-    args = arguments.train_parser().parse_args(
+    args = train_arguments.train_parser().parse_args(
         f"--train_path x --model_name_or_path x --output_dir x --freeze_module_name {pattern}".split()
     )
     names = [name for name, _ in model.named_parameters()]

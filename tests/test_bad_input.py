@@ -26,8 +26,8 @@ from refusing import (
     row,
 )
 
-import arguments
 import row_cache
+import train_arguments
 
 
 def test_good_input_is_not_refused(here):
@@ -64,7 +64,7 @@ def test_numbers_out_of_range(here, flag, value, rule):
     here.train_fails(f"--{flag}={value}", says=rf"--{flag} {re.escape(shown)}: {rule}$")
 
 
-FLOAT_FLAGS = {a.dest for a in arguments.train_parser()._actions if a.type is float}
+FLOAT_FLAGS = {a.dest for a in train_arguments.train_parser()._actions if a.type is float}
 
 TRAIN_FLAGS = [
     case("no-train-path", "", "arguments are required: --train_path", {"train_path": None}),

@@ -15,10 +15,10 @@ import compare
 import report
 import report_text
 import steps
-from arguments import train_parser
 from bootstrap import difference, intervals
 from compare_plan import read_plan
 from tasks import find_task
+from train_arguments import train_parser
 
 BASE = str(GOLDEN_FOLDERS["glm3"])
 ROWS = [{"instruction": "抽取：", "input": f"零件{n}开裂", "output": f"零件{n}_部件故障_开裂"} for n in range(20)]

@@ -624,7 +624,8 @@ def test_questions_for_documents(serve, tmp_path, capsys, language, monkeypatch)
     server = serve(lambda request: completion(find_wrong(request["messages"][0]["content"], language)))
     report, table = here.run(server.url, "--language", language)
     # By hand, faults: 2 wrong; 2 counted (an empty one is not wrong, too); 1 wrong and 3 counted; none.
-    assert [verdict["wrong"] for verdict in here.verdicts()] == [[2, 4], [], [3], []]
+    wrong = {verdict["index"]: verdict["wrong"] for verdict in here.verdicts()}
+    assert wrong == {0: [2, 4], 1: [], 2: [3], 9: []}
     expected = {"num_rows": 4, "num_questions": 16, "num_left_out": 0, "num_unparsed": 0, "wrong_questions": 18.75}
     expected |= {"accuracy": (4.5 + 5 + 4.75 + 5) / 4, "diversity": (5 + 4.5 + 4.25 + 5) / 4, "language": language}
     expected |= {"score": (4.5 + 4.5 + 4 + 5) / 4, "score_percent": 90.0}

@@ -63,7 +63,7 @@ def test_what_lies_elsewhere_is_left_to_its_own_command(step, tmp_path):
 
 
 def test_flags_are_taken_by_train(quickstart):
-    from arguments import train_parser
+    from train_arguments import train_parser
     from tuning import TRAIN_TYPES
 
     assert set(quickstart.FLAGS) == set(TRAIN_TYPES)

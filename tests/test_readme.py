@@ -9,13 +9,14 @@ import pytest
 from conftest import ROOT
 
 import arguments
+import train_arguments
 from ds_config import read_ds_file
 from modes import MODES
 from tuning import TRAIN_TYPES
 
 READMES = ("README.md", "README_zh.md")
 PARSERS = {
-    "train.py": arguments.train_parser,
+    "train.py": train_arguments.train_parser,
     "predict.py": arguments.predict_parser,
     "merge_lora.py": arguments.merge_parser,
     "score.py": arguments.score_parser,
@@ -107,7 +108,7 @@ def test_launchers(name, mode, tmp_path):
     )
     assert process.returncode == 0, process.stderr
     cards, *words = process.stdout.splitlines()
-    args = arguments.train_parser().parse_args(words[words.index("train.py") + 1 :])
+    args = train_arguments.train_parser().parse_args(words[words.index("train.py") + 1 :])
     assert args.mode == mode and args.seed == 7 and args.model_name_or_path == "some/model"
     read_ds_file(args.ds_file)
     if name == "train_four_cards.sh":

@@ -80,14 +80,14 @@ def test_a_run_without_a_state_begins_anew_only_in_its_own_folder(tmp_path):
 
 
 def test_the_fingerprint_holds_what_decides_the_weights(tmp_path, golden):
-    import arguments
+    import train_arguments
 
     words = ["--train_path", "x", "--model_name_or_path", golden.folder, "--output_dir", "y"]
     base = tmp_path / "base"
     shutil.copytree(golden.folder, base)
 
     def of(*more, folder=golden.folder, key="rows"):
-        args = arguments.train_parser().parse_args([*words, *more])
+        args = train_arguments.train_parser().parse_args([*words, *more])
         ds = {"zero_optimization": {"stage": 2}}
         return resume.fingerprint(args, str(folder), key, "fp32", "torch AdamW", torch.device("cpu"), ds)
 

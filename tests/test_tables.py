@@ -8,8 +8,8 @@ import test_launch
 import torch
 from conftest import GOLDEN_FOLDERS, ROOT
 
-from arguments import train_parser
 from modes import MODES, possible_modes
+from train_arguments import train_parser
 from tuning import TRAIN_TYPES, count_parameters, matches
 
 # A file may import those of its own level and below.
@@ -18,7 +18,7 @@ LEVELS = [
     {"utils", "modes", "tasks", "folders", "watch", "plots", "steps"},
     {"tuning", "data_set", "batches", "guard", "ds_config", "optimizer", "run_log", "weights", "metrics", "bootstrap"},
     {"checkpoint", "resume", "run_folder", "row_cache", "row_sets", "report", "report_text"},
-    {"arguments", "compare_plan"},
+    {"arguments", "train_arguments", "compare_plan"},
     {
         *("train", "evaluation", "predict", "merge_lora", "score", "forgetting", "doctor", "compare"),
         *("judge", "judge_pairs", "judge_questions", "judge_rows", "endpoint"),
