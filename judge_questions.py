@@ -147,7 +147,8 @@ def points(num_faults: int) -> float:
 
 def summarize(verdicts: list[dict], num_rows: int) -> dict:
     """What the report says of verdicts, at most one for each of `num_rows` rows."""
-    read = [verdict for verdict in verdicts if verdict["wrong"] is not None]
+    # In the order of the rows, so that the same resamples are drawn in whatever order verdicts came.
+    read = sorted((v for v in verdicts if v["wrong"] is not None), key=lambda verdict: verdict["index"])
     report = {"num_rows": len(read), "num_left_out": num_rows - len(read)}
     if not read:
         return report
