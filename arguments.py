@@ -7,6 +7,7 @@ import re
 
 from data_set import Columns, data_files
 from modes import MODES, possible_modes
+from report_words import LANGUAGES
 from tasks import TASKS
 from utils import fail, is_main
 from weights import INDEX_FILES, WEIGHT_FILES
@@ -417,6 +418,7 @@ def compare_parser():
     parser.add_argument(
         "--forgetting", action="store_true", help="measure forgetting too; off: where the file says forgetting: true"
     )
+    parser.add_argument("--language", choices=LANGUAGES, default="en", help="of the report")
     return parser
 
 

@@ -74,6 +74,7 @@ def main(argv, run_words=run_words):
             if name not in names
         ]
         plan.forgetting = plan.forgetting or args.forgetting
+        plan.language = args.language
     out = os.path.normpath(args.output_dir or default_output_dir(args.config))
     if problem := place_problem("--output_dir", out):
         problems.append(problem)
@@ -245,6 +246,7 @@ def figures(plan, steps, out):
     machine_path = Path(out, "machine.json")
     return {
         "plan": plan.path,
+        "language": plan.language,
         "base_model": plan.base,
         "task": plan.task,
         "primary": task.primary,

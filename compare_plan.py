@@ -70,6 +70,7 @@ class Plan:
     methods: list = field(default_factory=list)
     seeds: list = field(default_factory=lambda: [1234])
     forgetting: bool = False
+    language: str = "en"  # of the report
 
 
 class Loader(yaml.SafeLoader):

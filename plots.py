@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import math
 import sys
 
@@ -95,12 +96,18 @@ def hint():
     print(f"note: {text}; a font for Chinese, such as fonts-noto-cjk, helps", file=sys.stderr, flush=True)
 
 
+def can_draw(text):
+    """Is there a font for all characters of a text?"""
+    return not families_for(frozenset(text))[1]
+
+
 @contextlib.contextmanager
 def picture(path, size=(5.6, 4.0), families=(OWN_FONT,), has_legend=False):
     """A PNG with one axis, which is yielded; size in inches. The legend stands below, where it hides nothing."""
     import matplotlib
     from matplotlib.figure import Figure
 
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # a font without the usual weight will do
     with matplotlib.rc_context({"font.family": list(families), "font.size": 11}):
         figure = Figure(figsize=size, layout="constrained")
         axis = figure.add_subplot()
@@ -112,9 +119,12 @@ def picture(path, size=(5.6, 4.0), families=(OWN_FONT,), has_legend=False):
         figure.savefig(path, dpi=160)
 
 
-def draw_losses(curves, path):
-    """Loss over the updates. curves: {name: [one run's [[step, loss], ...], ...]}; runs of a name share a colour."""
-    families, names = readable(list(curves))
+def draw_losses(curves, path, labels=("update", "loss per supervised token")):
+    """Loss over the updates. curves: {name: [one run's [[step, loss], ...], ...]}; runs of a name share a colour.
+
+    labels: of the two axes.
+    """
+    families, (*names, across, up) = readable([*curves, *labels])
     with picture(path, families=families, has_legend=True) as axis:
         values = []
         for number, (name, runs) in enumerate(zip(names, curves.values())):
@@ -125,8 +135,8 @@ def draw_losses(curves, path):
                 values += [loss for loss in losses if loss > 0]
         if values and max(values) > 20 * min(values):
             axis.set_yscale("log")
-        axis.set_xlabel("update")
-        axis.set_ylabel("loss per supervised token")
+        axis.set_xlabel(across)
+        axis.set_ylabel(up)
 
 
 def draw_quality(bars, metric, path):
@@ -146,7 +156,7 @@ def draw_quality(bars, metric, path):
 
 def draw_cost(points, metric, cost, path):
     """Quality against what it costs. points: (name, value, low, high, cost of it)."""
-    families, names = readable([point[0] for point in points])
+    families, (*names, cost) = readable([*(point[0] for point in points), cost])
     with picture(path, families=families, has_legend=True) as axis:
         for number, (name, point) in enumerate(zip(names, points)):
             style = dict(fmt=MARKERS[number % len(MARKERS)], color=f"C{number % 10}", capsize=3, markersize=7)

@@ -7,11 +7,12 @@ import json
 import os
 from pathlib import Path
 
-from plots import draw_cost, draw_losses, draw_quality
-from report_text import facts, main_table, metrics_table, notes, ranked, title_of, verdict
+from plots import can_draw, draw_cost, draw_losses, draw_quality
+from report_text import facts, main_table, metrics_table, notes, ranked, title_of, verdict, words_of
+from report_words import ENGLISH
 
 PAGE = """<!DOCTYPE html>
-<html lang="en">
+<html lang="{language}">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -86,13 +87,15 @@ def draw_pictures(results, folder):
     curves = {m["name"]: [run["loss"] for run in m["runs"] if run["loss"]] for m in results["methods"]}
     curves = {name: runs for name, runs in curves.items() if runs}
     bars = [bar_of(entry, metric) for entry in (*done, results["base"]) if entry["status"] == "done"]
-    pictures = {}
+    say, pictures = words_of(results), {}
+    drawn = say if can_draw(say("update") + say("peak memory")) else ENGLISH  # the words on the axes
     if done:
         draw_quality(bars, metric, os.path.join(folder, "quality.png"))
-        pictures["quality.png"] = f"{metric} on the test rows, with the 95 % intervals over rows"
+        caption = say("{metric} on the test rows, with the 95 % intervals over rows", metric=metric)
+        pictures["quality.png"] = caption
     if curves:
-        draw_losses(curves, os.path.join(folder, "loss.png"))
-        pictures["loss.png"] = "Training loss of all runs"
+        draw_losses(curves, os.path.join(folder, "loss.png"), (drawn("update"), drawn("loss per supervised token")))
+        pictures["loss.png"] = say("Training loss of all runs")
     for name, title, scale, unit in (
         ("seconds", "time of a training", 60, "minutes"),
         ("peak_memory_bytes", "peak memory", 1e9, "GB"),
@@ -101,8 +104,8 @@ def draw_pictures(results, folder):
             (*bar_of(m, metric), m[name] / scale) for m in results["methods"] if m in done and m[name] is not None
         ]
         if points:
-            draw_cost(points, metric, f"{title}, {unit}", os.path.join(folder, f"{name}.png"))
-            pictures[f"{name}.png"] = f"{metric} against {title}"
+            draw_cost(points, metric, f"{drawn(title)}, {drawn(unit)}", os.path.join(folder, f"{name}.png"))
+            pictures[f"{name}.png"] = say("{metric} against {cost}", metric=metric, cost=say(title))
     return pictures
 
 
@@ -116,31 +119,37 @@ def bar_of(entry, metric):
 
 def webpage(results, pictures, folder):
     """index.html: everything in one file."""
-    escape = html.escape
-    best = results["best"]
+    escape, say, best = html.escape, words_of(results), results["best"]
+
+    def head(text):
+        return f"<h2>{escape(say(text))}</h2>"
+
     parts = [f"<h1>{escape(title_of(results))}</h1>"]
-    parts.append(f'<p class="quiet">Which method is best for this task? Written {escape(results["time"])}.</p>')
+    subtitle = say("Which method is best for this task? Written {time}.", time=results["time"])
+    parts.append(f'<p class="quiet">{escape(subtitle)}</p>')
     parts.append('<div class="verdict">' + "".join(f"<p>{escape(line)}</p>" for line in verdict(results)) + "</div>")
-    parts += ["<h2>Methods</h2>", html_table(main_table(results), best)]
-    parts += ["<h2>Pictures</h2>", '<div class="pictures">']
+    parts += [head("Methods"), html_table(main_table(results), best)]
+    parts += [head("Pictures"), '<div class="pictures">']
     for name, caption in pictures.items():
         data = base64.b64encode(Path(folder, name).read_bytes()).decode("ascii")
         image = f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
         parts.append(f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>")
-    parts += ["</div>", "<h2>All metrics</h2>", html_table(metrics_table(results), best)]
-    titles = "; ".join(f"{name}: {title}" for name, title in results["metrics"].items())
+    parts += ["</div>", head("All metrics"), html_table(metrics_table(results), best)]
+    titles = "; ".join(f"{name}: {say.title(name, title)}" for name, title in results["metrics"].items())
     parts.append(f'<p class="quiet">{escape(titles)}.</p>')
     if results["samples"]:
-        parts.append("<h2>Sample rows</h2>")
-        parts.append('<p class="quiet">Evenly spaced in the test rows; the answers are those of the first seed.</p>')
-        parts += [html_sample(sample, results["primary"]) for sample in results["samples"]]
-    parts += ["<h2>How to read it</h2>", *(f"<p>{escape(line)}</p>" for line in notes(results))]
-    parts += ["<h2>What was compared, on what</h2>", "<dl>"]
+        parts.append(head("Sample rows"))
+        text = say("Evenly spaced in the test rows; the answers are those of the first seed.")
+        parts.append(f'<p class="quiet">{text}</p>')
+        parts += [html_sample(sample, results["primary"], say) for sample in results["samples"]]
+    parts += [head("How to read it"), *(f"<p>{escape(line)}</p>" for line in notes(results))]
+    parts += [head("What was compared, on what"), "<dl>"]
     parts += [f"<dt>{escape(name)}</dt><dd>{escape(str(text))}</dd>" for name, text in facts(results)]
-    parts += ["</dl>", "<h2>Commands</h2>", "<details><summary>All commands, in order</summary>"]
+    parts += ["</dl>", head("Commands"), f"<details><summary>{escape(say('All commands, in order'))}</summary>"]
     parts += [f"<pre>{escape(command)}</pre>" for command in results["commands"]]
     parts.append("</details>")
-    return PAGE.format(title=escape(title_of(results)), style=STYLE, body="\n".join(parts))
+    body = "\n".join(parts)
+    return PAGE.format(language=say.language, title=escape(title_of(results)), style=STYLE, body=body)
 
 
 def html_table(table, best):
@@ -161,19 +170,22 @@ def html_table(table, best):
     return "\n".join([*lines, "</tbody></table></div>"])
 
 
-def html_sample(sample, metric):
+def html_sample(sample, metric, say):
     """One row: the question, the reference and the answers side by side."""
+
+    empty = f"<small>{say('(empty)')}</small>"
 
     def text(title, body, small="", kind=""):
         small = f"<small>{html.escape(small)}</small>" if small else ""
-        body = f'<div class="plain">{html.escape(body) or "<small>(empty)</small>"}</div>'
+        body = f'<div class="plain">{html.escape(body) or empty}</div>'
         return f'<div class="text{kind}"><b>{small}{html.escape(title)}</b>{body}</div>'
 
-    texts = [text("reference", sample["reference"], kind=" reference")]
+    texts = [text(say("reference"), sample["reference"], kind=" reference")]
     for name, answer in sample["answers"].items():
         score = "" if answer["score"] is None else f"{metric} {answer['score']:.0f}"
         texts.append(text(name, answer["text"], score))
-    question = f'<p class="plain"><small>Row {sample["row"]}</small>\n{html.escape(sample["question"])}</p>'
+    row = say("Row {number}", number=sample["row"])
+    question = f'<p class="plain"><small>{row}</small>\n{html.escape(sample["question"])}</p>'
     return "\n".join(['<div class="sample">', question, '<div class="texts">', *texts, "</div></div>"])
 
 
@@ -182,25 +194,22 @@ def html_sample(sample, metric):
 
 def markdown(results, pictures):
     """report.md, with the pictures beside it."""
+    say = words_of(results)
     lines = [f"# {plain(title_of(results))}", "", *(f"{plain(line)}  " for line in verdict(results)), ""]
-    lines += ["## Methods", "", *markdown_table(main_table(results)), ""]
+    lines += [f"## {say('Methods')}", "", *markdown_table(main_table(results)), ""]
     lines += [line for name, caption in pictures.items() for line in (f"![{plain(caption)}]({name})", "")]
-    lines += ["## All metrics", "", *markdown_table(metrics_table(results)), ""]
+    lines += [f"## {say('All metrics')}", "", *markdown_table(metrics_table(results)), ""]
     for sample in results["samples"]:
-        lines += [f"## Row {sample['row']}", "", *fenced(sample["question"]), "", "Reference:", ""]
-        lines += fenced(sample["reference"])
+        lines += [f"## {say('Row {number}', number=sample['row'])}", "", *fenced(sample["question"]), ""]
+        lines += [f"{say('reference')}:", "", *fenced(sample["reference"])]
         for name, answer in sample["answers"].items():
             score = "" if answer["score"] is None else f" ({results['primary']} {answer['score']:.0f})"
             lines += ["", f"{plain(name)}{score}:", "", *fenced(answer["text"])]
         lines.append("")
-    lines += ["## How to read it", "", *(f"- {plain(line)}" for line in notes(results)), ""]
-    lines += [
-        "## What was compared, on what",
-        "",
-        *(f"- {name}: {plain(str(text))}" for name, text in facts(results)),
-        "",
-    ]
-    return "\n".join([*lines, "## Commands", "", *fenced("\n".join(results["commands"])), ""])
+    lines += [f"## {say('How to read it')}", "", *(f"- {plain(line)}" for line in notes(results)), ""]
+    lines += [f"## {say('What was compared, on what')}", ""]
+    lines += [*(f"- {name}: {plain(str(text))}" for name, text in facts(results)), ""]
+    return "\n".join([*lines, f"## {say('Commands')}", "", *fenced("\n".join(results["commands"])), ""])
 
 
 def markdown_table(table):

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from folders import size_text
+from report_words import ENGLISH, Words
 
-UNKNOWN = "not known"
 NUM_OTHERS = 2  # metrics that stand below the primary one
 
 
@@ -30,81 +30,118 @@ def is_noise(change):
 # What is said, in words.
 
 
+def words_of(results):
+    """The words of the report's language."""
+    return Words(results.get("language", "en"))
+
+
 def verdict(results):
     """The answer in a few sentences."""
-    done, metric, base = ranked(results), results["primary"], results["base"]
+    say, done, metric, base = words_of(results), ranked(results), results["primary"], results["base"]
     if not done:
-        return ["No method has been trained and scored yet."]
+        return [say("No method has been trained and scored yet.")]
     best, rows = done[0], done[0]["num_rows"]
-    lines = [f"Best: {best['name']}, {metric} {value_text(best, metric)} on {rows} test rows."]
+    value = " ".join(filter(None, metric_cell(best, metric, say)))
+    lines = [
+        say(
+            "Best: {name}, {metric} {value} on {rows} test rows.",
+            name=best["name"],
+            metric=metric,
+            value=value,
+            rows=rows,
+        )
+    ]
     if best["to_base"]:
-        change, value = change_text(best["to_base"]), base["metrics"][metric]
-        lines.append(f"The base model has {value:.2f}; the difference is {change}.")
+        change, value = change_text(best["to_base"], say), f"{base['metrics'][metric]:.2f}"
+        lines.append(say("The base model has {value}; the difference is {change}.", value=value, change=change))
     near = [method for method in done[1:] if is_noise(method["to_best"])]
     if near:
-        names = ", ".join(method["name"] for method in near)
-        lines.append(f"With these {rows} rows it cannot be told apart from {names}: more test rows or seeds would.")
-        lines += cheapest([best, *near])
+        names = say(", ").join(method["name"] for method in near)
+        lines.append(
+            say(
+                "With these {rows} rows it cannot be told apart from {names}: more test rows or seeds would.",
+                rows=rows,
+                names=names,
+            )
+        )
+        lines += cheapest([best, *near], say)
     elif len(done) > 1:
-        lines.append("Its lead over every other method is larger than the noise of the test rows.")
+        lines.append(say("Its lead over every other method is larger than the noise of the test rows."))
     changes = {m["name"]: m["forgetting"]["loss"] for m in done}
     forgot = [name for name, change in changes.items() if change and change[0] > 0 and not is_noise(change)]
     if forgot:
-        lines.append(f"Forgetting: the loss on general questions rose by more than the noise with {', '.join(forgot)}.")
+        lines.append(
+            say(
+                "Forgetting: the loss on general questions rose by more than the noise with {names}.",
+                names=say(", ").join(forgot),
+            )
+        )
     missing = [m["name"] for m in results["methods"] if m["status"] != "done"]
     if missing:
-        lines.append(f"Without figures: {', '.join(missing)}.")
+        lines.append(say("Without figures: {names}.", names=say(", ").join(missing)))
     return lines
 
 
-def cheapest(methods):
+def cheapest(methods, say):
     """Which of equally good methods costs least; nothing where that is not known."""
     found = {}
-    for name, words, text in (
-        ("seconds", "trains fastest", duration),
-        ("peak_memory_bytes", "takes the least memory", size_text),
+    for name, fastest, text in (
+        ("seconds", True, duration),
+        ("peak_memory_bytes", False, size_text),
     ):
         if all(method[name] is not None for method in methods):
             least = min(methods, key=lambda method: method[name])
-            found.setdefault(least["name"], []).append(f"{words} ({text(least[name])})")
-    parts = [f"{name} {' and '.join(words)}" for name, words in found.items()]
-    return [f"Of these, {'; '.join(parts)}."] if parts else []
+            value = text(least[name])
+            what = (
+                say("trains fastest ({value})", value=value)
+                if fastest
+                else say("takes the least memory ({value})", value=value)
+            )
+            found.setdefault(least["name"], []).append(what)
+    parts = [say("{name} {what}", name=name, what=say(" and ").join(words)) for name, words in found.items()]
+    return [say("Of these, {parts}.", parts=say("; ").join(parts))] if parts else []
 
 
 def notes(results):
     """How to read the figures."""
+    say = words_of(results)
     lines = [
-        "Intervals hold the middle 95 % of a bootstrap over the test rows: how far a figure would move with other rows"
-        " of the same kind. Differences are paired: both methods answer the same resampled rows. Inside the noise: the"
-        " interval of the difference includes 0.",
-        "They say nothing of another training run: for that, give several seeds; ± is then the standard deviation over"
-        " seeds, and every figure is a mean over seeds.",
-        "Trained: the number of weights that train. Time, tokens/s and memory are those of the training alone; memory"
-        " is the peak of one process. On disk: the folder of the checkpoint.",
+        say(
+            "Intervals hold the middle 95 % of a bootstrap over the test rows: how far a figure would move with other"
+            " rows of the same kind. Differences are paired: both methods answer the same resampled rows. Inside the"
+            " noise: the interval of the difference includes 0."
+        ),
+        say(
+            "They say nothing of another training run: for that, give several seeds; ± is then the standard deviation"
+            " over seeds, and every figure is a mean over seeds."
+        ),
+        say(
+            "Trained: the number of weights that train. Time, tokens/s and memory are those of the training alone;"
+            " memory is the peak of one process. On disk: the folder of the checkpoint."
+        ),
     ]
     if results["has_grid"]:
         lines.append(
-            "Several values of a grid were tried on the same test rows, so the best of them looks a little better than"
-            " it is: score it on other rows before you rely on the figure."
+            say(
+                "Several values of a grid were tried on the same test rows, so the best of them looks a little better"
+                " than it is: score it on other rows before you rely on the figure."
+            )
         )
     if results["forgetting"]:
         lines.append(
-            "General loss and score are changes from the base on general questions (forgetting): the loss should not"
-            " rise, the score not fall."
+            say(
+                "General loss and score are changes from the base on general questions (forgetting): the loss should"
+                " not rise, the score not fall."
+            )
         )
     return lines
 
 
-def value_text(entry, metric):
-    """'83.50 [78.10, 88.20]'."""
-    return " ".join(filter(None, metric_cell(entry, metric)))
-
-
-def change_text(change):
+def change_text(change, say=ENGLISH):
     """'+3.21 [-1.02, +7.40], inside the noise'."""
     value, low, high = change
     ends = "" if low is None else f" [{low:+.2f}, {high:+.2f}]"
-    return f"{value:+.2f}{ends}" + (", inside the noise" if is_noise(change) else "")
+    return f"{value:+.2f}{ends}" + (say(", inside the noise") if is_noise(change) else "")
 
 
 def duration(seconds):
@@ -127,72 +164,84 @@ def count(number):
 
 def main_table(results):
     """Rows of cells, the header first."""
-    metric = results["primary"]
+    say, metric = words_of(results), results["primary"]
     others = [name for name in results["metrics"] if name != metric and not name.endswith("_micro")][:NUM_OTHERS]
-    head = ["method", metric, "to the base", "to the best"]
-    head += ["general loss", "general score"] if results["forgetting"] else []
-    head += ["trained", "tokens/s", "memory", "time", "on disk"]
+    head = [say("method"), metric, say("to the base"), say("to the best")]
+    head += [say("general loss"), say("general score")] if results["forgetting"] else []
+    head += [say("trained"), say("tokens/s"), say("memory"), say("time"), say("on disk")]
     table = [[Cell(text) for text in head]]
     rest = [method for method in results["methods"] if method["status"] != "done"]
     for entry in (*ranked(results), *rest, results["base"]):
-        row = [Cell(entry["name"], describe(entry))]
+        row = [Cell(entry["name"], describe(entry, say))]
         if entry["status"] == "done":
-            row.append(quality_cell(entry, metric, others))
+            row.append(quality_cell(entry, metric, others, say))
         else:
-            row.append(Cell(*entry["status"].split(" with ")))
+            row.append(status_cell(entry["status"], say))
         if entry["status"] == "done" and entry["name"] != "base":
-            row += [change_cell(entry["to_base"]), change_cell(entry["to_best"], "the best")]
+            row += [change_cell(entry["to_base"], say), change_cell(entry["to_best"], say, say("the best"))]
             forgetting = entry["forgetting"]
-            row += [change_cell(forgetting[name]) for name in ("loss", "score")] if results["forgetting"] else []
-            row += cost_cells(entry)
+            row += [change_cell(forgetting[name], say) for name in ("loss", "score")] if results["forgetting"] else []
+            row += cost_cells(entry, say)
         table.append(row + [Cell("")] * (len(head) - len(row)))
     return table
 
 
-def quality_cell(entry, metric, others):
+def status_cell(status, say):
+    """Why there are no figures: 'not run', 'begun', 'failed with exit code 3'."""
+    _, is_failed, code = status.partition("failed with exit code ")
+    if is_failed:
+        return Cell(say("failed"), say("exit code {code}", code=code))
+    return Cell(say("begun") if status == "begun" else say("not run"))
+
+
+def quality_cell(entry, metric, others, say):
     """The metric; below it its interval, how far seeds differ, and other metrics."""
-    value, ends = metric_cell(entry, metric)
-    spread = "" if entry["spread"] is None else f"± {entry['spread']:.2f} over {len(entry['runs'])} seeds"
-    more = [f"{name} {number(entry['metrics'][name])}" for name in others]
+    value, ends = metric_cell(entry, metric, say)
+    spread = ""
+    if entry["spread"] is not None:
+        spread = say("± {value} over {number} seeds", value=f"{entry['spread']:.2f}", number=len(entry["runs"]))
+    more = [f"{name} {number(entry['metrics'][name], say)}" for name in others]
     return Cell(value, "\n".join(filter(None, (ends, spread, *more))))
 
 
-def metric_cell(entry, metric):
+def metric_cell(entry, metric, say):
     """A metric, and its interval below it."""
     interval = entry["intervals"][metric]
-    return Cell(number(entry["metrics"][metric]), f"[{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
+    return Cell(number(entry["metrics"][metric], say), f"[{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
 
 
-def describe(entry):
+def describe(entry, say):
     """What a method is, where its name does not say it."""
-    train_type = entry.get("train_type", "as it is")
+    train_type = entry.get("train_type", say("as it is"))
     return "" if train_type == entry["name"] else train_type
 
 
-def number(value):
+def number(value, say):
     """A metric's value."""
-    return UNKNOWN if value is None else f"{value:.2f}"
+    return say("not known") if value is None else f"{value:.2f}"
 
 
-def change_cell(change, without=UNKNOWN):
+def change_cell(change, say, without=None):
     """A difference, with its interval and what that means."""
     if change is None:
-        return Cell(without)
+        return Cell(without or say("not known"))
     value, low, high = change
     ends = "" if low is None else f"[{low:+.2f}, {high:+.2f}]"
-    return Cell(f"{value:+.2f}", "\n".join(filter(None, (ends, "inside the noise" * is_noise(change)))))
+    return Cell(f"{value:+.2f}", "\n".join(filter(None, (ends, say("inside the noise") * is_noise(change)))))
 
 
-def cost_cells(entry):
+def cost_cells(entry, say):
     """Trained weights, speed, memory, time, size."""
     trained, total = entry["trained_weights"], entry["all_weights"]
 
     def show(name, text):
-        return Cell(UNKNOWN if entry[name] is None else text(entry[name]))
+        return Cell(say("not known") if entry[name] is None else text(entry[name]))
 
-    share = f"{trained / total:.2%} of {count(total)}" if trained is not None and total else ""
+    share = ""
+    if trained is not None and total:
+        share = say("{share} of {total}", share=f"{trained / total:.2%}", total=count(total))
     return [
-        Cell(UNKNOWN if trained is None else count(trained), share),
+        Cell(show("trained_weights", count).text, share),
         show("tokens_per_second", lambda value: f"{value:,.0f}"),
         show("peak_memory_bytes", size_text),
         show("seconds", duration),
@@ -202,32 +251,33 @@ def cost_cells(entry):
 
 def metrics_table(results):
     """All metrics of the task with their intervals; rows of cells, the header first."""
-    names = list(results["metrics"])
-    table = [[Cell(text) for text in ("method", *names)]]
+    say, names = words_of(results), list(results["metrics"])
+    table = [[Cell(text) for text in (say("method"), *names)]]
     for entry in (*ranked(results), results["base"]):
         if entry["status"] == "done":
-            table.append([Cell(entry["name"]), *(metric_cell(entry, name) for name in names)])
+            table.append([Cell(entry["name"]), *(metric_cell(entry, name, say) for name in names)])
     return table
 
 
 def facts(results):
     """(name, text) of what was compared, on what."""
-    machine = results["machine"]
-    yield "base model", results["base_model"]
-    yield "training rows", ", ".join(results["train_path"])
-    yield "test rows", ", ".join(results["test_path"])
-    yield "task", results["task"] or "none"
-    yield "seeds", ", ".join(map(str, results["seeds"]))
+    say, machine = words_of(results), results["machine"]
+    yield say("base model"), results["base_model"]
+    yield say("training rows"), ", ".join(results["train_path"])
+    yield say("test rows"), ", ".join(results["test_path"])
+    yield say("task"), results["task"] or say("none")
+    yield say("seeds"), ", ".join(map(str, results["seeds"]))
     for method in results["methods"]:
         yield method["name"], ", ".join([method["train_type"], *(f"{k} {v}" for k, v in method["flags"].items())])
     if machine:
-        yield "system", machine["system"]
-        yield "CPU", f"{machine['cpu']}, {size_text(machine['memory_bytes'])} memory"
-        yield "cards", "; ".join(machine["cards"]) or "none"
-        yield "versions", ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    yield "written", results["time"]
+        yield say("system"), machine["system"]
+        size = size_text(machine["memory_bytes"])
+        yield say("CPU"), say("{cpu}, {size} memory", cpu=machine["cpu"], size=size)
+        yield say("cards"), "; ".join(machine["cards"]) or say("none")
+        yield say("versions"), ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    yield say("written"), results["time"]
 
 
 def title_of(results):
     """The report's heading."""
-    return f"Comparison: {Path(results['plan']).stem}"
+    return words_of(results)("Comparison: {name}", name=Path(results["plan"]).stem)

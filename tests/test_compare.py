@@ -1,5 +1,6 @@
 """compare.py: what it refuses, what it runs and does not run again, and what the report says."""
 
+import ast
 import json
 import re
 import shlex
@@ -14,9 +15,11 @@ from conftest import GOLDEN_FOLDERS, ROOT
 import compare
 import report
 import report_text
+import report_words
 import steps
 from bootstrap import difference, intervals
 from compare_plan import read_plan
+from metrics import METRICS
 from tasks import find_task
 from train_arguments import train_parser
 
@@ -480,3 +483,51 @@ def test_a_signal_reaches_the_command(tmp_path):
     code += "os.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(30)"
     assert steps.run_words([sys.executable, "-c", code], None) == (75, True)
     assert steps.run_words([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], None) == (137, False)
+
+
+@pytest.fixture(scope="module")
+def in_chinese(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("zh")
+    report.write_report({**RESULTS, "language": "zh"}, str(folder))
+    return folder
+
+
+def test_the_report_in_chinese(in_chinese, written):
+    """The same numbers, and no English but names of metrics, flags and commands."""
+    page, english = ((folder / "index.html").read_text() for folder in (in_chinese, written))
+    assert page.startswith('<!DOCTYPE html>\n<html lang="zh">') and english.startswith(
+        '<!DOCTYPE html>\n<html lang="en">'
+    )
+    pages = [" ".join(" ".join(Page(text).text).split()) for text in (page, english)]
+    for text in (
+        "噪声之内",
+        "81.75 [76.75, 86.75]",
+        "± 1.25（2 个种子）",
+        "2 M 的 1.48%",
+        "三元组 F1，各行平均",
+        "未运行",
+    ):
+        assert text in pages[0], text
+    wanted = sorted(re.findall(r"\d+\.\d+", pages[1]))
+    assert sorted(re.findall(r"\d+\.\d+", pages[0])) == wanted
+    for text in report_words.ZH:
+        assert text.count(" ") < 2 or "{" in text or text not in pages[0], text
+    assert "## 各种方法" in (in_chinese / "report.md").read_text()
+
+
+def test_every_text_has_its_words():
+    """What the two rooms of the report say stands in the table, and nothing else does."""
+    said = {"failed", "begun", "not run"}
+    for module in (report, report_text):
+        for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id in ("say", "head", "drawn")
+            ):
+                said |= {arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant)}
+    said |= {"time of a training", "peak memory", "minutes", "GB", "Comparison: {name}"}
+    assert said == set(report_words.ZH)
+    for english, chinese in report_words.ZH.items():
+        assert set(re.findall(r"{(\w+)}", english)) == set(re.findall(r"{(\w+)}", chinese)), english
+    assert set(report_words.TITLES_ZH) == set(METRICS)
