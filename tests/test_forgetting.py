@@ -1,9 +1,9 @@
 """forgetting.py: the suite is right, losses and scores are what they say, models are compared fairly."""
 
-import contextlib
-import io
 import json
 import sqlite3
+import subprocess
+import sys
 from collections import Counter
 from types import SimpleNamespace
 
@@ -26,17 +26,10 @@ BATCHES = SimpleNamespace(batch_size=5, batch_tokens=0, model_path="model")
 # ---------------------------------------------------------------- the suite
 
 
-def run(program):
-    """The names that a program leaves behind."""
-    names = {}
-    exec(program, names)
-    return names
-
-
-def printed(program):
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        run(program)
-    return output.getvalue().strip()
+def printed(*lines):
+    """What a program prints."""
+    command = [sys.executable, "-c", "\n".join(lines)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def sql(tables, query):
@@ -45,13 +38,49 @@ def sql(tables, query):
     return database.execute(query).fetchall()
 
 
+# Is the reference right? By line of the suite, where that can be computed; question: the row's input.
+VERIFIED = {
+    25: lambda question, answer: printed(question) == answer,
+    26: lambda question, answer: printed(question) == answer,
+    27: lambda question, answer: printed(question) == answer,
+    28: lambda question, answer: printed(question) == answer,
+    29: lambda question, answer: printed(question) == answer,
+    30: lambda question, answer: printed(question) == answer,
+    31: lambda question, answer: printed(answer, "print(add(2, 3))") == "5",
+    32: lambda question, answer: printed(answer, "print([is_even(n) for n in (0, 3, 8)])") == "[True, False, True]",
+    33: lambda question, answer: printed(answer, "print(largest([4, 9, -2]))") == "9",
+    34: lambda question, answer: (
+        sql("create table students (name, age); insert into students values ('A', 18), ('B', 19)", answer) == [("B",)]
+    ),
+    35: lambda question, answer: printed(answer) == "0\n1\n2",
+    36: lambda question, answer: printed(f"x = [1]; x.{answer}(2); print(x)") == "[1, 2]",
+    49: lambda question, answer: 37 + 48 == float(answer),
+    50: lambda question, answer: 203 - 78 == float(answer),
+    51: lambda question, answer: 24 * 15 == float(answer),
+    52: lambda question, answer: 144 / 12 == float(answer),
+    53: lambda question, answer: (8 + 7) * 6 == float(answer),
+    54: lambda question, answer: 25 - 3 * 4 == float(answer),
+    55: lambda question, answer: 80 * 3.5 == float(answer),
+    56: lambda question, answer: 9**2 + 19 == float(answer),
+    57: lambda question, answer: 12 * 7 == float(answer),
+    58: lambda question, answer: 200 * 15 / 100 == float(answer),
+    59: lambda question, answer: -(-50 // 6) == float(answer),
+    60: lambda question, answer: 180 - 25 * 6 == float(answer),
+    86: lambda question, answer: question.upper() == answer,
+    87: lambda question, answer: ", ".join(sorted(question.split(", "))) == answer,
+    88: lambda question, answer: question[::-1] == answer,
+    93: lambda question, answer: json.loads(answer) == {"name": "Tom", "age": 5},
+    94: lambda question, answer: answer.split() == ["blue"] * 3,
+}
+
+
 def test_suite_is_well_formed():
     assert len(ROWS) == len(RAW) >= 60
     assert len({row["query"] for row in ROWS}) == len(ROWS), "a question stands twice"
     counts = Counter(row["category"] for row in ROWS)
     assert len(counts) == 8 and set(counts.values()) == {12}
     assert {row["check"] for row in ROWS} == set(forgetting.CHECKS), "each check is used"
-    allowed = {"category", "check", "instruction", "input", "output", "accept", "verify"}
+    allowed = {"category", "check", "instruction", "input", "output", "accept"}
     assert all(set(row) <= allowed for row in RAW)
     num_chinese = sum(any("\u4e00" <= c <= "\u9fff" for c in row["query"]) for row in ROWS)
     assert len(ROWS) / 2 < num_chinese < len(ROWS), "mostly Chinese, some English"
@@ -72,12 +101,10 @@ def test_reference_passes_its_own_check(row):
 
 
 def test_references_are_right():
-    """Arithmetic is computed and code is run: `verify` is an expression over question (the input) and answer."""
-    tools = {"run": run, "printed": printed, "sql": sql}
-    verified = [row for row in RAW if "verify" in row]
-    for row in verified:
-        assert eval(row["verify"], {**tools, "question": row["input"], "answer": row["output"]}), row
-    counts = Counter(row["category"] for row in verified)
+    """Arithmetic is computed and code is run."""
+    for line, is_right in VERIFIED.items():
+        assert is_right(RAW[line - 1]["input"], RAW[line - 1]["output"]), RAW[line - 1]
+    counts = Counter(RAW[line - 1]["category"] for line in VERIFIED)
     assert counts["arithmetic"] == counts["code"] == 12
 
 
