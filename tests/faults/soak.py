@@ -636,7 +636,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS), help="parts to run; left out: all")
     parser.add_argument("--types", choices=TYPES, nargs="+", default=list(TYPES), help="kills: train types")
-    parser.add_argument("--kills", type=int, default=20, help="kills: those at random moments, for each train type")
+    parser.add_argument("--kills", type=int, default=25, help="kills: those at random moments, for each train type")
     parser.add_argument("--limit", type=int, default=0, help="the first cases of a part only; 0: all")
     parser.add_argument("--inputs", default="", help="inputs: pattern of the ids to run; left out: all")
     parser.add_argument("--seed", type=int, default=1, help="of the random moments")
