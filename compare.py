@@ -28,6 +28,7 @@ from checkpoint import read_config
 from compare_plan import FILE_FLAGS, as_list, as_text, has_base, predict_words, read_plan, train_args, train_words
 from data_set import data_files
 from doctor import memory, output_of
+from ds_config import find_ds_file
 from folders import numbered
 from metrics import METRICS, metrics_of
 from modes import MODES, possible_modes
@@ -37,6 +38,7 @@ from run_log import parse
 from score import read_predictions, score_rows
 from steps import StepFailed, Steps, newest_checkpoint, run_words
 from tasks import find_task
+from train_arguments import train_parser
 from tuning import TRAIN_TYPES
 from utils import EXIT_LEFT, fail
 from weights import check_weights
@@ -174,7 +176,9 @@ def train_step(plan, out, method, seed):
         f"bash {program('scripts/job.sh')} deepspeed --master_port 29500 {program('train.py')} {shlex.join(words)}"
     )
     paths = [*plan.train_path, *(path for flag in FILE_FLAGS for path in as_list(method.all.get(flag, [])))]
-    return Step(f"{folder}/train", command, [*weights_of(plan.base), *data_files(paths)], f"{out}/{folder}/train", True)
+    ds_file = find_ds_file(method.all.get("ds_file", train_parser().get_default("ds_file")))
+    inputs = [*weights_of(plan.base), *data_files(paths), ds_file]
+    return Step(f"{folder}/train", command, inputs, f"{out}/{folder}/train", True)
 
 
 def answer_steps(plan, out, folder, model):
@@ -280,6 +284,8 @@ def read_run(plan, steps, out, method, seed):
         return {**run, "status": "not run", "loss": []}
     if not steps.is_done(step.name, step.result):
         return {**run, "status": "begun" if run["loss"] else "not run"}
+    if not steps.is_current(step.name, step.command, step.inputs, step.result):  # of other rows, or another base
+        return {**run, "status": "not run", "loss": []}
     checkpoint = checkpoint_of(step.result)
     answers = read_answers(plan, steps, out, folder, checkpoint)
     return {
@@ -297,7 +303,7 @@ def read_answers(plan, steps, out, folder, model):
     todo = list(answer_steps(plan, out, folder, model))
     run = {"status": "not run", "commands": [step.command for step in todo]}
     for step in todo:
-        if not steps.is_done(step.name, step.result) or steps.stamp(step.name)["command"] != step.command:
+        if not steps.is_current(step.name, step.command, step.inputs, step.result):
             return run
     path = todo[0].result
     rows, answers = scored(path, os.stat(path).st_mtime_ns, plan.task)
@@ -346,8 +352,8 @@ def summarize(entry, task):
     entry["samples"] = {name: sum(sample[name] for sample in samples) / len(samples) for name in task.metrics}
     values = [metrics_of(run["rows"], task.name or None) for run in runs]
     entry["metrics"] = {name: mean([value[name] for value in values]) for name in task.metrics}
-    entry["intervals"] = {name: middle(entry["samples"][name]) for name in task.metrics}
     entry["num_rows"] = len(runs[0]["rows"])
+    entry["intervals"] = {name: ends_of(entry, entry["samples"][name]) for name in task.metrics}
     for run, value in zip(runs, values):
         run["metrics"] = value
     primary = [value[task.primary] for value in values]
@@ -372,8 +378,13 @@ def mean_interval(intervals):
 def compared(entry, other, metric):
     """[difference, low, high] of a metric, over the same resamples; is 0 inside, it is inside the noise."""
     value = entry["metrics"][metric] - other["metrics"][metric]
-    low, high = middle(entry["samples"][metric] - other["samples"][metric]) or (None, None)
+    low, high = ends_of(entry, entry["samples"][metric] - other["samples"][metric]) or (None, None)
     return [value, low, high]
+
+
+def ends_of(entry, samples):
+    """The interval of a figure from its values in the resamples; None for a single row, of which nothing follows."""
+    return middle(samples) if entry["num_rows"] > 1 else None
 
 
 def sample_rows(entries, task):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import yaml
 
-from arguments import predict_parser, sampling_problems
+from arguments import MAX_NAME, predict_parser, sampling_problems
 from data_set import data_files
 from modes import MODES
 from tasks import TASKS
@@ -80,7 +80,7 @@ class Loader(yaml.SafeLoader):
         """A dict, of a mapping without a key twice."""
         seen = set()
         for key, _ in node.value:
-            if key.value in seen and isinstance(key, yaml.ScalarNode):
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands here twice", key.start_mark)
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
         return super().construct_mapping(node, deep)
@@ -189,7 +189,12 @@ def expand(path, values):
 
 def flag_problems(plan, values):
     """What train.py and predict.py would refuse."""
-    problems = name_problems(train_parser(), values.get("train_flags", {}), OWN_TRAIN_FLAGS, "train_flags.")
+    problems = [
+        f"{method.name}: is a folder's name too, and longer than {MAX_NAME} bytes: make methods of the grid's choices"
+        for method in plan.methods
+        if len(os.fsencode(method.name)) > MAX_NAME
+    ]
+    problems += name_problems(train_parser(), values.get("train_flags", {}), OWN_TRAIN_FLAGS, "train_flags.")
     for number, entry in enumerate(values["methods"]):
         for key in ("flags", "grid"):
             where = f"methods[{number}].{key}."

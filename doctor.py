@@ -36,7 +36,7 @@ from folders import MANIFEST, PARTIAL, REPLACED, size_text, verify
 from modes import possible_modes, read_json
 from optimizer import cpu_adam_problem
 from row_cache import cache_folder
-from tuning import ADAPTER_FILE, PREFIX_FILE, check_shapes
+from tuning import ADAPTER_FILE, PREFIX_FILE, adapter_settings, check_shapes
 from utils import prepare_environment
 
 OK, NOTE, BAD = "ok", "note", "BAD"
@@ -370,7 +370,7 @@ def broken_lines(facts):
 def folder_lines(path, args, facts):
     """What a folder is, and whether it is whole."""
     names = os.listdir(path) if os.path.isdir(path) else []
-    runs = [name for name in names if re.match(r"(state|epoch-\d+)-step-\d+", name)]
+    runs = [name for name in names if re.match(r"best(\.|$)|(state|epoch-\d+)-step-\d+", name)]
     if not os.path.isdir(path):
         rule = "is a file: name its folder" if os.path.exists(path) else "no such folder (hub names are not fetched)"
         yield BAD, "folder", f"{path}: {rule}"
@@ -484,12 +484,11 @@ def trained_text(opened, config, counts):
         wanted = {name: tensor for name, tensor in model.named_parameters() if "prefix_encoder." in name}
     else:
         import torch
-        from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+        from peft import get_peft_model, get_peft_model_state_dict
 
-        if not os.path.isfile(os.path.join(opened.folder, "adapter_config.json")):
-            raise ValueError(f"{opened.folder}/adapter_config.json: missing: copy the folder again")
+        settings = adapter_settings(opened.folder, {name: shape for name, (shape, _) in found.items()})
         with quiet(), torch.device("meta"):
-            wanted = get_peft_model_state_dict(get_peft_model(model, PeftConfig.from_pretrained(opened.folder)))
+            wanted = get_peft_model_state_dict(get_peft_model(model, settings))
     shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
     check_shapes(shapes, {name: shape for name, (shape, _) in found.items()}, path)
     return measured(found, shapes, [path], counts)

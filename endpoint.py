@@ -31,6 +31,7 @@ class Endpoint:
             timeout=openai.Timeout(TIMEOUT, connect=CONNECT_TIMEOUT),
         )
         self.url = str(self.client.base_url)
+        self.settings = {"temperature": 0}
 
     def ask_until(self, prompt: str, again: str, read, place: str) -> tuple[str, object, dict]:
         """(reasons, what was found or None, usage): asked until `read(reply)` finds something, ASKS times at most.
@@ -50,10 +51,13 @@ class Endpoint:
 
     def ask(self, messages: list[dict], place: str) -> tuple[str, dict]:
         """(text, usage) of the model's reply; ValueError if there is none."""
-        create = self.client.chat.completions.with_raw_response.create
+        create, settings = self.client.chat.completions.with_raw_response.create, self.settings
         try:
-            content = create(model=self.args.model, messages=messages, temperature=0).text
+            content = create(model=self.args.model, messages=messages, **settings).text
         except self.openai.APIError as error:
+            if getattr(error, "status_code", None) == 400 and settings and "temperature" in error.response.text:
+                self.settings = {}  # some models, those that reason, have one temperature only
+                return self.ask(messages, place)
             raise self.explain(error, place) from None
         try:
             body = json.loads(content)

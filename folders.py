@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -115,10 +116,13 @@ def verify(folder, full=True):
         with open(path, encoding="utf-8") as file:
             entries = json.load(file)["files"]
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
-        inside = all(not os.path.isabs(name) and ".." not in name.split(os.sep) for name in expected)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        inside = False
-    if not inside:
+        is_good = all(
+            not os.path.isabs(name) and ".." not in name.split(os.sep) and type(size) is int and type(digest) is str
+            for name, (size, digest) in expected.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        is_good = False
+    if not is_good:
         return [f"{path}: not a manifest: copy the folder again"]
 
     def problem(name):
@@ -196,12 +200,20 @@ def remove_leftovers(parent, pattern):
                 os.rename(path, path.removesuffix(REPLACED))
 
 
-def keep_newest(parent, pattern, limit):
-    """Remove all but the newest `limit` folders of a kind. To be called when the newest is whole. 0: keep all."""
-    for name in numbered(parent, pattern)[limit:] if limit else []:
+def keep_newest(saved, pattern, limit):
+    """Remove the folders of a kind beside `saved`, which is whole, but for it and the newest before it: `limit` in all.
+
+    0: keep all. Those with a higher number, of a run that went back since, do not count and stay.
+    """
+    parent, newest = os.path.split(os.path.normpath(saved))
+    names = numbered(parent, pattern)
+    for name in names[names.index(newest) :][limit:] if limit and newest in names else []:
         path = os.path.join(parent, name)
-        os.rename(path, path + PARTIAL)  # a process that is killed meanwhile leaves no half folder under its name
-        shutil.rmtree(path + PARTIAL, ignore_errors=True)
+        try:
+            os.rename(path, path + PARTIAL)  # a process that is killed meanwhile leaves no half folder under its name
+            shutil.rmtree(path + PARTIAL, ignore_errors=True)
+        except OSError as error:
+            print(f"\n{path} was not removed: {error.strerror}", file=sys.stderr, flush=True)
 
 
 def require_space(path, num_bytes, what):

@@ -54,7 +54,7 @@ def main(argv):
     elif args.interactive:
         talk(answer)
     else:
-        predict_file(answer, rows, args, key_of(args, opened, rows))
+        predict_file(answer, rows, args, key_of(args, opened, rows, precision))
     if world_size() > 1:
         stop_distributed()
 
@@ -211,10 +211,10 @@ def take_up(path, key, overwrite):
     return lines
 
 
-def key_of(args, opened, rows):
+def key_of(args, opened, rows, precision):
     """SHA-256 of what decides the answers: rows, flags, and the model's files by name, size and time."""
     free = ("test_path", "output_path", "overwrite", "batch_size", "batch_tokens", "local_rank", "device", "prompt")
-    flags = {name: value for name, value in sorted(vars(args).items()) if name not in free}
+    flags = {name: value for name, value in sorted(vars(args).items()) if name not in free} | {"precision": precision}
     files = [
         (name, os.path.getsize(path), os.stat(path).st_mtime_ns)
         for folder in dict.fromkeys((opened.folder, opened.base_folder))

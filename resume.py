@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import folders
 from checkpoint import CHECKPOINT
@@ -55,7 +55,8 @@ class Progress:
 
     step: updates done; num_applied: those whose gradients were finite; num_skipped: those, one after another, whose
     were not. window_loss, window_labels: sum of the loss, and supervised tokens, since the last line of the log.
-    num_tokens: of all updates. best_value, best_step: of --metric_for_best_model; num_worse: evaluations since then.
+    num_tokens: of all updates. best_value, best_step: of --metric_for_best_model; num_worse: evaluations since then;
+    judged_by: that metric, and the key of the held-out rows. owes_evaluation: it was due, but the run had to leave.
     """
 
     step: int = 0
@@ -67,6 +68,8 @@ class Progress:
     best_value: float | None = None
     best_step: int = 0
     num_worse: int = 0
+    judged_by: str = ""
+    owes_evaluation: bool = False
     usual_loss: UsualLoss = field(default_factory=UsualLoss)
 
     @classmethod
@@ -76,6 +79,16 @@ class Progress:
         if values:
             values["usual_loss"] = UsualLoss(**values["usual_loss"])
         return cls(**values)
+
+    def forget_best(self, before):
+        """The weights of the best evaluation could not be saved: before is (best_value, best_step) of what is there."""
+        self.best_value, self.best_step = before
+
+    def judge_by(self, metric, rows_key):
+        """What evaluations are compared by; values of another metric, or of other rows, are forgotten."""
+        if self.judged_by != f"{metric} {rows_key}":
+            self.best_value, self.best_step, self.num_worse = None, 0, 0
+            self.judged_by = f"{metric} {rows_key}"
 
     def is_best(self, metric, value):
         """Note an evaluation: is its value of this metric the best so far? One that is not finite never is."""
@@ -116,7 +129,7 @@ def load_tensors(path, map_location="cpu"):
     except pickle.UnpicklingError as error:
         reason = "holds more than tensors: it is not read, since that could run code of others"
         raise ValueError(f"--resume: {path}: {reason} ({str(error).splitlines()[0][:80]}): do not use it") from None
-    except (OSError, RuntimeError, EOFError) as error:
+    except Exception as error:  # bytes that are no tensors make the reader fail in many ways
         raise ValueError(f"--resume: {path}: cannot be read ({type(error).__name__}): use another state") from None
 
 
@@ -352,7 +365,25 @@ def read_info(folder):
     for key, kind in kinds.items():
         if not isinstance(info.get(key), kind):
             raise ValueError(f"--resume: {path}: {key} is {info.get(key)!r}: use another state")
+    split, progress = info["split"], info["progress"]
+    if len(split) != 3 or any(type(number) is not int or number < 1 for number in split):
+        raise ValueError(f"--resume: {path}: split is {split!r}, not three numbers: use another state")
+    new = {"step": 0, **asdict(Progress())}
+    unlike = [name for name in progress if name not in new or not is_like(progress[name], new[name])]
+    unlike += [name for name in ("step", "usual_loss") if name not in progress]
+    if unlike:
+        value = progress.get(unlike[0], "missing")
+        raise ValueError(f"--resume: {path}: progress.{unlike[0]} is {value!r}: use another state")
     return info
+
+
+def is_like(value, new):
+    """Is a value of a state's progress of the kind that it is in a new run?"""
+    if isinstance(new, dict):
+        return isinstance(value, dict) and all(name in new and is_like(value[name], new[name]) for name in value)
+    if new is None:
+        return value is None or type(value) in (int, float)
+    return type(value) in (int, float) if type(new) is float else type(value) is type(new)
 
 
 # Comparing with the run.
@@ -467,12 +498,20 @@ def load_state(engine, state, info, seed):
     folder = state if is_same_world else universal_folder(state)
     engine.checkpoint_engine = state_files(folder)
     decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
-    path, _ = engine.load_checkpoint(folder, TAG, load_module_strict=False)
+    try:
+        path, _ = engine.load_checkpoint(folder, TAG, load_module_strict=False)
+        if is_same_world:
+            set_random_states(load_tensors(os.path.join(state, f"rank-{dist.get_rank()}.pt")))
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(
+            f"--resume {state}: its parts are not those of this run ({reason}): use another state"
+        ) from error
     if path is None:
         raise ValueError(f"--resume {state}: DeepSpeed finds nothing in it: use another state")
-    if is_same_world:
-        set_random_states(load_tensors(os.path.join(state, f"rank-{dist.get_rank()}.pt")))
-    else:
+    if not is_same_world:
         mend_converted(engine, decays)
         torch.manual_seed(seed + info["progress"]["step"] * world_size() + dist.get_rank())
         on_main(lambda: shutil.rmtree(folder, ignore_errors=True))

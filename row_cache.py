@@ -409,19 +409,19 @@ def wait_for_rows(folder):
         time.sleep(POLL_SECONDS)
 
 
-def describe_counts(counts, max_len, max_src_len, is_skip):
-    """What a run says once about its rows."""
+def describe_counts(counts, max_len, max_src_len, is_skip, what="rows"):
+    """What a run says once about its rows; what: which rows they are."""
     share = counts["labels"] / max(1, counts["tokens"])
     text = (
-        f"rows: {counts['rows']:,} with {counts['tokens']:,} tokens, {counts['labels']:,} of them supervised"
+        f"{what}: {counts['rows']:,} with {counts['tokens']:,} tokens, {counts['labels']:,} of them supervised"
         f" ({share:.0%}); the longest has {counts['longest']:,}"
     )
     if counts["rows_cut"]:
         done = f"left out {counts['skipped']:,} rows" if is_skip else f"cut {counts['rows_cut']:,} rows"
         text += (
-            f"\nrows: {done} over --max_len {max_len} / --max_src_len {max_src_len}:"
+            f"\n{what}: {done} over --max_len {max_len} / --max_src_len {max_src_len}:"
             f" {counts['source_tokens_cut']:,} source and {counts['answer_tokens_cut']:,} answer tokens lost"
         )
     if counts["bad_rows"]:
-        text += f"\nrows: left out {counts['bad_rows']:,} bad rows, for example {counts['first_bad_row']}"
+        text += f"\n{what}: left out {counts['bad_rows']:,} bad rows, for example {counts['first_bad_row']}"
     return text

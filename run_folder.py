@@ -1,11 +1,12 @@
 """What a run leaves in its folder: checkpoints, the best one, states to resume from, and how many are kept."""
 
 import os
+import shutil
 import threading
 from dataclasses import asdict
 
-from checkpoint import CHECKPOINT, describe_run, save_checkpoint
-from folders import is_whole, keep_newest, numbered
+from checkpoint import CHECKPOINT, RUN_FILE, describe_run, read_run, save_checkpoint
+from folders import is_whole, keep_newest, new_folder, numbered
 from resume import STATE, close_state, state_bytes, write_state
 from run_log import read_records
 from utils import is_main, on_main, world_size
@@ -38,7 +39,23 @@ class RunFolder:
         self.problem = save_checkpoint(self.engine.module, self.tokenizer, path, self.train_type, run, zero3)
         self.log.saved(step, path, self.problem)
         if self.problem is None:
-            on_main(lambda: keep_newest(self.args.output_dir, CHECKPOINT, self.args.save_total_limit))
+            on_main(lambda: keep_newest(path, CHECKPOINT, self.args.save_total_limit))
+
+    def take_best(self, state, step):
+        """Copy best/, the weights of this step, from beside a state that lies in another folder. Collective."""
+        source = os.path.join(os.path.dirname(os.path.abspath(state)), "best")
+        path = os.path.join(self.args.output_dir, "best")
+
+        def copy():
+            if (
+                not os.path.exists(path)
+                and is_whole(source)
+                and read_run(os.path.join(source, RUN_FILE)).get("step") == step
+            ):
+                with new_folder(path) as scratch:
+                    shutil.copytree(source, scratch, dirs_exist_ok=True)
+
+        on_main(copy)
 
     def save_state(self, progress):
         """A state state-step-S of all ranks. The loop waits until it is written; flushing, hashing and naming it is
@@ -76,7 +93,7 @@ class Closing(threading.Thread):
     def run(self):
         try:
             close_state(self.path, self.info, self.sizes)
-            keep_newest(self.args.output_dir, STATE, self.args.save_total_limit or STATES_KEPT)
+            keep_newest(self.path, STATE, self.args.save_total_limit or STATES_KEPT)
         except Exception as error:  # a thread that ended without a word would pass for a state that is saved
             self.problem = str(getattr(error, "strerror", None) or error)
         self.log.saved(self.info["progress"]["step"], self.path, self.problem)

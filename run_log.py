@@ -100,11 +100,14 @@ class RunLog:
         from tqdm import tqdm
 
         self.output_dir = output_dir
-        os.makedirs(output_dir, exist_ok=True)
-        self.log = JsonLines(os.path.join(output_dir, "train_log.jsonl"), step)
-        self.evaluations = JsonLines(os.path.join(output_dir, "eval_log.jsonl"), step)
-        self.events = JsonLines(os.path.join(output_dir, "events.jsonl"), step)
-        self.writer = SummaryWriter(os.path.join(output_dir, "tensorboard"), purge_step=step + 1 if step else None)
+        try:
+            os.makedirs(output_dir, exist_ok=True)
+            self.log = JsonLines(os.path.join(output_dir, "train_log.jsonl"), step)
+            self.evaluations = JsonLines(os.path.join(output_dir, "eval_log.jsonl"), step)
+            self.events = JsonLines(os.path.join(output_dir, "events.jsonl"), step)
+            self.writer = SummaryWriter(os.path.join(output_dir, "tensorboard"), purge_step=step + 1 if step else None)
+        except OSError as error:
+            raise ValueError(f"--output_dir {output_dir}: cannot be written ({error.strerror}): make room") from None
         if self.log.records:
             self.started -= self.log.records[-1]["seconds"]
         # A log file gets a line now and then instead of ten a second.
@@ -120,9 +123,14 @@ class RunLog:
 
     def bad_rows(self, messages):
         """Keep what is wrong with each row that was left out: bad_rows.txt."""
-        if self.enabled and messages:
-            with open(os.path.join(self.output_dir, "bad_rows.txt"), "w", encoding="utf-8") as file:
+        if not self.enabled or not messages:
+            return
+        path = os.path.join(self.output_dir, "bad_rows.txt")
+        try:
+            with open(path, "w", encoding="utf-8") as file:
                 file.writelines(f"{message}\n" for message in messages)
+        except OSError as error:
+            print(f"{path}: {error.strerror}: the run goes on without it", file=sys.stderr, flush=True)
 
     def saved(self, step, path, problem):
         """A checkpoint or state is saved, or not, and why."""

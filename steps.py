@@ -82,6 +82,12 @@ class Steps:
         stamp = self.stamp(name)
         return stamp.get("seconds") is not None and Path(result).exists() and key in (None, stamp["key"])
 
+    def is_current(self, name, command, inputs, result):
+        """Is a step done, by this command from these inputs as they are now?"""
+        if not self.is_done(name, result) or self.stamp(name)["command"] != command:
+            return False
+        return all(map(os.path.isfile, inputs)) and self.is_done(name, result, self.key(command, inputs))
+
     def is_own(self, result):
         """Is a result inside the folder? What lies elsewhere serves others too, and looks after itself."""
         return self.folder.resolve() in Path(result).resolve().parents

@@ -94,8 +94,8 @@ def main(argv, watch):
         fail(f"--max_len {args.max_len}: the model's window is {window} tokens: use at most {window}")
 
     # Rows: the first process of a host encodes them where that was not done before, the others wait for it.
-    def encoded(paths):
-        return load_rows(
+    def encoded(paths, what="rows"):
+        found, counts = load_rows(
             paths,
             columns_of(args),
             tokenizer,
@@ -107,16 +107,17 @@ def main(argv, watch):
             encodes=is_local_main(),
             skip_bad_rows=args.skip_bad_rows,
         )
+        print_rank_0(describe_counts(counts, args.max_len, args.max_src_len, args.is_skip, what))
+        return found
 
-    rows, counts = encoded(args.train_path)
-    eval_rows = encoded(args.eval_path)[0] if args.eval_path else None
+    rows = encoded(args.train_path)
+    eval_rows = encoded(args.eval_path, "held-out rows") if args.eval_path else None
     if args.eval_ratio:
         rows, eval_rows = hold_out(rows, args.eval_ratio, args.seed)
     if args.replay_path:
-        rows = mix(rows, encoded(args.replay_path)[0], args.replay_ratio, args.seed)
+        rows = mix(rows, encoded(args.replay_path, "general rows"), args.replay_ratio, args.seed)
     if len(rows) < world:
         fail(f"--train_path: {len(rows)} rows for {world} processes: give at least one row to each, or start fewer")
-    print_rank_0(describe_counts(counts, args.max_len, args.max_src_len, args.is_skip))
     print_rank_0(show_row(rows[0], tokenizer))
     updates = Updates(
         rows.lengths,
@@ -170,9 +171,10 @@ def main(argv, watch):
     if eval_rows is not None:
         texts = texts_of(eval_rows, columns_of(args), args) if args.eval_generate else []
         evaluation = Evaluation(args, eval_rows, texts, tokenizer, mode.prompt, device, group, zero3)
+        progress.judge_by(args.metric_for_best_model, eval_rows.key)
     on_main(lambda: write_fingerprint(args.output_dir, identity))
     log = RunLog(args.output_dir, num_steps, progress.step)
-    log.bad_rows(rows.bad_rows)
+    log.bad_rows([*rows.bad_rows, *(eval_rows.bad_rows if args.eval_path else [])])
     if state:
         log.event(progress.step, "resumed", path=state)
 
@@ -180,10 +182,30 @@ def main(argv, watch):
         args, folder, precision, engine, tokenizer, train_type, (trained, total), log, identity, split
     )
 
+    def evaluate(step, epoch):
+        """Evaluate, and keep the weights if they are the best. Have evaluations been worse for long enough to stop?"""
+        progress.owes_evaluation = False
+        scores, before = evaluation(engine, step), (progress.best_value, progress.best_step)
+        is_best = progress.is_best(args.metric_for_best_model, scores.get(args.metric_for_best_model))
+        log.evaluated(step, scores, is_best)
+        if is_best:
+            run_folder.save_weights(step, epoch + 1, name="best", scores=scores)
+            if run_folder.problem:
+                progress.forget_best(before)
+        return 0 < args.early_stopping_patience <= progress.num_worse
+
+    if state and progress.best_step:
+        run_folder.take_best(state, progress.best_step)
+    # An evaluation that was due when the run left; it may be the one that ends the run.
+    num_epochs, last_epoch = args.num_train_epochs, (progress.step - 1) // len(updates)
+    if evaluation and progress.owes_evaluation and evaluate(progress.step, last_epoch):
+        num_epochs = 0
+        run_folder.save_weights(progress.step, last_epoch + 1)
+
     # The loop. A step is one optimizer update.
     window_tokens, window_start, num_asked, is_last = 0, time.time(), 0, True
     engine.train()
-    for epoch, update in updates.since(progress.step, args.num_train_epochs):
+    for epoch, update in updates.since(progress.step, num_epochs):
         step = progress.step + 1
         update_loss = torch.zeros((), device=device)
         for i, row_numbers in enumerate(update.micro_batches):
@@ -197,6 +219,7 @@ def main(argv, watch):
             update_loss += loss.detach() * (update.num_labels / world)
         update_loss, num_asked = sum_over_ranks(update_loss, watch.asked is not None, group=group)
         if not math.isfinite(update_loss):
+            watch.rest()
             explain_bad_loss(engine.module, update, rows, step, config.pad_token_id, device, precision)
         rate = scheduler.get_last_lr()[0]
         engine.step()
@@ -222,13 +245,10 @@ def main(argv, watch):
             )
             progress.window_loss, progress.window_labels = 0.0, 0
             window_tokens, window_start = 0, time.time()
-        if evaluation and (is_last or not num_asked) and evaluation.is_due(step, is_epoch_end, is_last):
-            scores = evaluation(engine, step)
-            is_best = progress.is_best(args.metric_for_best_model, scores.get(args.metric_for_best_model))
-            log.evaluated(step, scores, is_best)
-            if is_best:
-                run_folder.save_weights(step, epoch + 1, name="best", scores=scores)
-            is_last = is_last or 0 < args.early_stopping_patience <= progress.num_worse
+        if evaluation and evaluation.is_due(step, is_epoch_end, is_last):
+            progress.owes_evaluation = bool(num_asked) and not is_last  # it may take long: the resumed run does it
+            if not progress.owes_evaluation:
+                is_last = evaluate(step, epoch) or is_last
         if is_epoch_end or is_last or is_due(step, args.save_model_step):
             run_folder.save_weights(step, epoch + 1)
         if not is_last and (num_asked or is_due(step, args.save_state_step)):
@@ -237,7 +257,7 @@ def main(argv, watch):
             break
 
     run_folder.finish_state()
-    if is_last and run_folder.problem is None:
+    if is_last and run_folder.problem is None and progress.num_applied:
         log.done(progress, trained, total, peak_memory(device))
     log.close()
     stop_distributed(engine)

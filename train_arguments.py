@@ -243,6 +243,10 @@ def evaluation_problems(args, typed):
         problems += [
             f"--{name}: needs --eval_path or --eval_ratio: add one or remove it" for name in flags if name in typed
         ]
+    if args.eval_generate and find_task(args.task).all_answers:
+        problems.append(
+            f"--task {args.task}: needs several answers of a row, --eval_generate gives one: score it later"
+        )
     metric, metrics = args.metric_for_best_model, ("loss", *find_task(args.task).metrics)
     if metric != "loss" and not args.eval_generate:
         problems.append(f"--metric_for_best_model {metric}: needs --eval_generate: add it")
@@ -266,7 +270,7 @@ def evaluation_problems(args, typed):
             f"--{flag} {path}: holds the questions of the forgetting check, which would then measure nothing: use"
             " other general rows"
             for path in getattr(args, flag) or []
-            if os.path.realpath(path).startswith(GENERAL)
+            if f"{os.path.realpath(path)}{os.sep}".startswith(GENERAL + os.sep)
         ]
     return problems
 

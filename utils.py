@@ -1,5 +1,6 @@
 """Ranks, start and end of the process group, devices, precision, seeds."""
 
+import contextlib
 import datetime
 import os
 import random
@@ -46,6 +47,25 @@ def print_rank_0(*values, **kwargs):
     """Print on the first process only."""
     if is_main():
         print(*values, **kwargs, flush=True)
+
+
+class LastingStream:
+    """A stream for a long run: what cannot be written (a full disk, a pipe whose reader has gone) is left out."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 def fail(problems, prog=None, code=2):

@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 
-from utils import EXIT_BAD_NUMBERS, EXIT_LEFT, EXIT_STALLED, BadNumbers, fail, is_main, world_size
+from utils import EXIT_BAD_NUMBERS, EXIT_LEFT, EXIT_STALLED, BadNumbers, LastingStream, fail, is_main, world_size
 
 LOOK_SECONDS = 1.0
 CONNECT_SECONDS = 60
@@ -77,10 +77,10 @@ class Watch:
 
     def on_signal(self, number, frame):
         """SIGTERM and SIGINT: leave when the step is done. More of them change nothing: launchers send several."""
-        name = signal.Signals(number).name
-        if self.asked is None and is_main():
-            print(f"\n{name}: leaving after this step", file=sys.stderr, flush=True)
+        name, is_news = signal.Signals(number).name, self.asked is None
         self.asked = self.asked or name
+        if is_news and is_main():
+            print(f"\n{name}: leaving after this step", file=sys.stderr, flush=True)
         if not self.is_training:
             sys.exit(EXIT_LEFT)
 
@@ -94,7 +94,14 @@ class Watch:
         self.work = None
 
     def look(self):
-        """The thread: wait for news from the other processes, and look at the clock and the launcher."""
+        """The thread. Where it fails the run ends: the death of a process would go unnoticed from then on."""
+        try:
+            self.look_around()
+        except Exception as error:
+            self.leave_at_once(1, f"the watch over the processes failed: {error!r}")
+
+    def look_around(self):
+        """Wait for news from the other processes, and look at the clock and the launcher."""
         selector = selectors.DefaultSelector()
         for line in self.lines:
             selector.register(line, selectors.EVENT_READ)
@@ -103,7 +110,8 @@ class Watch:
                 self.hear(key.fileobj, selector)
             if self.asked is None and self.launchers != launchers(len(self.launchers)):
                 self.asked = "the launcher has gone"
-            if self.work and self.step_timeout and time.monotonic() - self.work[0] > self.step_timeout:
+            work = self.work  # the main thread may take it away meanwhile
+            if work and self.step_timeout and time.monotonic() - work[0] > self.step_timeout:
                 self.stalled()
 
     def hear(self, line, selector):
@@ -119,7 +127,7 @@ class Watch:
         if "end" not in words:
             self.tell("end 1")
             self.leave_at_once(1, f"the process of rank {self.lines[line]} has died: the others end too")
-        code = int(words[words.index("end") + 1])
+        code = int((words[words.index("end") + 1 :] or ["1"])[0])
         selector.unregister(line)
         del self.lines[line]
         if code not in (0, EXIT_LEFT):  # with these, all come to the end together
@@ -205,6 +213,7 @@ def together():
 
     Yields the watch, to be started when the process group is there.
     """
+    sys.stdout, sys.stderr = LastingStream(sys.stdout), LastingStream(sys.stderr)
     watch = Watch()
     code = 0
     try:

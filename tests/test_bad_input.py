@@ -117,6 +117,8 @@ TRAIN_FLAGS = [
     case("task-without-answers", "--eval_ratio 0.5 --task summary", "--task: needs --eval_generate: add it or remove"),
     case("replay-of-the-forgetting-check", f"--replay_path {ROOT / 'data' / 'general'}",
          r"--replay_path \S+general: holds the questions of the forgetting check, .*: use other general rows"),
+    case("questions-while-training", "--eval_ratio 0.5 --eval_generate --task questions",
+         "--task questions: needs several answers of a row, --eval_generate gives one: score it later"),
     case("replay-ratio-alone", "--replay_ratio 0.5", "--replay_ratio: needs --replay_path: add it or remove this flag"),
     case("resume-nowhere", "--resume nowhere", "--resume nowhere: no state in it: name a state-step-N folder, or auto"),
     case("step-timeout-negative", "--step_timeout -1", "--step_timeout -1.0: must be 0 or more"),

@@ -127,6 +127,11 @@ BAD = {
     "no base": ({"base": "nowhere"}, r"c.yaml: methods\[0\].*--model_name_or_path nowhere: no such folder"),
     "not YAML": ("base: [", r"c.yaml:1: not YAML \("),
     "key twice": ("base: a\nseeds: [1]\nbase: b\n", r"c.yaml: not YAML|c.yaml:3: not YAML \(base stands here twice\)"),
+    "a template": ("base: {{BASE}}\n", r"c.yaml:1: not YAML \("),
+    "a long name": (
+        method(grid={"lora_module_name": [",".join(f"layers.{n}.dense" for n in range(28)), "dense"]}),
+        r"is a folder's name too, and longer than 200 bytes",
+    ),
     "no mapping": ("- base", r"c.yaml: is a list: write keys with values"),
     "empty": ("", r"c.yaml: is empty: write keys with values"),
 }
@@ -272,6 +277,36 @@ def test_nothing_is_done_twice(here, capsys):
     assert compare.main(["c.yaml", "--report_only"], run_words=None) == 0
     results = json.loads(Path("output/compare-c/report/results.json").read_text())
     assert [entry["status"] for entry in results["methods"]] == ["not run"] * 3  # those figures are of other flags
+
+
+def test_figures_of_other_rows_are_not_shown(here):
+    """Rows, base or DeepSpeed file with the same name and other contents: what came of them is not compared."""
+    Path("test.jsonl").write_text(Path("rows.jsonl").read_text())
+    Path("ds.json").write_text((ROOT / "configs" / "ds_zero2_no_offload.json").read_text())
+    write_config({**GOOD, "test_path": "test.jsonl", "train_flags": {**FLAGS, "ds_file": "ds.json"}})
+    assert compare.main(["c.yaml"], run_words=FakeCommands()) == 0
+
+    def statuses():
+        assert compare.main(["c.yaml", "--report_only"], run_words=None) == 0
+        results = json.loads(Path("output/compare-c/report/results.json").read_text())
+        return [entry["status"] for entry in (results["base"], *results["methods"])]
+
+    assert statuses() == ["done"] * 4
+    Path("test.jsonl").write_text("".join(Path("rows.jsonl").read_text().splitlines(True)[:10]))
+    assert statuses() == ["not run"] * 4
+    commands = FakeCommands()
+    assert compare.main(["c.yaml", "--only", "all"], run_words=commands) == 0
+    assert {name for name, _ in commands.ran} == {"predict"} and statuses() == ["done", "not run", "not run", "done"]
+    Path("ds.json").write_text('{"zero_optimization": {"stage": 2}}')
+    assert statuses() == ["done", "not run", "not run", "not run"]
+
+
+def test_nothing_follows_from_one_row():
+    rows = compare.score_rows([["a_b_c"], [""]], ["a_b_c", "a_b_c"], "extraction")["rows"]
+    one, other = ({"runs": [{"status": "done", "rows": [row]}]} for row in rows)
+    for entry in (one, other):
+        compare.summarize(entry, find_task("extraction"))
+    assert one["intervals"]["f1"] is None and compare.compared(one, other, "f1") == [100, None, None]
 
 
 def test_what_was_broken_off_goes_on(here):

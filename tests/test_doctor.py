@@ -126,7 +126,9 @@ def test_an_adapter(here):
     save_file({**state, ZEROS: state[ZEROS] + float("inf")}, folder / "adapter_model.safetensors")
     assert spoilt(look(folder, full=True), "lora_A", "not finite")
     save_file({**state, ZEROS: torch.zeros(1, 1)}, folder / "adapter_model.safetensors")
-    assert spoilt(look(folder), "lora_A.weight has shape (1, 1), the base model needs (4, 64)")
+    assert spoilt(look(folder), "lora_A.weight has shape (1, 1), its r is 4")
+    change_json("adapter_config.json", use_rslora=True)(folder)
+    assert spoilt(look(folder), "use_rslora = True: train.py saves no such adapter")
     change_json("run.json", base_model="/gone/base")(folder)
     assert spoilt(look(folder), "base model /gone/base is not there")
     change_json("run.json", base_model="THUDM/chatglm3-6b", versions=["x"])(folder)
@@ -178,6 +180,8 @@ def test_a_training_output_folder(here):
         put("state.json", json.dumps({"world_size": 2}))(state)
         close_folder(str(state), str(out / name)) if closes else state.rename(out / name)
     (out / "state-step-10.partial").mkdir()
+    cut("pytorch_model-00001*")(here.model(name="out/best"))
+    (out / "best.replaced").mkdir()
     lines = look(out)
     marks = {name: mark for mark, name, _ in lines}
     assert marks == {
@@ -185,6 +189,8 @@ def test_a_training_output_folder(here):
         "state-step-8": "ok",
         "state-step-9": "BAD",
         "state-step-10.partial": "note",
+        "best": "BAD",
+        "best.replaced": "note",
         "epoch-1-step-9": "BAD",
         "epoch-1-step-10": "ok",
     }

@@ -1,6 +1,7 @@
 """Evaluation while training: it changes nothing, chooses the best checkpoint, stops in time; rows held out, mixed."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import torch
 from conftest import GOLDEN_FOLDERS, ROOT
 from safetensors.torch import load_file
 
+from folders import is_whole
 from row_sets import RowSet, hold_out, mix
 
 
@@ -62,14 +64,15 @@ def test_general_rows_are_mixed_in():
     assert len(mix(hold_out(rows, 0.2, 1)[0], others, 0.0, seed=1)) == 8
 
 
-def train(folder, name, more, code=0):
-    """train.py on one process; its output."""
-    command = f"{sys.executable} {ROOT / 'train.py'} --train_path rows.json --model_name_or_path"
+def train(folder, name, more, code=0, fault=None):
+    """train.py on one process, with a fault of tests/faults/faulty_train.py; its output."""
+    script = ROOT / ("tests/faults/faulty_train.py" if fault else "train.py")
+    command = f"{sys.executable} {script} --train_path rows.json --model_name_or_path"
     command += f" {GOLDEN_FOLDERS['glm3']} --mode glm3 --train_type lora --lora_module_name dense --max_len 300"
     command += " --max_src_len 200 --per_device_train_batch_size 2 --learning_rate 1e-2 --show_loss_step 1"
-    process = subprocess.run(
-        f"{command} --output_dir {name} {more}", shell=True, cwd=folder, capture_output=True, text=True
-    )
+    command += f" --output_dir {name} {more}"
+    environment = {**os.environ, "FAULT": fault or ""}
+    process = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, env=environment)
     assert process.returncode == code, process.stdout + process.stderr
     return process.stdout + process.stderr
 
@@ -90,12 +93,9 @@ def test_evaluation_changes_nothing(tmp_path):
     assert [json.loads(line)["loss"] for line in logs[0]] == [json.loads(line)["loss"] for line in logs[1]]
 
     # A learning rate that is far too high: the loss on held-out rows has its best value early, then the run stops.
-    text = train(
-        tmp_path,
-        "stopped",
-        "--num_train_epochs 30 --eval_ratio 0.4 --eval_step 1 --early_stopping_patience 4 --learning_rate 0.3"
-        " --lr_scheduler_type linear --resume auto",
-    )
+    early = "--num_train_epochs 30 --eval_ratio 0.4 --eval_step 1 --early_stopping_patience 4 --learning_rate 0.3"
+    early += " --lr_scheduler_type linear --resume auto"
+    text = train(tmp_path, "stopped", early)
     values = [json.loads(line) for line in (tmp_path / "stopped" / "eval_log.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["loss"] for line in values}
     best = min(losses, key=losses.get)
@@ -103,9 +103,17 @@ def test_evaluation_changes_nothing(tmp_path):
     run = json.loads((tmp_path / "stopped" / "best" / "run.json").read_text())
     assert run["step"] == best and run["scores"] == {"loss": losses[best]}
     assert f"done: {best + 4} updates" in text
-    assert "done already" in train(
-        tmp_path,
-        "stopped",
-        "--num_train_epochs 30 --eval_ratio 0.4 --eval_step 1 --early_stopping_patience 4 --learning_rate 0.3"
-        " --lr_scheduler_type linear --resume auto",
-    )
+    assert "done already" in train(tmp_path, "stopped", early)
+
+    # Asked to leave in the step whose evaluation would have stopped the run: the resumed run makes up for it, in a
+    # folder of its own, which gets the best weights too.
+    train(tmp_path, "left", early, code=75, fault=f"ask {best + 4}")
+    assert not (tmp_path / "left" / f"eval-step-{best + 4}.jsonl").exists()
+    from_there = early.replace("--resume auto", f"--resume left/state-step-{best + 4}")
+    assert f"done: {best + 4} updates" in train(tmp_path, "elsewhere", from_there)
+    for path in (f"epoch-*-step-{best + 4}/adapter_model.safetensors", "best/adapter_model.safetensors"):
+        [first], [second] = ((tmp_path / name).glob(path) for name in ("stopped", "elsewhere"))
+        assert first.read_bytes() == second.read_bytes()
+    assert is_whole(str(tmp_path / "elsewhere" / "best"))
+    logs = [(tmp_path / name / "eval_log.jsonl").read_text().splitlines() for name in ("stopped", "left", "elsewhere")]
+    assert logs[0] == logs[1] + logs[2] and len(logs[2]) == 1

@@ -79,6 +79,13 @@ def test_leftovers_of_others_stay(tmp_path):
             '{"files": {"../x": {"bytes": 1, "sha256": "a"}}}'
         ): "not a",
         lambda folder: (folder / "manifest.json").write_text('{"files": {"/etc/passwd": 3}}'): "not a manifest",
+        lambda folder: (folder / "manifest.json").write_text("[" * 100_000): "not a manifest",
+        lambda folder: (folder / "manifest.json").write_text(
+            '{"files": {"a": {"bytes": null, "sha256": "a"}}}'
+        ): "not a manifest",
+        lambda folder: (folder / "manifest.json").write_text(
+            '{"files": {"a": {"bytes": 3, "sha256": ["a"]}}}'
+        ): "not a manifest",
     }.items(),
 )
 def test_damage_is_named(tmp_path, spoil, says):
@@ -92,9 +99,14 @@ def test_damage_is_named(tmp_path, spoil, says):
 def test_the_newest_are_kept(tmp_path):
     for step in (2, 10, 4):
         (tmp_path / f"state-step-{step}").mkdir()
-    folders.keep_newest(str(tmp_path), r"state-step-(\d+)", 0)
+    folders.keep_newest(str(tmp_path / "state-step-10"), r"state-step-(\d+)", 0)
     assert folders.numbered(str(tmp_path), r"state-step-(\d+)") == ["state-step-10", "state-step-4", "state-step-2"]
-    folders.keep_newest(str(tmp_path), r"state-step-(\d+)", 2)
+    folders.keep_newest(str(tmp_path / "state-step-10"), r"state-step-(\d+)", 2)
+    assert sorted(os.listdir(tmp_path)) == ["state-step-10", "state-step-4"]
+    folders.keep_newest(f"{tmp_path}/state-step-4", r"state-step-(\d+)", 1)  # of a run that has gone back
+    assert sorted(os.listdir(tmp_path)) == ["state-step-10", "state-step-4"]
+    folders.keep_newest(f"{tmp_path}/state-step-4.partial", r"state-step-(\d+)", 1)  # is not there
+    folders.keep_newest(f"{tmp_path}/best", r"state-step-(\d+)", 1)
     assert sorted(os.listdir(tmp_path)) == ["state-step-10", "state-step-4"]
     assert folders.numbered(str(tmp_path / "absent"), "x") == []
 

@@ -412,6 +412,21 @@ def test_what_does_not_pass_ends_the_run(serve, here, result, says):
     assert len(server.requests) == 1 and here.verdicts() == []
 
 
+def test_a_model_with_one_temperature(serve, here):
+    """Some refuse any temperature but their own: they are asked without one from then on."""
+    here.rows(SIXTEEN)
+
+    def answer(request):
+        if "temperature" in request:
+            return refusal(400, "Unsupported value: 'temperature' does not support 0 with this model.")
+        return completion(say(request["messages"][0]["content"]))
+
+    server = serve(answer)
+    report, _ = here.run(server.url)
+    assert report["wins"] == 7 and once_each(server)
+    assert 33 <= len(server.requests) <= 36  # those that were under way when the first was refused
+
+
 def test_a_server_that_is_gone_is_one_line(serve, here):
     here.rows(SIXTEEN)
     server = serve(faults=[None])

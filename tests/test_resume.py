@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from utils import BadNumbers
 
 def make_state(parent, step, **changes):
     """A state without DeepSpeed's files."""
-    info = {"progress": {"step": step}, "fingerprint": {"--seed": 1, "rows": "a"}, "split": [2, 1, 2], "world_size": 2}
+    info = {"progress": {"step": step, "usual_loss": {}}, "fingerprint": {"--seed": 1, "rows": "a"}}
+    info |= {"split": [2, 1, 2], "world_size": 2}
     with folders.new_folder(str(parent / f"state-step-{step}")) as scratch:
         with open(os.path.join(scratch, "state.json"), "w") as file:
             json.dump({**info, **changes}, file)
@@ -65,6 +67,41 @@ def test_another_split_is_noted(tmp_path):
 def test_a_state_that_does_not_say_enough(tmp_path):
     with pytest.raises(ValueError, match=r"state.json: progress is None: use another state"):
         resume.read_info(str(make_state(tmp_path, 4, progress=None)))
+
+
+@pytest.mark.parametrize(
+    "more, says",
+    [
+        ({"progress": {}}, "progress.step is 'missing'"),
+        ({"progress": {"step": "4", "usual_loss": {}}}, "progress.step is '4'"),
+        ({"progress": {"step": 4}}, "progress.usual_loss is 'missing'"),
+        ({"progress": {"step": 4, "usual_loss": {"x": 1}}}, r"progress.usual_loss is {'x': 1}"),
+        ({"progress": {"step": 4, "usual_loss": {}, "of_a_newer_version": 1}}, "progress.of_a_newer_version is 1"),
+        ({"progress": {"step": 4, "usual_loss": {}, "best_value": "high"}}, "progress.best_value is 'high'"),
+        ({"split": [2, 1]}, r"split is \[2, 1\], not three numbers"),
+        ({"split": [2, 1, None]}, r"split is \[2, 1, None\], not three numbers"),
+    ],
+)
+def test_a_state_whose_values_are_not_right(tmp_path, more, says):
+    with pytest.raises(ValueError, match=f"state.json: {says}: use another state"):
+        resume.read_info(str(make_state(tmp_path, 4, **more)))
+
+
+def test_what_evaluations_are_compared_by():
+    """Another metric, or other held-out rows, forget the best value; weights that could not be saved are not it."""
+    progress = resume.Progress(step=3)
+    progress.judge_by("loss", "rows")
+    assert progress.is_best("loss", 2.0) and not progress.is_best("loss", 2.5)
+    again = resume.Progress.from_info({"progress": asdict(progress)})
+    again.judge_by("loss", "rows")
+    assert (again.best_value, again.best_step, again.num_worse) == (2.0, 3, 1)
+    for change in (("f1", "rows"), ("loss", "others")):
+        other = resume.Progress.from_info({"progress": asdict(progress)})
+        other.judge_by(*change)
+        assert (other.best_value, other.best_step, other.num_worse) == (None, 0, 0)
+    assert again.is_best("loss", 1.0)
+    again.forget_best((2.0, 3))
+    assert again.is_best("loss", 1.5)
 
 
 def test_a_run_without_a_state_begins_anew_only_in_its_own_folder(tmp_path):

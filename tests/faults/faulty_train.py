@@ -4,6 +4,7 @@ FAULT="kill RANK NUMBER POINT"   SIGKILL to itself when a save of this rank come
 FAULT="full NUMBER"              every write of a state or checkpoint after the NUMBER-th file finds the disk full
 FAULT="hang RANK STEP"           this rank does not come back from the micro-batch of this step
 FAULT="nan STEP"                 the loss of this step is not finite
+FAULT="ask STEP"                 the process is asked to leave while it works on this step
 FAULT="time FILE"                FILE gets a line for each state saved: seconds of the save and of a plain write
 """
 
@@ -128,6 +129,18 @@ def inf(step):
     train.count_parameters, watch.Watch.begin = hooked, note
 
 
+def ask(step):
+    """SIGTERM in the middle of a step."""
+    begin = watch.Watch.begin
+
+    def asked(self, now, *rows):
+        begin(self, now, *rows)
+        if now == int(step):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    watch.Watch.begin = asked
+
+
 def time_saves(path):
     """Time what the loop waits for when a state is saved, how long until it has its name, and a plain write of its
     bytes in the same place.
@@ -200,7 +213,7 @@ def owner(file):
 if __name__ == "__main__":
     if os.environ.get("FAULT"):
         name, *words = os.environ["FAULT"].split()
-        faults = {"kill": kill, "full": full, "hang": hang, "nan": nan, "inf": inf, "time": time_saves}
+        faults = {"kill": kill, "full": full, "hang": hang, "nan": nan, "inf": inf, "ask": ask, "time": time_saves}
         faults[name](*words)
     with watch.together() as watched:
         train.main(sys.argv[1:], watched)
