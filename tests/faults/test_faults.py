@@ -188,6 +188,18 @@ def train_alone(folder, flags, code=0, fault=""):
     return process.stdout + process.stderr
 
 
+def test_a_screen_that_takes_nothing(tmp_path):
+    """The disk that the log is sent to is full, or the reader of the pipe has gone: the run does not mind."""
+    folder = prepare(tmp_path)
+    command = f"{sys.executable} {ROOT}/train.py --train_path rows.json --model_name_or_path {ROOT}/tests/golden/glm3"
+    command += " --mode glm3 --max_len 64 --max_src_len 48 --per_device_train_batch_size 11 --num_train_epochs 2"
+    full = subprocess.Popen(f"{command} --output_dir full > /dev/full 2>&1", shell=True, cwd=folder)
+    pipe = subprocess.run(f"({command} --output_dir pipe; echo $? > code) 2>&1 | head -n 1", shell=True, cwd=folder)
+    assert full.wait() == pipe.returncode == 0 and (folder / "code").read_text() == "0\n"
+    for name in ("full", "pipe"):
+        assert last_weights(folder / name, 2) and len(log_of(folder / name)) == 1
+
+
 def test_states_are_compared_with_the_run(tmp_path):
     """A state of other flags is refused by name; a damaged one is left out; a run that is done stays done."""
     folder = prepare(tmp_path, 5)
