@@ -28,7 +28,7 @@ from checkpoint import read_config
 from compare_plan import FILE_FLAGS, as_list, as_text, has_base, predict_words, read_plan, train_args, train_words
 from data_set import data_files
 from doctor import memory, output_of
-from ds_config import find_ds_file
+from ds_config import find_ds_file, is_own_file
 from folders import numbered
 from metrics import METRICS, metrics_of
 from modes import MODES, possible_modes
@@ -176,8 +176,10 @@ def train_step(plan, out, method, seed):
         f"bash {program('scripts/job.sh')} deepspeed --master_port 29500 {program('train.py')} {shlex.join(words)}"
     )
     paths = [*plan.train_path, *(path for flag in FILE_FLAGS for path in as_list(method.all.get(flag, [])))]
+    inputs = [*weights_of(plan.base), *data_files(paths)]
     ds_file = find_ds_file(method.all.get("ds_file", train_parser().get_default("ds_file")))
-    inputs = [*weights_of(plan.base), *data_files(paths), ds_file]
+    if not is_own_file(ds_file):
+        inputs.append(ds_file)
     return Step(f"{folder}/train", command, inputs, f"{out}/{folder}/train", True)
 
 

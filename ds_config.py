@@ -30,6 +30,16 @@ def find_ds_file(name):
     raise ValueError(f"--ds_file {name}: no such file here or in configs/: use one of {known} or give a path")
 
 
+def is_own_file(path):
+    """Is a file one of configs/, which come with the program?"""
+    return os.path.dirname(os.path.abspath(path)) == CONFIG_FOLDER
+
+
+def what_counts(config):
+    """The part of a file that decides a run: without names that mean nothing, and without what flags give."""
+    return {key: value for key, value in config.items() if key in NAMES and key not in ("optimizer", "checkpoint")}
+
+
 def read_ds_file(name):
     """The JSON object of `--ds_file`; ValueError that names file and fault."""
     config = read_json(find_ds_file(name))

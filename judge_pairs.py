@@ -108,7 +108,7 @@ def make_prompt(language: str, criteria: str, question: str, reference: str | No
     """What the judge reads of one row."""
     words = LANGUAGES[language]
     texts = {"question": question, "reference": reference, "A": a, "B": b}
-    code = fence(list(texts.values()))
+    code = fence(texts)
     blocks = [block(label, texts[name], code) for name, label in words["labels"].items() if texts[name] is not None]
     return words["prompt"].format(
         criteria=criteria, code=code, blocks="\n\n".join(blocks), last_line=words["last_line"]

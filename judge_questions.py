@@ -72,7 +72,7 @@ form, with the numbers of the wrong questions, or with the word none, and nothin
         "把 N 换成有错的问题的编号，都没有错时写“无”：\n{last_line}",
     },
 }
-NUMBERS = r"\d+(?:(?:[\s,，、;；]|and|和)+\d+)*"
+NUMBERS = r"\d{1,4}(?:(?:[\s,，、;；]|and|和)+\d{1,4})*"
 LAST_LINE = re.compile(rf"\W*(?:WRONG|有错)[^\w-]*(none|无|没有|{NUMBERS})\W*", re.I)
 
 ORDERS = ("alone",)  # a row is asked for once

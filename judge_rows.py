@@ -76,7 +76,7 @@ def read_answers(flag: str, path: str) -> dict[int, Answer]:
     return answers
 
 
-def fence(texts: list) -> str:
+def fence(texts: list | dict) -> str:
     """The code in the marker lines around these texts.
 
     It is a hash of all of them, so whoever wrote one of them could not know it, and no text can end its place.

@@ -194,8 +194,8 @@ def take_up(path, key, overwrite):
     others = [part for part, found in keys.items() if found not in (None, key)]
     if others and not overwrite:
         raise ValueError(
-            f"{others[0]}: answers of an interrupted run with another model, rows or flags: give --overwrite to drop"
-            " them, or another --output_path"
+            f"{others[0]}: answers of an interrupted run with another model, rows, flags or precision: give"
+            " --overwrite to drop them, or another --output_path"
         )
     lines = {} if others else lines
     barrier()  # all have read

@@ -14,11 +14,13 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
 import folders
 from checkpoint import CHECKPOINT
+from ds_config import what_counts
 from folders import (
     MANIFEST,
     PARTIAL,
@@ -38,6 +40,7 @@ from weights import finite_problem, weight_files, write_json
 STATE = r"state-step-(\d+)"
 STATE_FILE = "state.json"
 FINGERPRINT_FILE = "fingerprint.json"  # in the run's folder
+DEAD_SECONDS = 3  # if an error comes of another process's death, the watch ends this one meanwhile, and says so
 TAG = "deepspeed"  # folder of DeepSpeed's files inside a state
 # What may differ between a run and the one that goes on: where things lie (their contents are compared), what is
 # shown and kept, and the split of an update, whose size is compared instead.
@@ -86,9 +89,9 @@ class Progress:
 
     def judge_by(self, metric, rows_key):
         """What evaluations are compared by; values of another metric, or of other rows, are forgotten."""
-        if self.judged_by != f"{metric} {rows_key}":
+        if self.judged_by not in ("", f"{metric} {rows_key}"):
             self.best_value, self.best_step, self.num_worse = None, 0, 0
-            self.judged_by = f"{metric} {rows_key}"
+        self.judged_by = f"{metric} {rows_key}"
 
     def is_best(self, metric, value):
         """Note an evaluation: is its value of this metric the best so far? One that is not finite never is."""
@@ -403,7 +406,7 @@ def fingerprint(args, base_folder, rows_key, precision, optimizer_name, device, 
         "--precision": precision,
         "--device": device.type,
         "--optimizer": optimizer_name,
-        "--ds_file": {key: value for key, value in ds_config.items() if key not in ("optimizer", "checkpoint")},
+        "--ds_file": what_counts(ds_config),
         "rows of --train_path": rows_key,
         "base weights": sorted(hashes),
     }
@@ -423,6 +426,8 @@ def differences(saved, current):
     lines = []
     for name in sorted({*saved, *current}):
         old, new = saved.get(name), current.get(name)
+        if name == "--ds_file" and isinstance(old, dict):
+            old = what_counts(old)
         if old != new:
             values = f"{old}, now it is {new}" if name.startswith("--") and name != "--ds_file" else "other contents"
             lines.append(f"{name} was {values}")
@@ -505,6 +510,8 @@ def load_state(engine, state, info, seed):
     except torch.OutOfMemoryError:
         raise
     except (LookupError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
+        if world_size() > 1:
+            time.sleep(DEAD_SECONDS)
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ValueError(
             f"--resume {state}: its parts are not those of this run ({reason}): use another state"

@@ -43,17 +43,21 @@ class RunFolder:
 
     def take_best(self, state, step):
         """Copy best/, the weights of this step, from beside a state that lies in another folder. Collective."""
-        source = os.path.join(os.path.dirname(os.path.abspath(state)), "best")
         path = os.path.join(self.args.output_dir, "best")
+        source = os.path.join(os.path.dirname(os.path.abspath(state)), "best")
 
         def copy():
-            if (
-                not os.path.exists(path)
-                and is_whole(source)
-                and read_run(os.path.join(source, RUN_FILE)).get("step") == step
-            ):
-                with new_folder(path) as scratch:
-                    shutil.copytree(source, scratch, dirs_exist_ok=True)
+            try:
+                if os.path.exists(path):
+                    return
+                if is_whole(source) and read_run(os.path.join(source, RUN_FILE)).get("step") == step:
+                    with new_folder(path) as scratch:
+                        shutil.copytree(source, scratch, dirs_exist_ok=True)
+                    return
+                reason = f"the weights of step {step} are not in {source}"
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or error
+            print(f"note: {path} is not there before an evaluation is better than that of step {step}: {reason}")
 
         on_main(copy)
 

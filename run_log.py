@@ -90,8 +90,10 @@ def parse(line):
 class RunLog:
     """Writes one record at a time to every place; does nothing on other ranks."""
 
-    def __init__(self, output_dir, num_steps, step=0):
-        """step: updates that are done already, where a run is resumed: its log goes on after them."""
+    def __init__(self, output_dir, num_steps, step=0, evaluated_step=None):
+        """step: updates that are done already, where a run is resumed: its log goes on after them; evaluated_step:
+        those whose evaluation is done, left out: the same."""
+        evaluated_step = step if evaluated_step is None else evaluated_step
         self.enabled = is_main()
         self.started = time.time()
         if not self.enabled:
@@ -103,7 +105,7 @@ class RunLog:
         try:
             os.makedirs(output_dir, exist_ok=True)
             self.log = JsonLines(os.path.join(output_dir, "train_log.jsonl"), step)
-            self.evaluations = JsonLines(os.path.join(output_dir, "eval_log.jsonl"), step)
+            self.evaluations = JsonLines(os.path.join(output_dir, "eval_log.jsonl"), evaluated_step)
             self.events = JsonLines(os.path.join(output_dir, "events.jsonl"), step)
             self.writer = SummaryWriter(os.path.join(output_dir, "tensorboard"), purge_step=step + 1 if step else None)
         except OSError as error:

@@ -173,7 +173,7 @@ def main(argv, watch):
         evaluation = Evaluation(args, eval_rows, texts, tokenizer, mode.prompt, device, group, zero3)
         progress.judge_by(args.metric_for_best_model, eval_rows.key)
     on_main(lambda: write_fingerprint(args.output_dir, identity))
-    log = RunLog(args.output_dir, num_steps, progress.step)
+    log = RunLog(args.output_dir, num_steps, progress.step, progress.step - progress.owes_evaluation)
     log.bad_rows([*rows.bad_rows, *(eval_rows.bad_rows if args.eval_path else [])])
     if state:
         log.event(progress.step, "resumed", path=state)
@@ -198,6 +198,7 @@ def main(argv, watch):
         run_folder.take_best(state, progress.best_step)
     # An evaluation that was due when the run left; it may be the one that ends the run.
     num_epochs, last_epoch = args.num_train_epochs, (progress.step - 1) // len(updates)
+    watch.is_training = True
     if evaluation and progress.owes_evaluation and evaluate(progress.step, last_epoch):
         num_epochs = 0
         run_folder.save_weights(progress.step, last_epoch + 1)

@@ -688,6 +688,7 @@ def test_a_list_of_questions_that_cannot_be_read(serve, tmp_path, capsys):
         ("WRONG: -1", None),
         ("WRONG: N, N", None),
         ("WRONG:", None),
+        ("WRONG: 1" + "0" * 5000, None),
         ("WRONG: none\nSo all are right.", None),
     ],
 )
