@@ -476,7 +476,7 @@ class Part:
 PARTS = {
     "kills": Part(
         "Killed, and gone on with · 杀死后恢复",
-        32,
+        28,
         kills,
         kills_problems,
         {
@@ -496,7 +496,7 @@ PARTS = {
     ),
     "exact": Part(
         "Resumed exactly · 逐位恢复",
-        17,
+        15,
         pairs(exact_cases(), identical),
         lambda rows: [f"{row['case']}: not identical" for row in rows if not row["identical"]],
         {"runs · 次数": len, "identical · 逐位相同": lambda rows: sum(row["identical"] for row in rows)},
@@ -506,7 +506,7 @@ PARTS = {
     ),
     "inputs": Part(
         "Bad inputs · 错误输入",
-        15,
+        4,
         inputs,
         lambda rows: rows[0]["failed"],
         {
@@ -516,7 +516,7 @@ PARTS = {
     ),
     "deaths": Part(
         "A process dies · 一个进程死亡",
-        5,
+        3,
         deaths,
         above("seconds", 60),
         {
@@ -531,7 +531,7 @@ PARTS = {
     ),
     "saving": Part(
         "What a state costs · 保存状态的代价",
-        4,
+        3,
         saving,
         saving_problems,
         {
@@ -560,7 +560,7 @@ PARTS = {
     ),
     "convert": Part(
         "Another number of processes · 改变进程数",
-        5,
+        4,
         pairs(convert_cases(), losses_apart),
         above("relative", 1e-4),
         {"runs · 次数": len, "largest relative difference of a loss · 损失的最大相对差": largest("relative", ".1e")},
