@@ -14,6 +14,7 @@ from weights import INDEX_FILES, WEIGHT_FILES
 
 MAX_NAME = 200  # bytes of a file's name; most file systems have 255, and endings such as .partial come behind
 GENERAL = os.path.join(os.path.dirname(os.path.realpath(__file__)), "data", "general")  # of the forgetting check
+API_KEY_ENV = "OPENAI_API_KEY"  # where the key of judge.py is looked for
 LEAST_SRC_LEN = 16  # tokens: the words around the question, and something of it
 
 
@@ -381,9 +382,7 @@ def judge_parser():
         help="OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1; left out: the variable OPENAI_BASE_URL,"
         " else OpenAI's own",
     )
-    parser.add_argument(
-        "--api_key_env", default="OPENAI_API_KEY", help="environment variable that holds the endpoint's key"
-    )
+    parser.add_argument("--api_key_env", default=API_KEY_ENV, help="environment variable that holds the endpoint's key")
     parser.add_argument("--language", choices=("zh", "en"), default="zh", help="of the judge's prompt and reasons")
     parser.add_argument(
         "--criteria",

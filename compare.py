@@ -282,12 +282,10 @@ def read_run(plan, steps, out, method, seed):
         code = json.loads(failed.read_text(encoding="utf-8"))["code"]
         return {**run, "status": f"failed with exit code {code}"}
     stamp = steps.stamp(step.name)
-    if stamp and stamp["command"] != step.command:
-        return {**run, "status": "not run", "loss": []}
-    if not steps.is_done(step.name, step.result):
-        return {**run, "status": "begun" if run["loss"] else "not run"}
-    if not steps.is_current(step.name, step.command, step.inputs, step.result):  # of other rows, or another base
-        return {**run, "status": "not run", "loss": []}
+    if not steps.is_current(step.name, step.command, step.inputs, step.result):
+        # What is done all the same is of other rows, or of another base.
+        is_begun = stamp.get("command") == step.command and not steps.is_done(step.name, step.result)
+        return {**run, "status": "begun"} if is_begun and run["loss"] else {**run, "loss": []}
     checkpoint = checkpoint_of(step.result)
     answers = read_answers(plan, steps, out, folder, checkpoint)
     return {

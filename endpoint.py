@@ -3,7 +3,7 @@
 import json
 import os
 
-from arguments import judge_parser
+from arguments import API_KEY_ENV
 from score import problem
 
 USAGE = ("prompt_tokens", "completion_tokens")
@@ -93,7 +93,7 @@ class Endpoint:
 def read_key(args) -> str:
     """The endpoint's key, or "" for one that is named by --base_url and may want none."""
     key = os.environ.get(args.api_key_env, "").strip()
-    if not key and (args.base_url is None or args.api_key_env != judge_parser().get_default("api_key_env")):
+    if not key and (args.base_url is None or args.api_key_env != API_KEY_ENV):
         raise problem("--api_key_env", args.api_key_env, "is not set in the environment", "export it with the key")
     if not (key.isascii() and key.isprintable()):
         raise problem("--api_key_env", args.api_key_env, "holds characters that no key has", "export the key alone")

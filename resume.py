@@ -7,7 +7,6 @@ fingerprint of the run, and the manifest that closes it.
 
 import collections
 import contextlib
-import math
 import os
 import pickle
 import random
@@ -16,7 +15,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 
 import folders
 from checkpoint import CHECKPOINT
@@ -32,8 +31,8 @@ from folders import (
     require_space,
     verify,
 )
-from guard import UsualLoss
 from modes import read_json
+from progress import Progress
 from utils import BadNumbers, is_main, on_main, world_size
 from weights import finite_problem, weight_files, write_json
 
@@ -50,67 +49,6 @@ FREE_FLAGS = (
     " gradient_accumulation_steps eval_path eval_step eval_generate eval_max_new_tokens metric_for_best_model"
     " early_stopping_patience replay_path task"
 ).split()
-
-
-@dataclass
-class Progress:
-    """What a run counts; the whole of it that is not in the engine.
-
-    step: updates done; num_applied: those whose gradients were finite; num_skipped: those, one after another, whose
-    were not. window_loss, window_labels: sum of the loss, and supervised tokens, since the last line of the log.
-    num_tokens: of all updates. best_value, best_step: of --metric_for_best_model; num_worse: evaluations since then;
-    judged_by: that metric, and the key of the held-out rows. owes_evaluation: it was due, but the run had to leave.
-    """
-
-    step: int = 0
-    num_applied: int = 0
-    num_skipped: int = 0
-    window_loss: float = 0.0
-    window_labels: int = 0
-    num_tokens: int = 0
-    best_value: float | None = None
-    best_step: int = 0
-    num_worse: int = 0
-    judged_by: str = ""
-    owes_evaluation: bool = False
-    usual_loss: UsualLoss = field(default_factory=UsualLoss)
-
-    @classmethod
-    def from_info(cls, info):
-        """The progress in a state's state.json; a new run's without one."""
-        values = dict(info["progress"]) if info else {}
-        if values:
-            values["usual_loss"] = UsualLoss(**values["usual_loss"])
-        return cls(**values)
-
-    def forget_best(self, before):
-        """The weights of the best evaluation could not be saved: before is (best_value, best_step) of what is there."""
-        self.best_value, self.best_step = before
-
-    def judge_by(self, metric, rows_key):
-        """What evaluations are compared by; values of another metric, or of other rows, are forgotten."""
-        if self.judged_by not in ("", f"{metric} {rows_key}"):
-            self.best_value, self.best_step, self.num_worse = None, 0, 0
-        self.judged_by = f"{metric} {rows_key}"
-
-    def is_best(self, metric, value):
-        """Note an evaluation: is its value of this metric the best so far? One that is not finite never is."""
-        is_finite = value is not None and math.isfinite(value)
-        best = self.best_value
-        if is_finite and (best is None or (value < best if metric == "loss" else value > best)):
-            self.best_value, self.best_step, self.num_worse = value, self.step, 0
-            return True
-        self.num_worse += 1
-        return False
-
-    def count(self, loss, num_labels, num_tokens, is_applied):
-        """An update is done; its loss is a sum over its supervised tokens."""
-        self.num_tokens += num_tokens
-        self.step += 1
-        self.num_applied += is_applied
-        self.num_skipped = 0 if is_applied else self.num_skipped + 1
-        self.window_loss += loss
-        self.window_labels += num_labels
 
 
 def safe_classes():

@@ -18,8 +18,8 @@ from folders import require_space
 from guard import check_skipped, explain_bad_loss, keep_going_at_low_scale
 from modes import MODES
 from optimizer import build_optimizer, build_scheduler, choose_adam
+from progress import Progress
 from resume import (
-    Progress,
     choose_state,
     convert,
     fingerprint,
@@ -198,7 +198,7 @@ def main(argv, watch):
         run_folder.take_best(state, progress.best_step)
     # An evaluation that was due when the run left; it may be the one that ends the run.
     num_epochs, last_epoch = args.num_train_epochs, (progress.step - 1) // len(updates)
-    watch.is_training = True
+    watch.is_training = True  # a request to leave is heard at the end of a step from here on
     if evaluation and progress.owes_evaluation and evaluate(progress.step, last_epoch):
         num_epochs = 0
         run_folder.save_weights(progress.step, last_epoch + 1)
