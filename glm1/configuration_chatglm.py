@@ -7,7 +7,7 @@ class ChatGLMConfig(ChatGLMConfigBase):
     """Settings of ChatGLM-6B. `pre_seq_len` (tokens; None is off) and `prefix_projection` add a prefix encoder."""
 
     attribute_map = {"num_hidden_layers": "num_layers"}
-    fixed_values = {"position_encoding_2d": True}
+    fixed_values = {"position_encoding_2d": True, "rope_ratio": 1, "hidden_dropout": 0.0, "attention_dropout": 0.0}
 
     num_layers: int = 28
     vocab_size: int = 130528
@@ -33,10 +33,10 @@ class ChatGLMConfig(ChatGLMConfigBase):
                 " tokens: use the release of 2023-04-06 or later (v1.1, vocab_size 130528)"
             )
 
-        if self.hidden_size % self.num_attention_heads:
+        if self.hidden_size % (4 * self.num_attention_heads):
             raise ValueError(
                 f"config.json: num_attention_heads = {self.num_attention_heads}: must divide hidden_size ="
-                f" {self.hidden_size}"
+                f" {self.hidden_size} into heads of a size that 4 divides: each turns by two positions, in halves"
             )
 
     @property

@@ -83,14 +83,15 @@ class MLP(nn.Module):
 
 
 class GLMBlock(GradientCheckpointingLayer):
-    """n1 = LN(x), x = a n1 + attention(n1), n2 = LN(x), x = a n2 + mlp(n2), with a = sqrt(2 num_layers).
+    """n1 = LN(x), x = a n1 + attention(n1), n2 = LN(x), x = a n2 + mlp(n2), with a = sqrt(2 x 28).
 
-    The residual takes the normalised value, not x.
+    The residual takes the normalised value, not x. Its factor is that of 28 layers in every release, however many
+    layers there are: the released code never passes their number on.
     """
 
     def __init__(self, config, layer_idx):
         super().__init__()
-        self.alpha = math.sqrt(2 * config.num_layers)
+        self.alpha = math.sqrt(2 * 28)
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.attention = Attention(config, layer_idx)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)

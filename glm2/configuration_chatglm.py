@@ -14,6 +14,8 @@ class ChatGLMConfig(ChatGLMConfigBase):
         "fp32_residual_connection": False,
         "add_bias_linear": False,
         "interleaved_qkv": False,
+        "original_rope": True,
+        "rotary_percent": 0.5,
         "tie_word_embeddings": False,
         "hidden_dropout": 0.0,
     }
@@ -40,6 +42,19 @@ class ChatGLMConfig(ChatGLMConfigBase):
     tie_word_embeddings: bool = False
     eos_token_id: int = 2
     pad_token_id: int = 0
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"config.json: multi_query_group_num = {self.multi_query_group_num}: must divide num_attention_heads ="
+                f" {self.num_attention_heads}"
+            )
+
+    @property
+    def rotary_rule(self):
+        """(base of the rotary angles, divisor of the positions): ChatGLM2-6B-32k divides the positions by rope_ratio."""
+        return 10000.0, self.rope_ratio
 
     @property
     def num_key_value_heads(self):

@@ -12,21 +12,24 @@ class ChatGLMConfigBase(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
     # The only values that released checkpoints use and this code computes: {name: value}.
     fixed_values = {}
+    # Of other families and libraries: no release has these keys, and they ask for another network or for less memory.
+    absent_keys = ("rope_scaling", "rope_theta", "rope_parameters", "partial_rotary_factor", "quantization_config")
 
     pre_seq_len: int | None = None
     prefix_projection: bool = False
     use_cache: bool = True
 
     def __post_init__(self, **kwargs):
+        for name in self.absent_keys:
+            if kwargs.get(name) is not None:
+                raise ValueError(f"config.json: {name} = {kwargs[name]}: is in no release and not supported: remove it")
         super().__post_init__(**kwargs)
         for family in type(self).__mro__:
             if issubclass(family, ChatGLMConfigBase):
                 for name in vars(family).get("__annotations__", {}):
-                    self.check_number(name, getattr(type(self), name, None))
+                    self.check_value(name, getattr(type(self), name, None))
         if self.pre_seq_len is not None and (type(self.pre_seq_len) is not int or self.pre_seq_len < 0):
             raise ValueError(f"config.json: pre_seq_len = {self.pre_seq_len!r}: must be a whole number of tokens")
-        if type(self.prefix_projection) is not bool:
-            raise ValueError(f"config.json: prefix_projection = {self.prefix_projection!r}: must be true or false")
         for name, value in self.fixed_values.items():
             if getattr(self, name, value) != value:
                 raise ValueError(f"config.json: {name} = {getattr(self, name)}: only {value} is supported, as released")
@@ -36,12 +39,14 @@ class ChatGLMConfigBase(PreTrainedConfig):
                 " here: use the fp16 release"
             )
 
-    def check_number(self, name, default):
-        """ValueError for a value that is no number of the kind that the release has: an id, a size or a share."""
+    def check_value(self, name, default):
+        """ValueError for a value of another kind than the release has: an id, a size, a share, or true and false."""
         value = getattr(self, name)
-        if type(default) not in (int, float):
+        if type(default) not in (int, float, bool):
             return
-        if name.endswith("_token_id"):
+        if type(default) is bool:
+            is_good, rule = value in (True, False), "true or false"
+        elif name.endswith("_token_id"):
             ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
             is_good, rule = all(type(i) is int and i >= 0 for i in ids), "an id of the tokenizer"
         elif type(default) is int:
