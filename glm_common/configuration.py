@@ -12,7 +12,7 @@ class ChatGLMConfigBase(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
     # The only values that released checkpoints use and this code computes: {name: value}.
     fixed_values = {}
-    # Of other families and libraries: no release has these keys, and they ask for another network or for less memory.
+    # Of other families and libraries: no release has these keys, and they ask for another network or quantised weights.
     absent_keys = ("rope_scaling", "rope_theta", "rope_parameters", "partial_rotary_factor", "quantization_config")
 
     pre_seq_len: int | None = None

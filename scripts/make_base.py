@@ -29,6 +29,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # for a call from any folder
 import make_data  # noqa: E402
+from base_sources import base_sources  # noqa: E402
 
 from arguments import OneLineParser  # noqa: E402
 from batches import collate  # noqa: E402
@@ -319,8 +320,7 @@ def accuracy(model, tokenizer, prompt, seed):
 
 def settings_of(args):
     """Everything that decides the checkpoint."""
-    sources = (Path(__file__), ROOT / "scripts" / "make_data.py", ROOT / "scripts" / "data_words.py")
-    digest = hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()
+    digest = hashlib.sha256(b"\0".join(path.read_bytes() for path in base_sources())).hexdigest()
     return {"mode": args.mode, "num_steps": args.num_steps, "seed": args.seed, "sources": digest}
 
 

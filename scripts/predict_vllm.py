@@ -32,11 +32,11 @@ from arguments import (  # noqa: E402
 )
 from checkpoint import RUN_FILE, open_checkpoint, read_run  # noqa: E402
 from data_set import data_files, read_rows  # noqa: E402
-from modes import MODES  # noqa: E402
+from modes import MODES, read_json  # noqa: E402
 from predict import output_row  # noqa: E402
 from utils import fail, prepare_environment  # noqa: E402
 
-VLLM_MODES = [name for name, mode in MODES.items() if mode.in_vllm]
+VLLM_MODES = [name for name, mode in MODES.items() if mode.vllm_values is not None]
 PAUSES = (0.5, 1, 2, 4, 8)  # seconds before each new try of a request
 TIMEOUT = 3600  # seconds for one answer, the wait in the server's queue included
 
@@ -127,6 +127,16 @@ def folder_problems(args):
         ]
     if run.get("weights") == "prefix":
         return [f"--model_path {path}: holds a prefix encoder, which vLLM does not know: use predict.py"]
+    try:
+        config = read_json(os.path.join(path, "config.json"))
+    except ValueError as error:
+        return [f"--model_path {error}"]
+    for key, value in MODES[mode].vllm_values.items():
+        if config.get(key, value) != value:
+            return [
+                f"--model_path {path}: {key} = {config[key]} in config.json: vLLM computes something else from it than"
+                f" {mode} does, and is right with {value} only: use predict.py"
+            ]
     return []
 
 

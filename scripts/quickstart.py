@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # for a call from any folder
+from base_sources import base_sources  # noqa: E402
 from modes import MODES  # noqa: E402
 from steps import Steps, newest_checkpoint  # noqa: E402
 from tuning import TRAIN_TYPES  # noqa: E402
@@ -44,8 +45,7 @@ def main():
     rows, held_out = "data/spo_0.json", "data/spo_1.json"
     os.chdir(ROOT)
     steps = Steps(folder)
-    sources = [f"scripts/{name}.py" for name in ("make_base", "make_data", "data_words")]
-    steps.run("base", f"python scripts/make_base.py --mode {args.mode} --output_dir {base}", sources, base)
+    steps.run("base", f"python scripts/make_base.py --mode {args.mode} --output_dir {base}", base_sources(), base)
     before = f"{folder}/before.jsonl"
     weights = [str(path) for path in sorted(Path(base).glob("*.safetensors"))]
     predict = f"python predict.py --test_path {held_out} --max_new_tokens 128 --batch_size 25 --overwrite"
