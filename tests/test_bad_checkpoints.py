@@ -5,8 +5,10 @@ The released ones through train.py, those that train.py saved through predict.py
 
 import json
 import pickle
+import re
 import warnings
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,10 +32,11 @@ from refusing import (
 from safetensors.torch import save_file
 
 import checkpoint
+import doctor
 import train_arguments
 import tuning
 import weights
-from modes import MODES
+from modes import MODES, possible_modes
 
 # ---------------------------------------------------------------- released folders
 
@@ -361,6 +364,52 @@ def test_a_folder_of_the_hub_that_could_be_two_families(here):
     with pytest.raises(SystemExit):
         train.complete_mode(args, str(here.folder / "model"))
     assert "fits glm2 or glm3: give --mode" in here.capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- families that are known and not supported
+
+TIKTOKEN = "IQ== 0\nIg== 1\nIw== 2\n"
+OTHERS = [  # what the folder of a ChatGLM3 becomes, and what it is said to be
+    case("glm-4", both(change_json("config.json", padded_vocab_size=151552, _name_or_path="THUDM/glm-4-9b", rope_ratio=500),
+                       put("tokenizer.model", TIKTOKEN)), r"GLM-4 \(padded_vocab_size = 151552\)"),
+    case("glm-4-without-a-name", both(change_json("config.json", padded_vocab_size=151552), NO_NAMES),
+         r"GLM-4 \(padded_vocab_size = 151552\)"),
+    case("small-glm-4", change_json("config.json", _name_or_path="/data/GLM-4-9b-chat/"),
+         r"GLM-4 \(_name_or_path = GLM-4-9b-chat\)"),
+    case("tokenizer-of-glm-4", both(NO_NAMES, put("tokenizer.model", TIKTOKEN)), r"GLM-4 \(tokenizer\.model is a list"),
+    *[case(f"hf-{name}", put("config.json", json.dumps({"model_type": name, "hidden_size": 64, "num_hidden_layers": 4})),
+           rf"{said} \(model_type = {name}\)")
+      for name, said in (("glm", "GLM-4"), ("glm4", "GLM-4"), ("llama", "LLaMA"), ("qwen2", "Qwen2"), ("mt5", "mT5"))],
+]
+
+
+@pytest.mark.parametrize("spoil, is_what", OTHERS)
+def test_other_families_are_refused_by_name(here, spoil, is_what):
+    """Of a kind: a checkpoint that is not for this toolkit is told what it is, by every command, with and without
+    --mode; not that it fits a family, and not to download it again."""
+    folder = here.model()
+    spoil(folder)
+    says = rf"model/config\.json: is of {is_what}.*, which is not supported by this toolkit: use ChatGLM-6B, ChatGLM2"
+    here.train_fails(model_name_or_path="model", says=f"error: --model_name_or_path {says}")
+    here.train_fails("--mode glm3", model_name_or_path="model", says=says)
+    here.fails("predict.py", *here.fill("--model_path model --prompt a --device cpu"), says=says)
+    NO_CHANGE(here.adapter(base_model=str(folder)))
+    here.fails("merge_lora.py", "--model_dir", "adapter", says=says)
+    [line] = [text for mark, _, text in doctor.folder_lines(str(folder), SimpleNamespace(mode=None, full=False),
+                                                            doctor.Facts()) if mark == doctor.BAD]  # fmt: skip
+    assert re.search(says, line)
+
+
+def test_names_of_folders_do_not_make_a_glm_4(tmp_path):
+    """The vocabulary decides, and only the last part of a name counts."""
+    config = json.loads((FOLDERS["glm3"] / "config.json").read_text())
+    for changes in (
+        {"_name_or_path": "/data/glm-4/chatglm3-6b"},
+        {"_name_or_path": "THUDM/glm-4-9b/chatglm3"},
+        {"_name_or_path": "glm-4-my-chatglm3", "padded_vocab_size": 65024},
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+        assert possible_modes(str(tmp_path)) == ["glm3"]
 
 
 # ---------------------------------------------------------------- what a freeze pattern means

@@ -204,6 +204,16 @@ def with_run(folder, **run):
     return folder
 
 
+def with_ratio(folder, mode, ratio, run=None):
+    """A checkpoint with a rope_ratio, released or, with a run.json, saved."""
+    shutil.copytree(GOLDEN_FOLDERS[mode], folder, ignore=shutil.ignore_patterns("golden.*"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rope_ratio": ratio}))
+    if run:
+        (folder / "run.json").write_text(json.dumps(run))
+    return folder
+
+
 def bad_folders(tmp_path):
     """(folder, what the error says of it)."""
     base = {"base_model": str(tmp_path / "moved away")}
@@ -212,6 +222,8 @@ def bad_folders(tmp_path):
         (with_run(tmp_path / "glm", mode="glm", weights="adapter", **base), "is of glm"),
         (with_run(tmp_path / "lora", mode="glm3", weights="adapter", **base), "merge it first (python merge_lora.py"),
         (with_run(tmp_path / "prefix", mode="glm2", weights="prefix", **base), "use predict.py"),
+        (with_ratio(tmp_path / "32k", "glm2", 16), "rope_ratio = 16 in config.json: vLLM computes something else"),
+        (with_ratio(tmp_path / "merged", "glm2", 16, {"mode": "glm2", "weights": "whole"}), "with 1 only: use predict.py"),
         (tmp_path / "none", "no such folder"),
         (tmp_path, "no config.json"),
     ]
@@ -221,6 +233,15 @@ def test_folders_that_vllm_cannot_read_are_refused(rows, tmp_path, capsys):
     for folder, says in bad_folders(tmp_path):
         fails(capsys, f"--model_path {folder}: ", *flags(rows, tmp_path / "p.jsonl", model=folder))
         fails(capsys, says, *flags(rows, tmp_path / "p.jsonl", model=folder))
+
+
+def test_a_rope_ratio_that_vllm_computes_as_released(tmp_path):
+    """vLLM multiplies the base of every family by it, which is ChatGLM3's rule; 1 is the same in both."""
+    for mode, ratio in (("glm3", 50), ("glm2", 1.0)):
+        for run in (None, {"mode": mode, "weights": "whole"}):
+            folder = with_ratio(tmp_path / f"{mode}-{run is None}", mode, ratio, run)
+            args = predict_vllm.parser().parse_args(["--model_path", str(folder), "--test_path", "x"])
+            assert predict_vllm.folder_problems(args) == []
 
 
 @pytest.mark.parametrize(
