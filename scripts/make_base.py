@@ -40,8 +40,10 @@ from utils import fail, prepare_environment  # noqa: E402
 # Hidden size, layers, key/value heads (glm2 and glm3), inner sizes (gated: glm2 and glm3; plain: glm).
 SIZE = dict(hidden=192, layers=4, groups=2, gated=512, plain=768)
 HEAD_SIZE = 48
-ROPE_RATIO = 0.01  # glm2 and glm3: faster angles, because the rows are short
+ROPE_RATIO = {"glm2": 1, "glm3": 0.01}  # glm3: faster angles, because the rows are short
 WEIGHT_STD = 0.06  # initial weights; the released 0.02 is meant for wide layers
+# What a block adds to its input starts and moves larger by this: glm's residual is scaled for 28 layers.
+OUTPUT_SCALE = {"glm": math.sqrt(28 / SIZE["layers"]), "glm2": 1.0, "glm3": 1.0}
 EMBEDDING_STD = {"glm": 0.05, "glm2": 0.2, "glm3": 0.2}
 NUM_STEPS = 1400
 VOCAB_SIZE = 2400  # pieces of the sentencepiece model
@@ -213,21 +215,26 @@ def make_model(mode, tokenizer):
     else:
         config = MODES[mode].config_class(
             padded_vocab_size=vocab_size, ffn_hidden_size=s["gated"], kv_channels=HEAD_SIZE,
-            multi_query_group_num=s["groups"], seq_length=2048, rope_ratio=ROPE_RATIO, **common
+            multi_query_group_num=s["groups"], seq_length=2048, rope_ratio=ROPE_RATIO[mode], **common
         )
     model = MODES[mode].model_class(config)
     embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    for parameter in layer_matrices(model):
-        torch.nn.init.normal_(parameter, std=WEIGHT_STD)
+    for matrix, scale in layer_matrices(model, mode):
+        torch.nn.init.normal_(matrix, std=WEIGHT_STD * scale)
     torch.nn.init.normal_(embedding, std=EMBEDDING_STD[mode])
     with torch.no_grad():
         output.copy_(embedding)  # to copy a word from the text is then a short way from the start
     return model
 
 
-def layer_matrices(model):
-    """The weight matrices inside the layers: all but the embedding and the output layer."""
-    return [p for name, p in model.named_parameters() if p.dim() == 2 and ".layers." in name]
+def layer_matrices(model, mode):
+    """(weight matrix, its scale) inside the layers: all but the embedding and the output layer."""
+    outputs = (".dense.weight", ".dense_4h_to_h.weight")
+    return [
+        (parameter, OUTPUT_SCALE[mode] if name.endswith(outputs) else 1.0)
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 2 and ".layers." in name
+    ]
 
 
 # ---------------------------------------------------------------- training
@@ -259,13 +266,14 @@ def rate_share(step, num_steps):
     return 0.05 + 0.95 * (1 + math.cos(math.pi * (step - warmup) / (num_steps - warmup))) / 2
 
 
-def muon_step(matrices, momenta, rate, decay=0.1, beta=0.95):
+def muon_step(matrices, momenta, scales, rate, decay=0.1, beta=0.95):
     """Muon (Jordan 2024): a step along the momentum with its singular values set to about 1, by Newton-Schulz.
 
+    A matrix with a scale takes a step that many times as large.
     `torch.optim.Muon` does the same in bfloat16, which is slow on many CPUs; this stays in float32.
     """
     with torch.no_grad():
-        for matrix, momentum in zip(matrices, momenta):
+        for matrix, momentum, scale in zip(matrices, momenta, scales):
             momentum.lerp_(matrix.grad, 1 - beta)
             update = matrix.grad.lerp(momentum, beta)
             is_tall = update.shape[0] > update.shape[1]
@@ -273,19 +281,19 @@ def muon_step(matrices, momenta, rate, decay=0.1, beta=0.95):
             for _ in range(5):
                 square = x @ x.T
                 x = 3.4445 * x + torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315) @ x
-            step = rate * max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5
+            step = rate * scale * max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5
             matrix.mul_(1 - rate * decay).add_(x.T if is_tall else x, alpha=-step)
 
 
-def train(model, tokenizer, prompt, num_steps, seed):
+def train(model, mode, tokenizer, num_steps, seed):
     """Train on new rows at every step."""
-    matrices = layer_matrices(model)
+    matrices, scales = zip(*layer_matrices(model, mode))
     momenta = [torch.zeros_like(matrix) for matrix in matrices]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     optimizer = torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
     model.train()
     num_tokens, average = 0, None
-    source = batches(random.Random(seed), tokenizer, prompt, num_steps)
+    source = batches(random.Random(seed), tokenizer, MODES[mode].prompt, num_steps)
     progress = tqdm(source, total=num_steps, desc="training the base", mininterval=5)
     for step, batch in enumerate(progress):
         loss = model(**batch).loss
@@ -294,7 +302,7 @@ def train(model, tokenizer, prompt, num_steps, seed):
         share = rate_share(step, num_steps)
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * share
         optimizer.step()
-        muon_step(matrices, momenta, MATRIX_LEARNING_RATE * share)
+        muon_step(matrices, momenta, scales, MATRIX_LEARNING_RATE * share)
         model.zero_grad()
         num_tokens += batch["input_ids"].numel()
         average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
@@ -365,9 +373,8 @@ def make_base(args):
         model = make_model(args.mode, tokenizer)
         num_weights = sum(p.numel() for p in model.parameters())
         print(f"{args.mode}: {num_weights:,} weights, {len(tokenizer):,} tokens in the vocabulary")
-        prompt = MODES[args.mode].prompt
-        num_tokens = train(model, tokenizer, prompt, args.num_steps, args.seed + 1)
-        right = accuracy(model, tokenizer, prompt, args.seed + 2)
+        num_tokens = train(model, args.mode, tokenizer, args.num_steps, args.seed + 1)
+        right = accuracy(model, tokenizer, MODES[args.mode].prompt, args.seed + 2)
         folder = os.path.join(scratch, "whole")
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -86,6 +86,19 @@ def test_other_settings_replace_it(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
+def test_a_change_of_any_source_makes_another_base(tmp_path, monkeypatch):
+    """Of a kind: what is kept and found again is of everything that decided it, the code of the network included."""
+    args = make_base.parse_args(["--output_dir", "x"])
+    before = make_base.settings_of(args)
+    sources = make_base.base_sources()
+    assert ROOT / "glm2" / "configuration_chatglm.py" in sources and ROOT / "glm1" / "modeling_chatglm.py" in sources
+    for number in range(len(sources)):
+        changed = tmp_path / "changed.py"
+        changed.write_bytes(sources[number].read_bytes() + b"#")
+        monkeypatch.setattr(make_base, "base_sources", lambda: [*sources[:number], changed, *sources[number + 1 :]])
+        assert make_base.settings_of(args) != before
+
+
 def test_a_folder_with_something_else_is_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(ValueError, match="--output_dir .* holds something else"):

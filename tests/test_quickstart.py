@@ -71,3 +71,28 @@ def test_flags_are_taken_by_train(quickstart):
         words = f"{quickstart.COMMON} {flags} --train_type {name} --train_path a --model_name_or_path b --output_dir c".split()
         args = train_parser().parse_args(words)
         assert args.num_train_epochs >= 4 and args.train_type == name
+
+
+def test_the_base_is_made_from_the_networks_too(quickstart, monkeypatch):
+    """Of a kind: what is kept and found again is of everything that decided it, the code of the network included."""
+
+    class Asked(Exception):
+        pass
+
+    class Recorder:
+        def __init__(self, folder):
+            pass
+
+        def run(self, name, command, inputs, result):
+            raise Asked(name, *inputs)
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(quickstart, "Steps", Recorder)
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--mode", "glm2"])
+    with pytest.raises(Asked) as asked:
+        quickstart.main()
+    name, *inputs = asked.value.args
+    assert name == "base" and all(path.is_file() for path in inputs)
+    wanted = "scripts/make_base.py scripts/make_data.py scripts/data_words.py glm1/modeling_chatglm.py"
+    wanted += " glm2/modeling_chatglm.py glm2/configuration_chatglm.py glm3/configuration_chatglm.py glm_common/loss.py"
+    assert {ROOT / path for path in wanted.split()} <= set(inputs)
