@@ -53,7 +53,7 @@ class ChatGLMConfig(ChatGLMConfigBase):
 
     @property
     def rotary_rule(self):
-        """(base of the rotary angles, divisor of the positions): ChatGLM2-6B-32k divides the positions by rope_ratio."""
+        """(base of the rotary angles, divisor of the positions): here rope_ratio divides the positions."""
         return 10000.0, self.rope_ratio
 
     @property

@@ -10,5 +10,5 @@ class ChatGLMConfig(ChatGLM2Config):
 
     @property
     def rotary_rule(self):
-        """(base of the rotary angles, divisor of the positions): ChatGLM3-6B-32k multiplies the base by rope_ratio."""
+        """(base of the rotary angles, divisor of the positions): here rope_ratio multiplies the base."""
         return 10000.0 * self.rope_ratio, 1.0

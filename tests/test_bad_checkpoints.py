@@ -370,14 +370,16 @@ def test_a_folder_of_the_hub_that_could_be_two_families(here):
 
 TIKTOKEN = "IQ== 0\nIg== 1\nIw== 2\n"
 OTHERS = [  # what the folder of a ChatGLM3 becomes, and what it is said to be
-    case("glm-4", both(change_json("config.json", padded_vocab_size=151552, _name_or_path="THUDM/glm-4-9b", rope_ratio=500),
-                       put("tokenizer.model", TIKTOKEN)), r"GLM-4 \(padded_vocab_size = 151552\)"),
+    case("glm-4", both(change_json("config.json", padded_vocab_size=151552, _name_or_path="THUDM/glm-4-9b"),
+                       change_json("config.json", rope_ratio=500), put("tokenizer.model", TIKTOKEN)),
+         r"GLM-4 \(padded_vocab_size = 151552\)"),
     case("glm-4-without-a-name", both(change_json("config.json", padded_vocab_size=151552), NO_NAMES),
          r"GLM-4 \(padded_vocab_size = 151552\)"),
     case("small-glm-4", change_json("config.json", _name_or_path="/data/GLM-4-9b-chat/"),
          r"GLM-4 \(_name_or_path = GLM-4-9b-chat\)"),
-    case("tokenizer-of-glm-4", both(NO_NAMES, put("tokenizer.model", TIKTOKEN)), r"GLM-4 \(tokenizer\.model is a list"),
-    *[case(f"hf-{name}", put("config.json", json.dumps({"model_type": name, "hidden_size": 64, "num_hidden_layers": 4})),
+    case("tokenizer-of-glm-4", both(NO_NAMES, put("tokenizer.model", TIKTOKEN)),
+         r"GLM-4 \(tokenizer\.model is a list"),
+    *[case(f"hf-{name}", put("config.json", json.dumps({"model_type": name, "num_hidden_layers": 4})),
            rf"{said} \(model_type = {name}\)")
       for name, said in (("glm", "GLM-4"), ("glm4", "GLM-4"), ("llama", "LLaMA"), ("qwen2", "Qwen2"), ("mt5", "mT5"))],
 ]

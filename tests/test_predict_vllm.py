@@ -217,13 +217,14 @@ def with_ratio(folder, mode, ratio, run=None):
 def bad_folders(tmp_path):
     """(folder, what the error says of it)."""
     base = {"base_model": str(tmp_path / "moved away")}
+    saved = {"mode": "glm2", "weights": "whole"}
     return [
         (GOLDEN_FOLDERS["glm"], "is of glm, and vLLM knows glm2 and glm3 only: use predict.py"),
         (with_run(tmp_path / "glm", mode="glm", weights="adapter", **base), "is of glm"),
         (with_run(tmp_path / "lora", mode="glm3", weights="adapter", **base), "merge it first (python merge_lora.py"),
         (with_run(tmp_path / "prefix", mode="glm2", weights="prefix", **base), "use predict.py"),
         (with_ratio(tmp_path / "32k", "glm2", 16), "rope_ratio = 16 in config.json: vLLM computes something else"),
-        (with_ratio(tmp_path / "merged", "glm2", 16, {"mode": "glm2", "weights": "whole"}), "with 1 only: use predict.py"),
+        (with_ratio(tmp_path / "merged", "glm2", 16, saved), "with 1 only: use predict.py"),
         (tmp_path / "none", "no such folder"),
         (tmp_path, "no config.json"),
     ]

@@ -56,7 +56,7 @@ def glm_logits(settings, weights, ids):
     """ChatGLM-6B: `sqrt(2 x 28)` times the normalised value goes past each half of a block."""
     length, heads, hidden = len(ids), settings["num_attention_heads"], settings["hidden_size"]
     context, mask, size = ids.index(8), ids.index(5), hidden // heads
-    places = torch.arange(length)
+    places, epsilon = torch.arange(length), settings.get("layernorm_epsilon", 1e-5)
     rows = torch.stack((places.clamp(max=context - 1), (places - context + 1).clamp(min=0)))
     rows[0, context:] = mask
     frequencies = (1 / 10000 ** (torch.arange(0, size // 2, 2).float() / (size // 2))).half()
@@ -65,7 +65,7 @@ def glm_logits(settings, weights, ids):
     visible = (places[None] <= places[:, None]) | (places < context)[None]
 
     def norm(x, name):
-        return torch.nn.functional.layer_norm(x, (hidden,), weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-5)
+        return torch.nn.functional.layer_norm(x, (hidden,), weights[f"{name}.weight"], weights[f"{name}.bias"], epsilon)
 
     def linear(x, name):
         return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
@@ -89,21 +89,21 @@ def glm_logits(settings, weights, ids):
         normed = norm(x, f"{name}.post_attention_layernorm")
         inner = torch.nn.functional.gelu(linear(normed, f"{name}.mlp.dense_h_to_4h"), approximate="tanh")
         x = math.sqrt(2 * 28) * normed + linear(inner, f"{name}.mlp.dense_4h_to_h")
-    return norm(x, "transformer.final_layernorm") @ weights["transformer.word_embeddings.weight"].T
+    return norm(x, "transformer.final_layernorm") @ weights["lm_head.weight"].T
 
 
 def glm2_logits(settings, weights, ids, base, divisor):
     """ChatGLM2-6B and ChatGLM3-6B, with the base of the rotary angles and what positions are divided by."""
     length, heads, size = len(ids), settings["num_attention_heads"], settings["kv_channels"]
     groups = settings.get("multi_query_group_num", 2) if settings.get("multi_query_attention", True) else heads
-    rotary = size // 2
+    rotary, epsilon = size // 2, settings.get("layernorm_epsilon", 1e-5)
     exponents = torch.arange(0, rotary, 2).double() / rotary
     angles = (torch.arange(length).double() / divisor)[:, None] / base**exponents  # L R/2
     turns = torch.polar(torch.ones_like(angles), angles)
     visible = torch.ones(length, length).tril().bool()
 
     def norm(x, name):
-        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weights[f"{name}.weight"]
+        return x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt() * weights[f"{name}.weight"]
 
     def turn(x):
         pairs = torch.view_as_complex(x[..., :rotary].unflatten(-1, (-1, 2)).contiguous()) * turns[:, None]
@@ -141,9 +141,11 @@ NETWORKS = [
     ("glm", {"num_layers": 3}),
     ("glm", {"num_layers": 28}),
     ("glm", {"num_layers": 30}),
+    ("glm", {"layernorm_epsilon": 0.01, "tie_word_embeddings": False}),
     *[(mode, {"rope_ratio": ratio}) for mode in ("glm2", "glm3") for ratio in (1, 16, 50, 0.5)],
     ("glm2", {"kv_channels": 8, "multi_query_group_num": 1}),  # as wide as hidden_size
     ("glm2", {"kv_channels": 12, "num_layers": 5}),
+    ("glm2", {"layernorm_epsilon": 0.01}),
     ("glm3", {"multi_query_attention": False}),
     ("glm3", {"add_qkv_bias": False, "multi_query_group_num": 4}),
 ]
@@ -201,6 +203,14 @@ NEUTRAL = [  # how the released code computes, not what
 def test_settings_that_change_nothing(mode, name, value):
     (_, model), (_, other) = small_model(mode), small_model(mode, **{name: value})
     assert torch.equal(model(torch.tensor([IDS])).logits, other(torch.tensor([IDS])).logits)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_prefix_is_dropped_out_at_the_released_share(mode):
+    """0.1 in every release, whatever the dropouts of config.json are."""
+    changes = {} if mode == "glm" else {"attention_dropout": 0.3}
+    _, model = small_model(mode, pre_seq_len=2, **changes)
+    assert model.transformer.prefix_encoder.dropout.p == 0.1
 
 
 REFUSED = [  # every key of config.json that makes another network than this code computes

@@ -32,6 +32,7 @@ def test_mode_is_finished(name):
     assert name == mode.name and name in GOLDEN_FOLDERS
     for required in ("config_class", "model_class", "tokenizer_class"):
         assert getattr(mode, required).__module__.startswith(mode.package + ".")
+    assert all(hasattr(mode.config_class, key) for key in mode.vllm_values or {})
     prompt = mode.prompt
     assert prompt.RESERVED >= 3 and prompt.SUPERVISED_PROMPT_IDS in (0, 1)
     for function in ("encode_prompt", "encode_answer", "stop_ids", "clean_response"):

@@ -448,7 +448,7 @@ MODELS = [
     ("config-not-utf-8", TRAIN_MODEL, r"config\.json: cannot be read", model(put("config.json", b'{"a": "\xff"}'))),
     ("config-array", TRAIN_MODEL, r"config\.json: is a list, not a JSON object", model(put("config.json", "[]"))),
     ("config-nested-deeply", TRAIN_MODEL, r"config\.json: cannot be read", model(put("config.json", '{"a":' * 10**5))),
-    ("config-of-a-llama", TRAIN_MODEL, r"model/config\.json: is of LLaMA \(model_type = llama\), which is not supported",
+    ("config-of-a-llama", TRAIN_MODEL, r"config\.json: is of LLaMA \(model_type = llama\), which is not supported",
      model(put("config.json", '{"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 4}'))),
     ("config-of-another-family", f"{TRAIN_MODEL} --mode glm3", r"--mode glm3: config\.json of model is of glm: change",
      model(put("config.json", (FOLDERS["glm"] / "config.json").read_bytes()))),
