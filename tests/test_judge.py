@@ -293,18 +293,18 @@ def test_what_passes_is_tried_again(serve, here):
     assert waits[0] >= 1 and waits[2] > 0.3 and waits[3] > 0.6  # as asked for; half a second, then twice as long
 
 
-def test_time_out(serve, here, monkeypatch):
-    monkeypatch.setattr(endpoint, "TIMEOUT", 0.3)
+def test_time_out(serve, here):
     here.rows([("c 8", "b 6")])
 
     def late(request):
-        time.sleep(0.6)
+        time.sleep(1.5)
         return None
 
     server = serve(faults=[late])
-    here.fails("no answer within 0.3 s): is it up?", server.url, "--concurrency", "1", "--max_retries", "0")
+    more = ("--concurrency", "1", "--timeout", "1")
+    here.fails("no answer within 1 s): is it up?", server.url, *more, "--max_retries", "0")
     server.faults = [late]
-    report, _ = here.run(server.url, "--concurrency", "1")
+    report, _ = here.run(server.url, *more)
     assert report["wins"] == 1
 
 
