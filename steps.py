@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from folders import file_entry
-from utils import EXIT_LEFT, fail, free_port
+from utils import EXIT_LEFT, fail, free_port, visible
 
 
 class StepFailed(SystemExit):
@@ -109,14 +109,14 @@ class Steps:
         key = self.key(command, inputs)
         if self.is_done(name, result, key):
             self.seconds += self.stamp(name)["seconds"]
-            print(f"\n== {name}: as before, {result}", flush=True)
+            print(f"\n== {visible(name)}: as before, {visible(result)}", flush=True)
             return
         if problem := self.conflict(name, key, result, goes_on):
             fail(problem)
         if self.is_own(result) and Path(result).is_dir() and not (goes_on and self.stamp(name)):
             shutil.rmtree(result)  # of a run that was broken off
         self.write_stamp(name, key, command, None)
-        print(f"\n== {name}\n$ {command}", flush=True)
+        print(f"\n== {visible(name)}\n$ {visible(command)}", flush=True)
         started = time.time()
         words = shlex.split(command.replace("--master_port 29500", f"--master_port {free_port()}"))
         self.digests.pop(str(result), None)
