@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 import re
+import shlex
 from dataclasses import dataclass, field
 
 import yaml
@@ -15,7 +16,7 @@ from modes import MODES
 from tasks import TASKS
 from train_arguments import train_parser, train_problems
 from tuning import TRAIN_TYPES
-from utils import visible
+from utils import BLANKS, visible
 
 # What compare.py gives itself, and what it gives where the file does not.
 FILE_FLAGS = ("eval_path", "replay_path")  # of train.py: more rows that decide the weights
@@ -49,7 +50,6 @@ MOST_DEPTH = 20  # brackets inside brackets, counted likewise
 MOST_DIGITS = 50  # of a number
 MOST_METHODS = 200  # rows of the report, each choice of a grid being one
 MOST_SEEDS = 100
-BLANKS = "\n\t\xa0\u3000"  # characters that are not printable, and no harm to a terminal
 CHOICES = {"mode": MODES, "task": TASKS, "train_type": TRAIN_TYPES}
 
 
@@ -220,6 +220,11 @@ def value_problems(values):
             data_files(paths)
         except ValueError as error:
             problems.append(f"{key} {error}")
+    try:
+        if "base_command" in values and not shlex.split(values["base_command"]):
+            raise ValueError("it is empty")
+    except ValueError as error:  # quotes that are not closed, too
+        problems.append(f"base_command {show(values['base_command'])}: is no command line ({error}): mend it")
     seeds = values.get("seeds", [0])
     if not seeds or len({*map(str, seeds)}) < len(seeds) or any(type(seed) is not int or seed < 0 for seed in seeds):
         problems.append(f"seeds {show(seeds)}: must be {KEYS['seeds'][1]}: for example [1234, 1235]")

@@ -22,10 +22,14 @@ class StepFailed(SystemExit):
 def run_words(words, environment):
     """Run a command and wait for it, also where this process is asked to leave: then it is asked to leave, too.
 
-    Returns (exit code, was this process asked to leave).
+    Returns (exit code, was this process asked to leave); the code is 127, as in a shell, where there is no such command.
     """
     asked = []
-    process = subprocess.Popen(words, env=environment)
+    try:
+        process = subprocess.Popen(words, env=environment)
+    except OSError as error:
+        print(f"{visible(words[0])}: cannot be started ({error.strerror})", file=sys.stderr, flush=True)
+        return 127, False
 
     def pass_on(number, frame):
         asked.append(number)
