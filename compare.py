@@ -111,7 +111,8 @@ def default_output_dir(config):
 def run_all(plan, steps, out, chosen):
     """Run the base model and the chosen methods, with a report after each. Has one failed?"""
     if plan.base_command and not has_base(plan):
-        print(f"\nbase_command of {visible(plan.path)} is run, whatever it is: {visible(plan.base_command)}", flush=True)
+        path, command = map(visible, (plan.path, plan.base_command))
+        print(f"\nbase_command of {path} is run, whatever it is: {command}", flush=True)
         steps.run("make-base", plan.base_command, [], plan.base)
     problems = model_problems(plan, chosen)
     for method in chosen:

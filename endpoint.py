@@ -82,7 +82,7 @@ def bounded_client(timeout: float):
                     response = super().send(request, **{**settings, "stream": True, "follow_redirects": False})
                     with contextlib.closing(response):
                         content = read_content(response)
-                except httpx2.TransportError as error:
+                except (httpx2.TransportError, OSError) as error:  # TLS has errors of its own
                     if not deadline.is_over:
                         raise
                     raise httpx2.ReadTimeout("time is up", request=request) from error

@@ -555,7 +555,7 @@ def test_the_report_has_all_numbers(written):
 def evil(value, key=None):
     """Results in which each text that is not this project's own is one that would do harm."""
     if isinstance(value, dict):
-        return {name: evil(one, name) for name, one in value.items()}
+        return {f"{name}{HARM}" if key == "answers" else name: evil(one, name) for name, one in value.items()}
     if isinstance(value, list):
         return [evil(one, key) for one in value]
     is_own = key in ("status", "primary", "language") or value == "base"

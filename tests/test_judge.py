@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -447,11 +448,12 @@ def test_a_server_that_is_gone_is_one_line(serve, here):
 # An endpoint that means no good, or is broken: what it may cost is bounded, and what cannot be used is one line.
 
 
-def ask(server, timeout=1.0, max_retries=0):
-    """(reply, usage), asked once as judge.py asks."""
+def ask(server, timeout=1.0, max_retries=0, times=1):
+    """[(reply, usage), ...], asked as judge.py asks."""
     args = SimpleNamespace(base_url=server.url, api_key_env="OPENAI_API_KEY", model=MODEL, timeout=timeout)
     args.max_retries = max_retries
-    return endpoint.Endpoint(args).ask([{"role": "user", "content": "?"}], "rows.jsonl:1")
+    model = endpoint.Endpoint(args)
+    return [model.ask([{"role": "user", "content": "?"}], "rows.jsonl:1") for _ in range(times)]
 
 
 def raw(*parts, drip=b"", pause=0.05, seconds=5):
@@ -552,8 +554,20 @@ def test_time_is_that_of_each_try(serve):
     good = json.dumps(completion("ok")[2]).encode()
     slow = raw(START, b"\r\n" + good[:9], drip=good[9:], pause=0.3, seconds=0.1)
     server = serve(faults=[raw(START, drip=b"a"), slow])
-    assert ask(server, timeout=0.8, max_retries=1) == ("ok", {"prompt_tokens": 100, "completion_tokens": 20})
+    assert ask(server, timeout=0.8, max_retries=1) == [("ok", {"prompt_tokens": 100, "completion_tokens": 20})]
     assert len(server.requests) == 2
+
+
+def test_a_connection_that_comes_too_late_ends_at_once():
+    """The time may be up while the connection is still being made."""
+    mine, other = socket.socketpair()
+    deadline = endpoint.Deadline(60)
+    deadline.end()
+    with mine, other, deadline:
+        stream = SimpleNamespace(get_extra_info={"socket": mine}.get)
+        deadline.trace("connection.connect_tcp.complete", {"return_value": stream})
+        other.settimeout(5)
+        assert other.recv(1) == b""
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
@@ -597,8 +611,7 @@ def test_counts_that_are_no_counts(serve, value):
     usage = '{"prompt_tokens": %s, "completion_tokens": 20}' % value
     text = '{"choices": [{"message": {"content": "x"}}], "usage": %s}'
     server = serve(faults=[body((text % usage).encode())], answer=body((text % value).encode()))
-    assert ask(server) == ("x", {"prompt_tokens": 0, "completion_tokens": 20})
-    assert ask(server) == ("x", {"prompt_tokens": 0, "completion_tokens": 0})
+    assert ask(server, times=2) == [("x", {"prompt_tokens": 0, "completion_tokens": number}) for number in (20, 0)]
 
 
 def test_how_an_answer_is_decoded_is_not_the_server_s_choice(serve):
@@ -606,7 +619,7 @@ def test_how_an_answer_is_decoded_is_not_the_server_s_choice(serve):
     status, _, answer = completion("好")
     content = json.dumps(answer, ensure_ascii=False).encode()
     server = serve((status, {"Content-Type": "application/json; charset=zlib_codec", "Set-Cookie": "a=b"}, content))
-    assert ask(server)[0] == ask(server)[0] == "好"
+    assert [reply for reply, _ in ask(server, times=2)] == ["好", "好"]
     assert all(h["Accept-Encoding"] == "identity" and "Cookie" not in h for h in server.headers)
 
 
