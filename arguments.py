@@ -391,6 +391,13 @@ def judge_parser():
     )
     parser.add_argument("--concurrency", type=int, default=4, help="requests under way at a time")
     parser.add_argument(
+        "--timeout",
+        type=int,
+        default=600,
+        help="seconds for a whole answer, from the connection to the last byte; each new try has as many; there is no"
+        " way to wait for ever",
+    )
+    parser.add_argument(
         "--max_retries",
         type=int,
         default=6,

@@ -40,7 +40,7 @@ from steps import StepFailed, Steps, newest_checkpoint, run_words
 from tasks import find_task
 from train_arguments import train_parser
 from tuning import TRAIN_TYPES
-from utils import EXIT_LEFT, fail
+from utils import EXIT_LEFT, fail, visible
 from weights import check_weights
 
 ROOT = Path(__file__).resolve().parent
@@ -96,7 +96,7 @@ def main(argv, run_words=run_words):
                 print("\nleft: the same command goes on from here", flush=True)
             raise
     path = report(plan, steps, out)
-    print(f"\nreport: {path}")
+    print(f"\nreport: {visible(path)}")
     return 1 if failed else 0
 
 
@@ -111,6 +111,8 @@ def default_output_dir(config):
 def run_all(plan, steps, out, chosen):
     """Run the base model and the chosen methods, with a report after each. Has one failed?"""
     if plan.base_command and not has_base(plan):
+        path, command = map(visible, (plan.path, plan.base_command))
+        print(f"\nbase_command of {path} is run, whatever it is: {command}", flush=True)
         steps.run("make-base", plan.base_command, [], plan.base)
     problems = model_problems(plan, chosen)
     for method in chosen:

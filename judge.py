@@ -21,17 +21,19 @@ from pathlib import Path
 import judge_pairs
 import judge_questions
 from arguments import judge_parser, place_problem, range_problems
-from endpoint import ASKS, GO_ON, USAGE, Endpoint
+from endpoint import ASKS, GO_ON, MOST_REPLY, MOST_TOKENS, USAGE, Endpoint
 from judge_rows import Job, digest, read_bytes
 from score import parse_row, problem, quote, write_reports
-from utils import fail
+from utils import fail, visible
 
 KINDS = {"pairs": judge_pairs, "questions": judge_questions}  # of --task
 JUDGE = ("model", "language", "criteria_hash")
 LINE_START = b'{"index": '
 DEFINITIONS = {
-    "num_unparsed": f"verdicts that could not be read: the last line was not as asked for {ASKS} times",
-    "tokens": "as the endpoint counted them, for all verdicts of the report",
+    "num_unparsed": f"verdicts that could not be read: the last line was not as asked for {ASKS} times, or there were "
+    f"more than {MOST_REPLY} characters",
+    "tokens": "as the endpoint counted them, for all verdicts of the report; 0 for a count that is missing, or no "
+    f"whole number from 0 to {MOST_TOKENS}",
 }
 
 
@@ -116,7 +118,7 @@ def complete(args, kind, jobs: list[Job], criteria: str, verdicts: list[dict], s
             return 0
         try:
             verdict = known.get(key) or judge(missing[key][0])
-        except ValueError:
+        except Exception:
             failed.set()  # at once: until the main thread knows of it, the next one would be asked
             raise
         lines = [json.dumps({**verdict, "index": job.index}, ensure_ascii=False) + "\n" for job in missing[key]]
@@ -181,7 +183,7 @@ def parse(argv: list[str]):
     """Checked flags; ends with exit code 2 and all problems at once."""
     parser = judge_parser()
     args = parser.parse_args(argv)
-    problems = range_problems(args, at_least_one="concurrency", at_least_zero="max_retries limit")
+    problems = range_problems(args, at_least_one="concurrency timeout", at_least_zero="max_retries limit")
     args.base_url = args.base_url or os.environ.get("OPENAI_BASE_URL") or None
     if args.base_url is not None and not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", args.base_url):
         shown = "" if re.search("[?@]", args.base_url) else f" {args.base_url}"  # it may hold a key
@@ -223,7 +225,7 @@ def main(argv: list[str]):
         raise problem("--output_path", args.output_path, "has no verdict to report", "leave out --report_only")
     report = summarize(kind, verdicts, len({row.index for row in jobs or []} or {row["index"] for row in verdicts}))
     write_reports({Path(f"{args.output_path}.report.json"): report})
-    print(format_table(args.output_path, kind, report))
+    print(*map(visible, format_table(args.output_path, kind, report).split("\n")), sep="\n")
 
 
 if __name__ == "__main__":

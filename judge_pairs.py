@@ -156,7 +156,8 @@ def winner(scores: dict[str, float] | None) -> str:
 def is_sound(row: dict) -> bool:
     """Is what a verdict says of its row what `read_reply` finds? Any error says that it is not."""
     numbers = (row["scores"] or {}).values()
-    return row["winner"] == winner(row["scores"]) and all(type(number) in (int, float) for number in numbers)
+    are_sound = all(type(number) in (int, float) and 1 <= number <= 10 for number in numbers)
+    return row["winner"] == winner(row["scores"]) and are_sound
 
 
 def wilson(count: int, total: int) -> list[float]:

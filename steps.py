@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from folders import file_entry
-from utils import EXIT_LEFT, fail, free_port
+from utils import EXIT_LEFT, fail, free_port, visible
 
 
 class StepFailed(SystemExit):
@@ -22,10 +22,14 @@ class StepFailed(SystemExit):
 def run_words(words, environment):
     """Run a command and wait for it, also where this process is asked to leave: then it is asked to leave, too.
 
-    Returns (exit code, was this process asked to leave).
+    Returns (exit code, was this process asked to leave); the code is 127, as in a shell, where there is no such command.
     """
     asked = []
-    process = subprocess.Popen(words, env=environment)
+    try:
+        process = subprocess.Popen(words, env=environment)
+    except OSError as error:
+        print(f"{visible(words[0])}: cannot be started ({error.strerror})", file=sys.stderr, flush=True)
+        return 127, False
 
     def pass_on(number, frame):
         asked.append(number)
@@ -109,14 +113,14 @@ class Steps:
         key = self.key(command, inputs)
         if self.is_done(name, result, key):
             self.seconds += self.stamp(name)["seconds"]
-            print(f"\n== {name}: as before, {result}", flush=True)
+            print(f"\n== {visible(name)}: as before, {visible(result)}", flush=True)
             return
         if problem := self.conflict(name, key, result, goes_on):
             fail(problem)
         if self.is_own(result) and Path(result).is_dir() and not (goes_on and self.stamp(name)):
             shutil.rmtree(result)  # of a run that was broken off
         self.write_stamp(name, key, command, None)
-        print(f"\n== {name}\n$ {command}", flush=True)
+        print(f"\n== {visible(name)}\n$ {visible(command)}", flush=True)
         started = time.time()
         words = shlex.split(command.replace("--master_port 29500", f"--master_port {free_port()}"))
         self.digests.pop(str(result), None)

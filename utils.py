@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 
+BLANKS = "\n\t\xa0\u3000"  # not printable, but no harm to a terminal
 EXIT_BAD_NUMBERS = 3  # a loss or gradients that are not finite
 EXIT_STALLED = 4  # --step_timeout
 EXIT_LEFT = 75  # asked to leave, and everything is saved: start again with --resume auto (EX_TEMPFAIL of sysexits.h)
@@ -83,9 +84,13 @@ def fail(problems, prog=None, code=2):
     sys.exit(code)
 
 
-def visible(text):
-    """A text on one line, with the characters that a terminal would obey spelled out."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(str(text).splitlines()))
+def visible(text, as_lines=False):
+    """A text on one line, with the characters that a terminal would obey, or nobody would see, spelled out.
+
+    as_lines: keep the line ends, and the blanks that are harmless.
+    """
+    text, kept = (str(text), BLANKS) if as_lines else (" ".join(str(text).splitlines()), "")
+    return "".join(c if c.isprintable() or c in kept else repr(c)[1:-1] for c in text)
 
 
 def prepare_environment(device="auto"):
