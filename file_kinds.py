@@ -36,6 +36,12 @@ def is_table(head):
     return is_header(head.decode("utf-8", "ignore"))
 
 
+def is_weights(head):
+    """Does it begin as torch.save or safetensors write it?"""
+    is_torch = head.startswith(b"PK\x03\x04") and b"/data.pkl" in head[:300]
+    return is_torch or (head[8:10] == b'{"' and head[5:8] == bytes(3))
+
+
 def is_json(head):
     """Does it begin as rows do? Then the name of the file does not matter."""
     return head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[")
@@ -56,6 +62,7 @@ KINDS = {  # the first that fits
     ),
     "parquet": Kind("a Parquet file", from_pandas("read_parquet"), starts_with(b"PAR1"), (".parquet",)),
     "arrow": Kind("an Arrow file", from_pandas("read_feather"), starts_with(b"ARROW1"), (".arrow", ".feather")),
+    "weights": Kind("a file of weights", "give what the flag is for: weights lie in a checkpoint folder", is_weights),
     "zip": Kind("a zip archive", "unpack it first", starts_with(b"PK\x03\x04", b"PK\x05\x06")),
     "gzip": Kind("a gzip archive", "unpack it first", starts_with(b"\x1f\x8b")),
     "archive": Kind(
