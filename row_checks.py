@@ -1,5 +1,6 @@
 """What a row is: its fields checked, and what a run says once about the fields of all its rows."""
 
+import json
 import re
 from dataclasses import dataclass, field
 
@@ -146,7 +147,7 @@ def check_fields(row, place, columns):
 
 def wrapped(place, name):
     """The error for an object around the rows."""
-    key = f".{name}" if re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) else ".[KEY]"
+    key = f".{name}" if re.fullmatch(r"[A-Za-z_]\w{0,60}", name, re.ASCII) else f"'.[{json.dumps(name[:60])}]'"
     return ValueError(
         f"{place}: one object with the rows under {name[:60]!r}: give the list itself (jq {key} FILE > rows.json)"
     )

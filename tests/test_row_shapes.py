@@ -1,5 +1,6 @@
 """Rows as other tools write them: read with the same ids, or named for what they are; no field is lost in silence."""
 
+import functools
 import gzip
 import io
 import json
@@ -9,10 +10,15 @@ import pytest
 from conftest import ROOT, Golden
 from refusing import FOLDERS, NotNoticed, here  # noqa: F401, a fixture
 
+import compare_plan
 import data_set
 import file_kinds
+import judge
+import judge_rows
 import row_cache
+import score
 from data_set import Columns, Notes, check_items, read_file, read_row, read_rows, read_to_answer, show_row
+from ds_config import read_ds_file
 from row_cache import describe_counts, load_rows
 from row_checks import MEANINGFUL
 
@@ -131,7 +137,7 @@ def test_objects_over_lines_are_read_in_pieces(tmp_path, monkeypatch):
 
 LINE = json.dumps(ROW)
 NAMED = {
-    "comma-behind-a-row": (f"{LINE},\n{LINE},\n", r":1: .*: remove the comma behind the object, or put \[ \] around all"),
+    "comma-behind-a-row": (f"{LINE},\n{LINE},\n", r":1: .*: remove the comma behind the object, or put \[ \] around"),
     "comma-between-rows": (f"{LINE}, {LINE}", r":1: .*: remove the comma behind the object, or put \[ \] around all"),
     "comma-between-objects": (",\n".join([json.dumps(ROW, indent=1)] * 2), r":5: .*: remove the comma behind the obj"),
     "comma-at-the-end-of-an-array": (f"[{LINE},\n]", r":2: not a JSON array .*: remove the comma before \]"),
@@ -141,12 +147,12 @@ NAMED = {
     "python-over-lines": (str(ROW).replace(",", ",\n").replace("{", "{\n"), r":2: .*: it is a Python dict: write"),
     "none": (LINE[:-1] + ', "more": None}', ":1: .*: it is a Python dict"),
     "object-over-lines-below": (f"{LINE}\n{PRETTY}", r":2: '\{': not .* in one line \(jq -c \. FILE > rows\.jsonl\)"),
-    "under-a-key": (json.dumps({"data": ROWS}), r":1: one object with the rows under 'data': give the list itself \(jq"),
-    "under-a-key-over-lines": (json.dumps({"data": ROWS}, indent=1), r":1: one object .* \(jq \.data FILE > rows\.json"),
+    "under-a-key": (json.dumps({"data": ROWS}), r":1: one object with the rows under 'data': give the list itself"),
+    "under-a-key-over-lines": (json.dumps({"data": ROWS}, indent=1), r":1: one object .* \(jq \.data FILE > rows"),
     "under-a-later-key": (json.dumps({"version": "1", "rows": ROWS}), ":1: one object with the rows under 'rows'"),
-    "under-an-odd-key": (json.dumps({"a b": ROWS}), r"under 'a b': give the list itself \(jq \.\[KEY\] FILE"),
-    "dataset-info": (json.dumps({"a": {"file_name": "a.json"}, "b": {"hf_hub_url": "b"}}), r":1: a list of data sets \("),
-    "nan": (LINE.replace('"\\u7b54\\u6848"', "NaN"), ":1: field 'output' is NaN, which is no JSON: it must be a string"),
+    "under-an-odd-key": (json.dumps({"a b": ROWS}), r"""under 'a b': give .* \(jq '\.\["a b"\]' FILE"""),
+    "dataset-info": (json.dumps({"a": {"file_name": "a.json"}, "b": {"hf_hub_url": "b"}}), ":1: a list of data sets"),
+    "nan": (LINE.replace('"\\u7b54\\u6848"', "NaN"), ":1: field 'output' is NaN, which is no JSON: it must be"),
     "lfs": ("version https://git-lfs.github.com/spec/v1\n", r"\.json: is a Git LFS pointer, .*: fetch the file itself"),
     "page": ("\n <!DOCTYPE html><html>", r"\.json: is a web page: download the file itself"),
     "html": ("<html>{}</html>", r"\.json: is a web page"),
@@ -170,7 +176,7 @@ def archive(*names):
 NAMED |= {
     "zip": (archive("rows.json"), r"\.json: is a zip archive: unpack it first"),
     "xlsx": (archive("[Content_Types].xml", "xl/workbook.xml"), r"\.json: is an Excel workbook: .*read_excel"),
-    "weights": ((FOLDERS["glm3"] / "pytorch_model-00001-of-00002.bin").read_bytes()[:5000], r"\.json: is a file of wei"),
+    "weights": ((FOLDERS["glm3"] / "pytorch_model-00001-of-00002.bin").read_bytes()[:5000], r"\.json: is a file of w"),
 }
 
 
@@ -221,7 +227,7 @@ def test_a_field_with_a_meaning_is_refused_by_name(tmp_path, name, need_response
 
 
 def test_a_chat_is_refused_before_its_missing_columns_are(tmp_path):
-    with pytest.raises(ValueError, match=r"rows\.json:1: field 'conversations' .* several turns: give the last question"):
+    with pytest.raises(ValueError, match=r"rows\.json:1: field 'conversations' .* several turns: give the last"):
         read(tmp_path / "rows.json", json.dumps({"conversations": [{"from": "human", "value": "a"}], "id": 1}))
 
 
@@ -231,7 +237,7 @@ def test_every_flag_for_rows_refuses_such_a_field(here, flag):  # noqa: F811
     flags = f"--{flag} chat.json" + " --replay_ratio 0.5" * (flag == "replay_path")
     code, lines = run_with_cache(here, flags)
     assert code == 2 and len(lines) == 1
-    assert "chat.json:1: field 'history' would be ignored: it holds earlier turns: put them into the question" in lines[0]
+    assert "chat.json:1: field 'history' would be ignored: it holds earlier turns: put them into the ques" in lines[0]
 
 
 def run_with_cache(here, flags):  # noqa: F811
@@ -345,13 +351,14 @@ def test_files_of_a_folder_that_are_not_read_are_said(glm3, tokenizer, tmp_path,
     for name in ("README.md", ".b.csv", "c.csv", "d.txt", "e.JSON", "f.parquet", "g.jsonl.gz", "h.xlsx"):
         write(folder / name, "")
     (folder / "more").mkdir()
-    says = f"rows: {folder}: only its *.json and *.jsonl are read, not c.csv, d.txt, e.JSON, f.parquet, g.jsonl.gz and 2"
+    says = f"rows: {folder}: only its *.json and *.jsonl are read, not "
+    says += "c.csv, d.txt, e.JSON, f.parquet, g.jsonl.gz and 2 others"
     for _ in range(2):  # from the cache too
         _, counts = load(glm3, tokenizer, str(folder))
-        assert said(counts) == [f"{says} others"]
-    assert read_to_answer([str(folder)], Columns())[1] == f"{says} others"
+        assert said(counts) == [says]
+    assert read_to_answer([str(folder)], Columns())[1] == says
     (folder / "a.json").unlink()
-    with pytest.raises(ValueError, match=r"no \*\.json or \*\.jsonl file in this folder: .* not c\.csv, d\.txt, e\.JSON"):
+    with pytest.raises(ValueError, match=r"no \*\.json or \*\.jsonl file in this folder: .* not c\.csv, d\.txt, e"):
         data_set.data_files([str(folder)])
 
 
@@ -364,6 +371,24 @@ def test_files_of_the_clone_have_their_line_ends():
     assert "* text=auto eol=lf" in lines
     for ending in ("bin", "model", "safetensors"):
         assert f"*.{ending} binary" in lines
+
+
+@pytest.mark.parametrize("name, content, read", [
+    ("criteria.txt", "One.\n\nTwo.\n", lambda path: judge.read_criteria(path, judge.KINDS["pairs"], "en")),
+    ("plan.yaml", "base: |\n  a\n  b\nmethods:\n  - 1\n", compare_plan.read_yaml),
+    ("ds.json", '{\n"zero_optimization": {\n"stage": 2\n}\n}\n', read_ds_file),
+    ("rows.jsonl", LINES, lambda path: [row["query"] for row in read_rows([path], Columns())]),
+    ("answers.jsonl", '{"prediction": "a", "output": "b"}\n' * 2, lambda path: score.read_predictions(path).answers),
+    ("answers.jsonl", '{"query": "q", "prediction": "a"}\n' * 2, functools.partial(judge_rows.read_answers, "--predictions")),
+])
+def test_line_ends_do_not_matter_in_files_that_people_bring(tmp_path, name, content, read):
+    """LF or CR LF, a mark at the start or none: the same is read."""
+    found = [
+        read(write(tmp_path / name, start + content.replace("\n", end).encode()))
+        for end in ("\n", "\r\n")
+        for start in (b"", b"\xef\xbb\xbf")
+    ]
+    assert all(value == found[0] for value in found)
 
 
 def test_good_rows_are_trained_with(here):  # noqa: F811
