@@ -1,5 +1,6 @@
 """What a row is: its fields checked, and what a run says once about the fields of all its rows."""
 
+import functools
 import json
 import re
 from dataclasses import dataclass, field
@@ -39,10 +40,10 @@ class Columns:
         """Fields whose texts, put together with nothing between, are the query."""
         return (self.prompt,) if self.prompt else ("instruction", "input")
 
-    @property
+    @functools.cached_property
     def used(self):
         """All fields that are read."""
-        return (*self.sources, self.response, *self.others)
+        return frozenset((*self.sources, self.response, *self.others))
 
 
 class Number(str):
@@ -111,7 +112,8 @@ def check_row(row, place, columns, need_response, notes):
     """
     if not isinstance(row, dict):
         raise ValueError(f"{place}: {json_type(row)}, not an object: a row is {{...}} with string fields")
-    check_fields(row, place, columns)
+    if others := row.keys() - columns.used:
+        check_fields(row, place, columns)
     texts = [text_of(row, name, place, may_lack=name == "input" and not columns.prompt) for name in columns.sources]
     query = "".join(text or "" for text in texts)
     answer = text_of(row, columns.response, place, may_lack=not need_response)
@@ -120,16 +122,17 @@ def check_row(row, place, columns, need_response, notes):
     if need_response and not answer.strip():
         raise ValueError(f"{place}: field {columns.response!r} is empty: a row needs an answer to learn")
     notes.rows += 1
-    notes.numbers += sum(type(row.get(name)) is Number for name in (*columns.sources, columns.response))
+    notes.numbers += [type(row.get(name)) for name in (*columns.sources, columns.response)].count(Number)
     joint = len(texts[0]) if all(texts) and len(texts) == 2 else 0
     if joint and (word := joined_word(*texts)):
         notes.joined += 1
         notes.example = notes.example or word
-    for name in row:
-        if name not in columns.used and (name not in MEANINGFUL or not is_empty(row[name])):
-            notes.count_unused(name)
-    others = {name: row[name] for name in columns.others if name in row}
-    return {"query": query, "answer": answer, "place": place, "joint": joint, **others}
+    if others:
+        for name in filter(others.__contains__, row):  # in the order of the file
+            if name not in MEANINGFUL or not is_empty(row[name]):
+                notes.count_unused(name)
+    more = {name: row[name] for name in columns.others if name in row}
+    return {"query": query, "answer": answer, "place": place, "joint": joint, **more}
 
 
 def check_fields(row, place, columns):
@@ -181,6 +184,8 @@ def text_of(row, name, place, may_lack):
 
 def joined_word(instruction, text):
     """How an instruction and an input of Latin script run together, as an example; None where they do not."""
-    end = re.search(rf"[A-Za-z0-9]{{1,{EXAMPLE_CHARS}}}\Z", instruction[-EXAMPLE_CHARS:])
-    start = re.match(rf"[A-Za-z0-9]{{1,{EXAMPLE_CHARS}}}", text)
-    return f"{end[0]!r} + {start[0]!r} is {end[0] + start[0]!r}" if end and start else None
+    if not (instruction[-1] + text[0]).isascii() or not (instruction[-1] + text[0]).isalnum():
+        return None
+    end = re.search(r"[A-Za-z0-9]+\Z", instruction[-EXAMPLE_CHARS:])
+    start = re.match(r"[A-Za-z0-9]+", text[:EXAMPLE_CHARS])
+    return f"{end[0]!r} + {start[0]!r} is {end[0] + start[0]!r}"

@@ -324,7 +324,8 @@ def test_notes_of_batches_are_added(glm3, tokenizer, tmp_path, cache, monkeypatc
 
 @pytest.mark.parametrize("instruction, text, is_joined", [
     ("to French", "apple", True), ("1", "2", True), ("to French ", "apple", False), ("to French", "\napple", False),
-    ("to French:", "apple", False), ("翻译", "apple", False), ("to French", "苹果", False), ("to French", "", False),
+    ("to French:", "apple", False), ("翻译", "apple", False), ("to French", "苹果", False),
+    ("to French", "", False),
 ])
 def test_words_that_run_together_are_counted(tmp_path, instruction, text, is_joined):
     """Instruction and input are joined with nothing between."""
