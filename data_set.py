@@ -60,7 +60,7 @@ def files_left(paths):
                 names.append(name + "/" * is_folder)
         if names:
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} others" if len(names) > 5 else "")
-            said.append(f"{folder}: only its *.json and *.jsonl are read, not {shown}")
+            said.append(f"in {folder} only *.json and *.jsonl are read, not {shown}")
     return said
 
 

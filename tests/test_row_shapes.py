@@ -352,7 +352,7 @@ def test_files_of_a_folder_that_are_not_read_are_said(glm3, tokenizer, tmp_path,
     for name in ("README.md", ".b.csv", "c.csv", "d.txt", "e.JSON", "f.parquet", "g.jsonl.gz", "h.xlsx"):
         write(folder / name, "")
     (folder / "more").mkdir()
-    says = f"rows: {folder}: only its *.json and *.jsonl are read, not "
+    says = f"rows: in {folder} only *.json and *.jsonl are read, not "
     says += "c.csv, d.txt, e.JSON, f.parquet, g.jsonl.gz and 2 others"
     for _ in range(2):  # from the cache too
         _, counts = load(glm3, tokenizer, str(folder))
