@@ -54,9 +54,10 @@ def add_device_flags(parser, precision="auto: bf16 where the card has it, fp16 o
 def add_row_flags(parser):
     """Names of the fields of a row."""
     parser.add_argument(
-        "--prompt_column", help="field that holds the whole question; without it instruction + input is the question"
+        "--prompt_column",
+        help="field that holds the whole question; left out: instruction and input, joined with nothing between",
     )
-    parser.add_argument("--response_column", default="output", help="field that holds the answer")
+    parser.add_argument("--response_column", default="output", help="field that holds the answer, a string or a number")
 
 
 def add_base_flag(parser):

@@ -19,7 +19,7 @@ import unicodedata
 from arguments import collect, forgetting_parser, model_problems, output_file_problems, range_problems
 from bootstrap import weighted_mean
 from checkpoint import load_opened, open_checkpoint
-from data_set import Columns, check_items, data_files, encode_row, place_of, read_file
+from data_set import Columns, Notes, check_items, data_files, encode_row, read_file
 from modes import read_json
 from predict import Answerer, make_batches
 from utils import choose_device, choose_precision, fail, prepare_environment, torch_dtype, world_size
@@ -67,13 +67,13 @@ def parse_args(argv):
     """(checked flags, rows of the suite, result of --before or {}); ends with exit code 2 and all problems at once."""
     parser = forgetting_parser()
     args = parser.parse_args(argv)
-    suite, before = [], {}
+    suite, before, notes = [], {}, Notes()
     problems = range_problems(args, at_least_one="batch_size max_new_tokens", at_least_zero="batch_tokens")
     if args.no_generate and "max_new_tokens" in parser.typed(argv):
         problems.append("--max_new_tokens: belongs to the answers: remove it or --no_generate")
     if world_size() > 1:
         problems.append("WORLD_SIZE: this is one process: start it with python, not with the launcher")
-    problems += collect(lambda: suite.extend(read_suite(args.suite)), prefix="--suite ")
+    problems += collect(lambda: suite.extend(read_suite(args.suite, notes)), prefix="--suite ")
     if args.before:
         problems += collect(lambda: before.update(read_before(args.before)), prefix="--before ")
     inputs = [path for path in (args.before, args.suite) if path]
@@ -82,21 +82,26 @@ def parse_args(argv):
         problems += model_problems(args, "--model_path", args.model_path)
     if problems:
         fail(problems, parser.prog)
+    for line in notes.lines("suite"):
+        print(line)
     return args, suite, before
 
 
 # The suite, and how an answer is scored.
 
 
-def read_suite(path):
-    """Rows {"query", "answer", "place", "category", "check", "accept"} of a file or of the files in a folder."""
+SUITE_COLUMNS = Columns(others=("category", "check", "accept"))
+
+
+def read_suite(path, notes=None):
+    """Rows {"query", "answer", "place", "category", "check", "accept"} of a file or of the files in a folder.
+
+    notes: Notes that are filled while rows are read.
+    """
     rows = []
     for file in data_files([path]):
-        part = read_file(file)
-        items = list(part.items)
-        for number, row in check_items(part._replace(items=items), Columns()):
-            place = place_of(file, part.is_array, number)
-            rows.append({**row, **check_scoring(json.loads(items[number - part.first]), place)})
+        for _, row in check_items(read_file(file), SUITE_COLUMNS, notes=notes):
+            rows.append({**row, **check_scoring(row, row["place"])})
     if not rows:
         raise ValueError(f"{path}: no row in it: give at least one")
     return rows
@@ -114,7 +119,7 @@ def check_scoring(row, place):
     if not is_right or (check in ("all", "contains") and not (lists and all(lists))):
         kind = "lists of strings" if check == "all" else "strings"
         raise ValueError(f"{place}: field 'accept': check {check} takes a list of {kind}, none of them empty")
-    if check == "number" and last_number(row["output"]) is None:
+    if check == "number" and last_number(row["answer"]) is None:
         raise ValueError(f"{place}: field 'output' holds no number, which check number needs: add one")
     return {"category": category, "check": check, "accept": accept}
 

@@ -42,7 +42,7 @@ def read_criteria(path: str | None, kind, language: str) -> str:
     if path is None:
         return kind.LANGUAGES[language]["criteria"]
     try:
-        text = read_bytes("--criteria", path).decode("utf-8-sig").strip()
+        text = read_bytes("--criteria", path).decode("utf-8-sig").replace("\r\n", "\n").strip()
     except UnicodeDecodeError:
         raise problem("--criteria", path, "is not UTF-8", "save it as UTF-8") from None
     if not text:

@@ -16,7 +16,7 @@ import time
 
 from arguments import columns_of, parse_predict
 from checkpoint import load_opened, open_checkpoint
-from data_set import read_rows
+from data_set import read_to_answer
 from utils import (
     barrier,
     choose_device,
@@ -38,7 +38,9 @@ def main(argv):
     args = parse_predict(argv)
     if world_size() > 1 and not args.test_path:
         fail("--prompt and --interactive: are for one process: start it with python, not with the launcher")
-    rows = list(read_rows(args.test_path, columns_of(args), need_response=False)) if args.test_path else []
+    rows, said = read_to_answer(args.test_path, columns_of(args)) if args.test_path else ([], "")
+    if said:
+        print_rank_0(said)
     prepare_environment(args.device)
     opened = open_checkpoint(args.model_path, args.mode, base=args.model_name_or_path)
     device = choose_device(args.device)

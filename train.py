@@ -11,7 +11,7 @@ import time
 from arguments import columns_of, folder_problems
 from batches import Updates, collate, to_device
 from checkpoint import checkpoint_bytes, read_config, read_tokenizer, resolve_folder
-from data_set import show_row
+from data_set import read_row, show_row
 from ds_config import complete_config, offloads, read_ds_file, wanted_precision
 from evaluation import Evaluation, texts_of
 from folders import require_space
@@ -118,7 +118,7 @@ def main(argv, watch):
         rows = mix(rows, encoded(args.replay_path, "general rows"), args.replay_ratio, args.seed)
     if len(rows) < world:
         fail(f"--train_path: {len(rows)} rows for {world} processes: give at least one row to each, or start fewer")
-    print_rank_0(show_row(rows[0], tokenizer))
+    print_rank_0(show_row(rows[0], tokenizer, read_row(args.train_path, columns_of(args), rows.place(0))))
     updates = Updates(
         rows.lengths,
         rows.num_labels,

@@ -31,7 +31,7 @@ from arguments import (  # noqa: E402
     sampling_problems,
 )
 from checkpoint import RUN_FILE, open_checkpoint, read_run  # noqa: E402
-from data_set import data_files, read_rows  # noqa: E402
+from data_set import data_files, read_to_answer  # noqa: E402
 from modes import MODES  # noqa: E402
 from predict import output_row  # noqa: E402
 from utils import fail, prepare_environment  # noqa: E402
@@ -133,13 +133,15 @@ def folder_problems(args):
 def main(argv):
     """Answer all rows, or only check that they can be."""
     args = parse(argv)
-    rows = list(read_rows(args.test_path, columns_of(args), need_response=False))
+    rows, said = read_to_answer(args.test_path, columns_of(args))
     prepare_environment("cpu")
     opened = open_checkpoint(args.model_path, args.mode)
     tokenizer = opened.tokenizer(opened.config())
     if args.check:
         print(os.path.abspath(opened.folder))
         return
+    if said:
+        print(said)
     started = time.time()
     lines = answer_rows(Client(args.url, tokenizer, opened.mode.prompt, args), rows, args.num_requests)
     write_whole(args.output_path, lines)

@@ -441,7 +441,7 @@ def test_hash_is_of_the_questions_and_not_of_the_file(tmp_path):
     "change, says",
     [
         ({"category": " "}, "field 'category'"),
-        ({"category": 3}, "field 'category'"),
+        ({"category": ["facts"]}, "field 'category'"),
         ({"check": "guess"}, "field 'check': must be one of exact, contains"),
         ({"check": []}, "field 'check'"),
         ({"accept": "北京"}, "check contains takes a list of strings"),

@@ -15,7 +15,7 @@ from tuning import TRAIN_TYPES, count_parameters, matches
 # A file may import those of its own level and below.
 LEVELS = [
     {"glm_common", "glm1", "glm2", "glm3"},
-    {"utils", "modes", "tasks", "folders", "watch", "plots", "steps", "report_words"},
+    {"utils", "modes", "tasks", "folders", "watch", "plots", "steps", "report_words", "file_kinds", "row_checks"},
     {"tuning", "data_set", "batches", "guard", "ds_config", "optimizer", "run_log", "weights", "metrics", "bootstrap"},
     {"progress", "checkpoint", "resume", "run_folder", "row_cache", "row_sets", "report", "report_text"},
     {"arguments", "train_arguments", "compare_plan"},
