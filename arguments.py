@@ -66,6 +66,16 @@ def add_base_flag(parser):
     )
 
 
+def add_normalize_flag(parser, when=""):
+    """--no_normalize, alike wherever answers are scored."""
+    parser.add_argument(
+        "--no_normalize",
+        action="store_true",
+        help=f"score texts as they are{when}; off: both sides are folded with NFKC, so that full-width and ASCII marks"
+        " are alike",
+    )
+
+
 def collect(function, *values, prefix=""):
     """The problem that a call raises, as a list."""
     try:
@@ -316,8 +326,15 @@ def score_parser():
         help="resamples of the rows that the 95 %% intervals are made of; 0: no intervals",
     )
     parser.add_argument(
-        "--output_path", help="JSON for the scores of one file; left out: FILE with .scores.json behind"
+        "--output_path",
+        help="JSON for the scores of one file; left out: FILE.scores.json, with --task FILE.TASK.scores.json",
     )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a file with scores of other settings, or of another kind; off: only scores of the same settings",
+    )
+    add_normalize_flag(parser)
     parser.add_argument(
         "--prediction_column",
         default="prediction",
@@ -426,6 +443,13 @@ def doctor_parser():
     parser = OneLineParser(prog="doctor.py", description="Look at this machine, the packages and checkpoint folders.")
     parser.add_argument("folders", nargs="*", default=[], help="checkpoint, adapter, prefix or training output folders")
     parser.add_argument("--mode", choices=MODES, help="model family of the folders; left out: read from each")
+    parser.add_argument(
+        "--train_path",
+        nargs="+",
+        help="rows whose answers are sent through the folders' tokenizers and back: files, or folders of *.json[l];"
+        " left out: none",
+    )
+    add_row_flags(parser)
     parser.add_argument(
         "--full",
         action="store_true",
