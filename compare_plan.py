@@ -33,6 +33,7 @@ KEYS = {  # key of the file: (type, what messages call it, is it needed)
     "methods": (list, "a list of methods", True),
     "seeds": (list, "a list of different whole numbers, 0 or more", False),
     "forgetting": (bool, "true or false", False),
+    "no_normalize": (bool, "true or false", False),
 }
 METHOD_KEYS = {
     "name": (str, "a name", True),
@@ -70,6 +71,7 @@ class Plan:
     methods: list = field(default_factory=list)
     seeds: list = field(default_factory=lambda: [1234])
     forgetting: bool = False
+    no_normalize: bool = False  # of score.py
     language: str = "en"  # of the report
 
 

@@ -401,9 +401,6 @@ def test_texts_are_compared_folded_on_both_sides(task):
         for name in find_task(task).metrics:
             assert folded[name] in (None, pytest.approx(100, abs=1e-5)), name
             assert folded[name] is None or plain[name] < 90, name
-    assert score.score_rows([reference], [reference], task) == score.score_rows([prediction], [prediction], task) or (
-        task == "classification"  # whose rows hold the labels
-    )
 
 
 def test_the_folding_is_said_beside_the_numbers_and_can_be_switched_off(tmp_path, capsys):
