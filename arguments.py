@@ -456,3 +456,24 @@ def doctor_parser():
         help="read every weight, compare SHA-256 and compile the offload optimizer; off: headers, names and sizes",
     )
     return parser
+
+
+def parse_doctor(argv):
+    """Checked flags of doctor.py; ends with exit code 2 and all problems at once."""
+    parser = doctor_parser()
+    args = parser.parse_args(argv)
+    problems = []
+    if args.train_path and not args.folders:
+        fix = "name its folder first, python doctor.py FOLDER --train_path ROWS"
+        problems.append(f"--train_path {' '.join(args.train_path)}: needs the tokenizer of a checkpoint: {fix}")
+    problems += collect(data_files, args.train_path or [], prefix="--train_path ")
+    problems += [
+        f"--{name}: belongs to --train_path: add it or remove this flag"
+        for name in ("prompt_column", "response_column")
+        if name in parser.typed(argv) and not args.train_path
+    ]
+    if args.response_column in columns_of(args).sources:
+        problems.append(f"--response_column {args.response_column}: is part of the question: name the answer's field")
+    if problems:
+        fail(problems, parser.prog)
+    return args
