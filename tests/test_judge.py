@@ -730,5 +730,7 @@ def test_a_report_is_replaced_by_one_of_the_same_judge_or_with_a_word(serve, her
     assert f"it replaces the report on {MODEL} (zh, other criteria), which --report_only with the flags" in out
     path = Path(f"{here.output}.report.json")
     path.write_text("mine")
-    here.fails("report.json: the report goes there, and it is no report of judge.py: choose another", server.url)
-    assert path.read_text() == "mine"
+    num_requests = len(server.requests)
+    says = "report.json: the report goes there, and it is no report of judge.py: choose another"
+    here.fails(says, server.url, "--criteria", str(here.folder / "candidate.jsonl"))
+    assert path.read_text() == "mine" and len(server.requests) == num_requests  # before anything is asked
