@@ -3,7 +3,8 @@
     bash scripts/quickstart.sh
 
 Every step is a command that is printed before it runs; a step whose command, inputs and result are there already, as
-it left them, is not run again. Nothing here is special to the tiny model: put a real checkpoint into the commands that it prints.
+it left them, is not run again. Nothing here is special to the tiny model: put a real checkpoint into the commands that
+it prints.
 """
 
 import argparse
