@@ -177,8 +177,8 @@ METRICS = {
 
 
 FOLDING = {  # a sentence behind each definition
-    True: "Both texts are folded first with NFKC (unicodedata.normalize), so that full-width and ASCII forms are alike; "
-    "… becomes ..., ① 1, ² 2, ＿ _, and an ideographic space a plain one.",
+    True: "Both texts are folded first with NFKC (unicodedata.normalize): full-width and ASCII forms are alike, … "
+    "becomes ..., ① 1, ² 2, ＿ _, and an ideographic space a plain one.",
     False: "The texts are compared as they are (--no_normalize): （ and ( differ.",
 }
 

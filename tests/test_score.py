@@ -449,7 +449,7 @@ def test_scores_of_other_settings_are_not_overwritten(tmp_path, capsys):
         ([path, "--reference_column", "prediction", "--prediction_column", "output"], "--prediction_column was"),
         ([other, "--output_path", str(scores)], f"p.scores.json: holds the scores of {path}"),
         ([str(tmp_path / "p.json")], f"p.scores.json: holds the scores of {path}"),
-        ([path, "--output_path", str(tmp_path / "rows.json")], "rows.json: exists and holds no scores: add --overwrite"),
+        ([path, "--output_path", str(tmp_path / "rows.json")], "rows.json: exists and holds no scores: add"),
     ):
         before = {file: file.read_bytes() for file in tmp_path.iterdir()}
         assert exit_code(["--predictions", *arguments]) == 2
