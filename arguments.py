@@ -67,6 +67,16 @@ def add_base_flag(parser):
     )
 
 
+def add_normalize_flag(parser, when=""):
+    """--no_normalize, alike wherever answers are scored."""
+    parser.add_argument(
+        "--no_normalize",
+        action="store_true",
+        help=f"score texts as they are{when}; off: both sides are folded with NFKC, so that full-width and ASCII marks"
+        " are alike",
+    )
+
+
 def collect(function, *values, prefix=""):
     """The problem that a call raises, as a list."""
     try:
@@ -317,8 +327,15 @@ def score_parser():
         help="resamples of the rows that the 95 %% intervals are made of; 0: no intervals",
     )
     parser.add_argument(
-        "--output_path", help="JSON for the scores of one file; left out: FILE with .scores.json behind"
+        "--output_path",
+        help="JSON for the scores of one file; left out: FILE.scores.json, with --task FILE.TASK.scores.json",
     )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a file with scores of other settings, or of another kind; off: only scores of the same settings",
+    )
+    add_normalize_flag(parser)
     parser.add_argument(
         "--prediction_column",
         default="prediction",
@@ -435,8 +452,36 @@ def doctor_parser():
     parser.add_argument("folders", nargs="*", default=[], help="checkpoint, adapter, prefix or training output folders")
     parser.add_argument("--mode", choices=MODES, help="model family of the folders; left out: read from each")
     parser.add_argument(
+        "--train_path",
+        nargs="+",
+        help="rows whose answers are sent through the folders' tokenizers and back: files, or folders of *.json[l];"
+        " left out: none",
+    )
+    add_row_flags(parser)
+    parser.add_argument(
         "--full",
         action="store_true",
         help="read every weight, compare SHA-256 and compile the offload optimizer; off: headers, names and sizes",
     )
     return parser
+
+
+def parse_doctor(argv):
+    """Checked flags of doctor.py; ends with exit code 2 and all problems at once."""
+    parser = doctor_parser()
+    args = parser.parse_args(argv)
+    problems = []
+    if args.train_path and not args.folders:
+        fix = "name its folder first, python doctor.py FOLDER --train_path ROWS"
+        problems.append(f"--train_path {' '.join(args.train_path)}: needs the tokenizer of a checkpoint: {fix}")
+    problems += collect(data_files, args.train_path or [], prefix="--train_path ")
+    problems += [
+        f"--{name}: belongs to --train_path: add it or remove this flag"
+        for name in ("prompt_column", "response_column")
+        if name in parser.typed(argv) and not args.train_path
+    ]
+    if args.response_column in columns_of(args).sources:
+        problems.append(f"--response_column {args.response_column}: is part of the question: name the answer's field")
+    if problems:
+        fail(problems, parser.prog)
+    return args

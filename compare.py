@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from arguments import compare_parser, place_problem
+from arguments import collect, compare_parser, place_problem
 from bootstrap import middle, resampled
 from checkpoint import read_config
 from compare_plan import FILE_FLAGS, as_list, as_text, has_base, predict_words, read_plan, train_args, train_words
@@ -32,10 +32,10 @@ from ds_config import find_ds_file, is_own_file
 from folders import numbered
 from metrics import METRICS, metrics_of
 from modes import MODES, possible_modes
-from report import write_report
+from report import read_results, write_report
 from resume import STATE
 from run_log import parse
-from score import read_predictions, score_rows
+from score import read_predictions, score_rows, scores_path
 from steps import StepFailed, Steps, newest_checkpoint, run_words
 from tasks import find_task
 from train_arguments import train_parser
@@ -80,6 +80,7 @@ def main(argv, run_words=run_words):
     out = os.path.normpath(args.output_dir or default_output_dir(args.config))
     if problem := place_problem("--output_dir", out):
         problems.append(problem)
+    problems += collect(read_results, os.path.join(out, "report"), prefix="--output_dir: ")
     if args.report_only and not os.path.isdir(out):
         problems.append(f"--report_only: there is no {out}: run it first, or give its --output_dir")
     if problems:
@@ -192,7 +193,8 @@ def answer_steps(plan, out, folder, model):
     inputs = [*weights_of(model), *data_files(plan.test_path)]
     yield Step(f"{folder}/predict", f"python {program('predict.py')} {shlex.join(words)}", inputs, answers)
     words = ["--predictions", answers, *(["--task", plan.task] if plan.task else [])]
-    scores = f"{out}/{folder}/predictions.scores.json"
+    words += [*(["--no_normalize"] if plan.no_normalize else []), "--overwrite"]
+    scores = str(scores_path(answers, plan.task))
     yield Step(f"{folder}/score", f"python {program('score.py')} {shlex.join(words)}", [answers], scores)
     if plan.forgetting:
         before, result = f"{out}/base/forgetting.json", f"{out}/{folder}/forgetting.json"
@@ -225,7 +227,12 @@ def checkpoint_of(folder):
 
 def report(plan, steps, out):
     """Gather the figures of what is done and write the report; returns the path of its page."""
-    return write_report(figures(plan, steps, out), os.path.join(out, "report"))
+    folder = os.path.join(out, "report")
+    before = read_results(folder).get("plan", plan.path)
+    if before != plan.path:
+        again = f"python compare.py {shlex.quote(before)} --output_dir {shlex.quote(out)} --report_only"
+        print(f"\n{folder}: replaces the report on {before}, which this makes again: {again}", flush=True)
+    return write_report(figures(plan, steps, out), folder)
 
 
 def figures(plan, steps, out):
@@ -257,6 +264,7 @@ def figures(plan, steps, out):
         "language": plan.language,
         "base_model": plan.base,
         "task": plan.task,
+        "no_normalize": plan.no_normalize,
         "primary": task.primary,
         "metrics": {name: METRICS[name].title for name in task.metrics},
         "train_path": plan.train_path,
@@ -304,25 +312,26 @@ def read_answers(plan, steps, out, folder, model):
     """What a model answered, and its scores: {"status", "commands"} and, if that is done, "rows", "answers"."""
     todo = list(answer_steps(plan, out, folder, model))
     run = {"status": "not run", "commands": [step.command for step in todo]}
-    for step in todo:
+    predicted, _, *measured = todo  # the figures are of the answers: what lies in a file of scores is not asked
+    for step in (predicted, *measured):
         if not steps.is_current(step.name, step.command, step.inputs, step.result):
             return run
-    path = todo[0].result
-    rows, answers = scored(path, os.stat(path).st_mtime_ns, plan.task)
+    path = predicted.result
+    rows, answers = scored(path, os.stat(path).st_mtime_ns, plan.task, not plan.no_normalize)
     run |= {"status": "done", "rows": rows, "answers": answers}
     if plan.forgetting:
-        with open(todo[2].result, encoding="utf-8") as file:
+        with open(measured[0].result, encoding="utf-8") as file:
             run["forgetting"] = json.load(file).get("difference")
     return run
 
 
 @functools.cache
-def scored(path, changed, task):
+def scored(path, changed, task, normalize):
     """(scored rows, [(question, reference, answer), ...]) of a file of predictions that was written at a time."""
     predictions = read_predictions(path)
     with open(path, encoding="utf-8") as file:
         questions = [json.loads(line)["query"] for line in file if line.strip()]
-    rows = score_rows(predictions.answers, predictions.references, task)["rows"]
+    rows = score_rows(predictions.answers, predictions.references, task, normalize)["rows"]
     return rows, list(zip(questions, predictions.references, predictions.predictions))
 
 

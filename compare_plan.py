@@ -36,6 +36,7 @@ KEYS = {  # key of the file: (type, what messages call it, is it needed)
     "methods": (list, "a list of methods", True),
     "seeds": (list, "a list of different whole numbers, 0 or more", False),
     "forgetting": (bool, "true or false", False),
+    "no_normalize": (bool, "true or false", False),
 }
 METHOD_KEYS = {
     "name": (str, "a name", True),
@@ -80,6 +81,7 @@ class Plan:
     methods: list = field(default_factory=list)
     seeds: list = field(default_factory=lambda: [1234])
     forgetting: bool = False
+    no_normalize: bool = False  # of score.py
     language: str = "en"  # of the report
 
 

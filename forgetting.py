@@ -14,12 +14,12 @@ import math
 import os
 import re
 import sys
-import unicodedata
 
 from arguments import collect, forgetting_parser, model_problems, output_file_problems, range_problems
 from bootstrap import weighted_mean
 from checkpoint import load_opened, open_checkpoint
 from data_set import Columns, Notes, check_items, data_files, encode_row, read_file
+from metrics import fold
 from modes import read_json
 from predict import Answerer, make_batches
 from utils import choose_device, choose_precision, fail, prepare_environment, torch_dtype, world_size
@@ -47,6 +47,7 @@ def main(argv):
     }
     if before:
         require_comparable(before, result, args.before)
+        rescore(before["rows"], suite)
     model, tokenizer = load_opened(opened, torch_dtype(result["precision"]), device)
     rows = measure_losses(model, tokenizer, opened.mode.prompt, suite, args)
     if not args.no_generate:
@@ -140,17 +141,17 @@ def words(text):
 
     `words(a) in words(b)` then means: a stands in b, whatever the white space, and not inside a longer word or number.
     """
-    return "".join(f" {word} " for word in re.findall(r"\w+|\S", unicodedata.normalize("NFKC", text), re.ASCII))
+    return "".join(f" {word} " for word in re.findall(r"\w+|\S", fold(text), re.ASCII))
 
 
 def plain(text):
     """`words` of a text without the quotes and full stops around it."""
-    return words(unicodedata.normalize("NFKC", text).strip(" \t\r\n\"'“”‘’「」《》`*。.!"))
+    return words(fold(text).strip(" \t\r\n\"'“”‘’「」《》`*。.!"))
 
 
 def last_number(text):
     """The last number of a text, with or without commas between thousands; None where there is none."""
-    text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", unicodedata.normalize("NFKC", text).replace("−", "-"))
+    text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", fold(text).replace("−", "-"))
     found = re.findall(r"(?:(?<![A-Za-z0-9_)])-)?[0-9]+(?:\.[0-9]+)?", text)
     return float(found[-1]) if found else None
 
@@ -301,6 +302,13 @@ def read_before(path):
     if not is_result:
         raise ValueError(f"{path}: is not a result of forgetting.py: name what its --output_path wrote")
     return result
+
+
+def rescore(rows, suite):
+    """Score the answers of an earlier result anew: that of an older version would differ by how it scores, too."""
+    for row, asked in zip(rows, suite):
+        if "score" in row and isinstance(row.get("prediction"), str):
+            row["score"] = score_answer(row["prediction"], asked)
 
 
 def require_comparable(before, now, path):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import judge_pairs
 import judge_questions
-from arguments import judge_parser, place_problem, range_problems
+from arguments import collect, judge_parser, place_problem, range_problems
 from endpoint import ASKS, GO_ON, MOST_REPLY, MOST_TOKENS, USAGE, Endpoint
 from judge_rows import Job, digest, read_bytes
 from score import parse_row, problem, quote, write_reports
@@ -169,6 +169,35 @@ def summarize(kind, verdicts: list[dict], num_rows: int) -> dict:
     }
 
 
+def report_path(output_path: str) -> Path:
+    """Where the report on a file of verdicts goes."""
+    return Path(f"{output_path}.report.json")
+
+
+def read_report(output_path: str) -> dict:
+    """The report that the next one will replace, {} where there is none; ValueError for a file of another kind."""
+    path = report_path(output_path)
+    if not os.path.lexists(path):
+        return {}
+    try:
+        report = json.loads(read_bytes("--output_path", str(path)))
+        if {*JUDGE, "num_verdicts"} <= report.keys():
+            return report
+    except (ValueError, AttributeError, RecursionError):
+        pass
+    rule = "the report goes there, and it is no report of judge.py"
+    raise problem("--output_path", str(path), rule, "choose another --output_path")
+
+
+def replaced(before: dict, report: dict) -> str:
+    """A line about the report that this one has replaced, where that was of another judge; nothing otherwise."""
+    if not before or all(before[name] == report[name] for name in JUDGE):
+        return ""
+    judge = f"{before['model']} ({before['language']}"
+    judge += ", other criteria)" if before["criteria_hash"] != report["criteria_hash"] else ")"
+    return f"it replaces the report on {judge}, which --report_only with the flags of that judge makes again"
+
+
 def format_table(path: str, kind, report: dict) -> str:
     """The report for a reader."""
     lines = [f"{path}: {report['num_rows']} {kind.ROWS}, judged by {report['model']} ({report['language']})", ""]
@@ -200,6 +229,8 @@ def parse(argv: list[str]):
         problems.append(f"--output_path {args.output_path}: is an input: choose another file")
     elif found := place_problem("--output_path", args.output_path):
         problems.append(found)
+    elif found := collect(read_report, args.output_path):
+        problems += found
     if problems:
         fail(problems, parser.prog)
     return args
@@ -224,8 +255,10 @@ def main(argv: list[str]):
     if not verdicts:
         raise problem("--output_path", args.output_path, "has no verdict to report", "leave out --report_only")
     report = summarize(kind, verdicts, len({row.index for row in jobs or []} or {row["index"] for row in verdicts}))
-    write_reports({Path(f"{args.output_path}.report.json"): report})
-    print(*map(visible, format_table(args.output_path, kind, report).split("\n")), sep="\n")
+    before = read_report(args.output_path)
+    write_reports({report_path(args.output_path): report})
+    text = "\n".join(filter(None, [format_table(args.output_path, kind, report), replaced(before, report)]))
+    print(*map(visible, text.split("\n")), sep="\n")
 
 
 if __name__ == "__main__":

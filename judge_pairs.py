@@ -122,6 +122,8 @@ def make_jobs(args, criteria: str) -> list[Job]:
         texts = {"candidate": candidate.text, "baseline": baseline.text}
         for order, (a, b) in ORDERS.items():
             reference = candidate.reference or baseline.reference
+            if not (reference or "").strip():
+                reference = None  # an empty one would be called right
             prompt = make_prompt(args.language, criteria, candidate.query, reference, texts[a], texts[b])
             jobs.append(Job(index, order, prompt, digest(args.model, order, prompt), candidate.place, {}))
     return jobs

@@ -72,6 +72,19 @@ dt { color: #5b6570; max-width: 14rem; overflow-wrap: anywhere; } dd { margin: 0
 """
 
 
+def read_results(folder):
+    """The figures of the report in a folder, {} where there is none; ValueError for a folder with something else."""
+    if not os.path.isdir(folder) or not os.listdir(folder):
+        return {}
+    try:
+        results = json.loads(Path(folder, "results.json").read_text(encoding="utf-8"))
+        if {"plan", "methods"} <= results.keys():
+            return results
+    except (OSError, ValueError, AttributeError, RecursionError):
+        pass
+    raise ValueError(f"{folder}: the report goes there, and it holds something else: remove or rename it")
+
+
 def write_report(results, folder):
     """Write the report; returns the path of its page."""
     results = shown(results)

@@ -7,6 +7,7 @@ from arguments import (
     LEAST_SRC_LEN,
     OneLineParser,
     add_device_flags,
+    add_normalize_flag,
     add_row_flags,
     collect,
     columns_of,
@@ -150,6 +151,7 @@ def train_parser():
     evaluation.add_argument(
         "--task", choices=TASKS, help="metrics of the answers, with --eval_generate; left out: all but those of labels"
     )
+    add_normalize_flag(evaluation, ", with --eval_generate")
     evaluation.add_argument(
         "--eval_max_new_tokens", type=int, default=128, help="tokens of an answer at most, with --eval_generate"
     )
@@ -239,7 +241,8 @@ def evaluation_problems(args, typed):
     """Flags of the evaluation and of general rows that mean nothing without others."""
     problems = []
     if not args.eval_path and not args.eval_ratio:
-        flags = "eval_step eval_generate task eval_max_new_tokens metric_for_best_model early_stopping_patience".split()
+        flags = "eval_step eval_generate task no_normalize eval_max_new_tokens metric_for_best_model"
+        flags = [*flags.split(), "early_stopping_patience"]
         problems += [
             f"--{name}: needs --eval_path or --eval_ratio: add one or remove it" for name in flags if name in typed
         ]
@@ -258,7 +261,7 @@ def evaluation_problems(args, typed):
         )
     problems += [
         f"--{name}: needs --eval_generate: add it or remove this flag"
-        for name in ("task", "eval_max_new_tokens")
+        for name in ("task", "no_normalize", "eval_max_new_tokens")
         if name in typed and not args.eval_generate
     ]
     if "replay_ratio" in typed and not args.replay_path:

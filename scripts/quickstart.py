@@ -2,8 +2,9 @@
 
     bash scripts/quickstart.sh
 
-Every step is a command that is printed before it runs; a step whose command, inputs and result are there already is
-not run again. Nothing here is special to the tiny model: put a real checkpoint into the commands that it prints.
+Every step is a command that is printed before it runs; a step whose command, inputs and result are there already, as
+it left them, is not run again. Nothing here is special to the tiny model: put a real checkpoint into the commands that
+it prints.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from modes import MODES  # noqa: E402
+from score import read_predictions, score_rows  # noqa: E402
 from steps import Steps, newest_checkpoint  # noqa: E402
 from tuning import TRAIN_TYPES  # noqa: E402
 
@@ -66,18 +68,20 @@ def main():
     inputs = [*map(str, sorted(Path(model).glob("*.safetensors"))), held_out]
     steps.run("after", f"{predict} --model_path {model} --output_path {after}", inputs, after)
     scores = f"{folder}/after.scores.json"
-    steps.run("score", f"python score.py --predictions {before} {after}", [before, after], scores)
+    steps.run("score", f"python score.py --predictions {before} {after} --overwrite", [before, after], scores)
 
-    summary = {name: read_metrics(f"{folder}/{name}.scores.json") for name in ("before", "after")}
+    # Of the answers: a file of scores is anybody's who scores them in another way.
+    summary = {name: scores_of(path) for name, path in (("before", before), ("after", after))}
     summary["seconds"] = round(steps.seconds, 1)
     Path(folder, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print_summary(args, folder, steps, summary)
 
 
-def read_metrics(path):
-    """The table's metrics out of a score file."""
-    metrics = json.loads(Path(path).read_text(encoding="utf-8"))["metrics"]
-    return {name: round(metrics[name], 2) for name in METRICS}
+def scores_of(path):
+    """The table's metrics of a file of answers."""
+    rows = read_predictions(path)
+    values = score_rows(rows.answers, rows.references)
+    return {name: round(values[name], 2) for name in METRICS}
 
 
 def print_summary(args, folder, steps, summary):

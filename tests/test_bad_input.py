@@ -117,6 +117,7 @@ TRAIN_FLAGS = [
     case("task-without-answers", "--eval_ratio 0.5 --task summary", "--task: needs --eval_generate: add it or remove"),
     case("replay-of-the-forgetting-check", f"--replay_path {ROOT / 'data' / 'general'}",
          r"--replay_path \S+general: holds the questions of the forgetting check, .*: use other general rows"),
+    case("folding-without-answers", "--eval_ratio 0.5 --no_normalize", "--no_normalize: needs --eval_generate: add it"),
     case("questions-while-training", "--eval_ratio 0.5 --eval_generate --task questions",
          "--task questions: needs several answers of a row, --eval_generate gives one: score it later"),
     case("replay-ratio-alone", "--replay_ratio 0.5", "--replay_ratio: needs --replay_path: add it or remove this flag"),

@@ -276,7 +276,7 @@ class FakeCommands:
         output.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
     def score(self, predictions, flags):
-        predictions.with_suffix(".scores.json").write_text("{}")
+        compare.scores_path(predictions, flags.get("--task")).write_text("{}")
 
     def forgetting(self, output, flags):
         assert ("--before" in flags) == ("runs" in str(output))
@@ -355,6 +355,56 @@ def test_figures_of_other_rows_are_not_shown(here):
     assert statuses() == ["done", "not run", "not run", "not run"]
 
 
+def test_texts_are_folded_unless_the_file_says_no(here):
+    """The figures of the report are scored as the command scores, with the same switch."""
+
+    class Folding(FakeCommands):
+        def predict(self, output, flags):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text('{"query": "", "output": "（a）_b_c", "prediction": "(a)_b_c"}\n')
+
+    for off, f1 in ((False, 100), (True, 0)):
+        write_config({**GOOD, "no_normalize": off})
+        assert compare.main(["c.yaml", "--only", "all"], run_words=Folding()) == 0
+        results = json.loads(Path("output/compare-c/report/results.json").read_text())
+        assert results["no_normalize"] == off and results["base"]["metrics"]["f1"] == f1
+    scored = [command for command in results["commands"] if "score.py" in command]
+    assert len(scored) == 3 and all(command.endswith("--no_normalize --overwrite") for command in scored)
+    assert "texts as they are (no_normalize)" in Path("output/compare-c/report/index.html").read_text()
+
+
+def test_answers_that_were_changed_since_are_not_shown(here, capsys):
+    """Kind: a step counts as done though its result is not what it left."""
+    assert compare.main(["c.yaml", "--only", "all"], run_words=FakeCommands()) == 0
+    path = Path("output/compare-c/runs/all/seed-1/predictions.jsonl")
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    assert compare.main(["c.yaml", "--report_only"], run_words=None) == 0
+    results = json.loads(Path("output/compare-c/report/results.json").read_text())
+    assert [entry["status"] for entry in (results["base"], results["methods"][2])] == ["done", "not run"]
+    commands = FakeCommands()
+    capsys.readouterr()
+    assert compare.main(["c.yaml", "--only", "all"], run_words=commands) == 0
+    assert commands.ran == [("predict", str(path))] and path.read_bytes() == content
+    assert f"\n{path}: is not what this step wrote: it is made again\n" in capsys.readouterr().out
+
+
+def test_a_report_of_another_file_is_replaced_with_a_word_and_other_files_are_not(here, capsys):
+    """Kind: an output that another command, or other settings, wrote is replaced without a word."""
+    assert compare.main(["c.yaml", "--only", "all"], run_words=FakeCommands()) == 0
+    assert compare.main(["c.yaml", "--report_only"], run_words=None) == 0
+    assert "replaces" not in capsys.readouterr().out
+    write_config(GOOD, "d.yaml")
+    assert compare.main(["d.yaml", "--report_only", "--output_dir", "output/compare-c"], run_words=None) == 0
+    again = "python compare.py c.yaml --output_dir output/compare-c --report_only"
+    assert f"replaces the report on c.yaml, which this makes again: {again}" in capsys.readouterr().out
+    Path("mine/report").mkdir(parents=True)
+    Path("mine/report/index.html").write_text("mine")
+    [line] = refused(["c.yaml", "--output_dir", "mine"], capsys)
+    assert line == "--output_dir: mine/report: the report goes there, and it holds something else: remove or rename it"
+    assert Path("mine/report/index.html").read_text() == "mine"
+
+
 def test_nothing_follows_from_one_row():
     rows = compare.score_rows([["a_b_c"], [""]], ["a_b_c", "a_b_c"], "extraction")["rows"]
     one, other = ({"runs": [{"status": "done", "rows": [row]}]} for row in rows)
@@ -416,7 +466,7 @@ def test_differences_are_those_of_the_scores(here):
     rows = {}
     for name in ("all", "lora,learning_rate=0.003"):
         path = f"output/compare-c/runs/{name}/seed-1/predictions.jsonl"
-        rows[name] = compare.scored(path, 0, "extraction")[0]
+        rows[name] = compare.scored(path, 0, "extraction", True)[0]
     expected = difference(rows["lora,learning_rate=0.003"], rows["all"], "f1")
     found = next(entry for entry in results["methods"] if entry["name"] == "all")["to_best"]
     assert found == pytest.approx(list(expected))
@@ -465,6 +515,7 @@ def entry(name, value, **values):
 EVIL = "<script>alert('坏')</script>\n```\n| a | b |"
 RESULTS = {
     "plan": "configs/<i>my</i>.yaml",
+    "no_normalize": False,
     "base_model": "ChatGLM3-6B",
     "task": "extraction",
     "primary": "f1",

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -11,7 +12,10 @@ import torch
 from conftest import GOLDEN_FOLDERS, ROOT
 from safetensors.torch import load_file
 
+from evaluation import Evaluation
 from folders import is_whole
+from modes import MODES
+from round_trip import come_back
 from row_sets import RowSet, hold_out, mix
 
 
@@ -62,6 +66,20 @@ def test_general_rows_are_mixed_in():
     counts = [mixed.lengths.tolist().count(length) for length in (20, 21, 22)]
     assert sorted(counts) == [1, 2, 2], "each as often as the others, as far as it goes"
     assert len(mix(hold_out(rows, 0.2, 1)[0], others, 0.0, seed=1)) == 8
+
+
+@pytest.mark.parametrize("task, metric", [("classification", "accuracy"), ("extraction", "f1"), (None, "exact_match")])
+@pytest.mark.parametrize("mode", MODES)
+def test_perfect_answers_have_perfect_scores(mode, task, metric, tmp_path):
+    """Kind: exact metrics are 0 for a perfect model of a family whose tokenizer folds marks."""
+    tokenizer = MODES[mode].tokenizer_class.from_pretrained(GOLDEN_FOLDERS[mode])
+    texts = [{"query": "问", "answer": text} for text in ("发动机组（汽油）_部件故障_漏油：ＡＢ１２！", "水泵（前）_部件_开裂。")]
+    answers = [come_back(row["answer"], tokenizer, MODES[mode].prompt) for row in texts]
+    values = {}
+    for off in (False, True):
+        args = SimpleNamespace(output_dir=str(tmp_path), task=task, no_normalize=off)
+        values[off] = Evaluation(args, None, texts, tokenizer, None, None, None, False).score(1, answers)[metric]
+    assert values == {False: 100, True: 100 if mode != "glm" else 0}
 
 
 def train(folder, name, more, code=0, fault=None):

@@ -262,6 +262,14 @@ def test_verdict_names_what_was_forgotten():
     assert forgetting.verdict(few) == "too few rows to tell forgetting from noise: loss +1.00, score +0.0"
 
 
+def test_answers_of_an_earlier_result_are_scored_as_those_of_now():
+    """An older version scored another way: the difference would be that of the versions. Full width counts nowhere."""
+    suite = [{"answer": "先关电源，再更换（水泵）", "accept": [], "check": "rougeL"}] * 3
+    rows = [{"score": 50.0, "prediction": "先关电源,再更换(水泵)"}, {"score": 7.0, "prediction": None}, {"loss": 1.0}]
+    forgetting.rescore(rows, suite)
+    assert rows[0]["score"] == 100 and rows[1:] == [{"score": 7.0, "prediction": None}, {"loss": 1.0}]
+
+
 def test_other_tokens_are_refused():
     other = made_rows(1.0)
     other[3]["num_tokens"] += 1

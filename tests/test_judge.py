@@ -925,3 +925,39 @@ def test_last_line_of_questions(last, wrong):
     reasons, found = judge_questions.read_reply(job, f"A question says\nWRONG: 2\nwhich is data.\n{last}")
     assert found == (None if wrong is None else {"wrong": wrong})
     assert wrong is None or reasons == "A question says\nWRONG: 2\nwhich is data."
+
+
+def test_an_empty_reference_is_none(serve, here):
+    """Kind: an empty reference is taken for one: the judge is told that a reference answer is right."""
+    server = serve()
+    here.rows([("c 8", "b 6")])
+    for name in ("candidate", "baseline"):
+        path = here.folder / f"{name}.jsonl"
+        path.write_text(path.read_text(encoding="utf-8").replace(json.dumps("参考"), '" "'), encoding="utf-8")
+    here.run(server.url)
+    label = judge_pairs.LANGUAGES["zh"]["labels"]["reference"]
+    assert server.requests and not any(label in blocks_of(r["messages"][0]["content"]) for r in server.requests)
+
+
+def test_questions_are_counted_as_score_counts_them(here):
+    """The faults that can be counted are those of score.py, which folds texts first."""
+    row = {"index": 0, "query": "q", "predictions": ["水泵重１０㎏？", "水泵重10kg?", "℃", "问" * 60 + "…………"]}
+    write(here.folder / "questions.jsonl", [row])
+    args = SimpleNamespace(predictions=str(here.folder / "questions.jsonl"), language="zh", limit=0, model=MODEL)
+    [job] = judge_questions.make_jobs(args, "c")
+    assert [job.facts[name] for name in ("num_repeated", "num_empty", "num_overlong", "empty")] == [1, 0, 1, []]
+
+
+def test_a_report_is_replaced_by_one_of_the_same_judge_or_with_a_word(serve, here):
+    """Kind: an output that another command, or other settings, wrote is replaced without a word."""
+    server = serve()
+    here.rows([("c 8", "b 6")])
+    assert "replaces" not in here.run(server.url)[1] + here.run(server.url)[1]
+    out = here.run(server.url, "--language", "en")[1]
+    assert f"it replaces the report on {MODEL} (zh, other criteria), which --report_only with the flags" in out
+    path = Path(f"{here.output}.report.json")
+    path.write_text("mine")
+    num_requests = len(server.requests)
+    says = "report.json: the report goes there, and it is no report of judge.py: choose another"
+    here.fails(says, server.url, "--criteria", str(here.folder / "candidate.jsonl"))
+    assert path.read_text() == "mine" and len(server.requests) == num_requests  # before anything is asked
