@@ -31,6 +31,7 @@ from dataclasses import dataclass, field
 
 import weights
 from arguments import doctor_parser, place_problem
+from bases import require_own_base
 from checkpoint import RUN_FILE, open_checkpoint
 from folders import MANIFEST, PARTIAL, REPLACED, size_text, verify
 from modes import possible_modes, read_json
@@ -434,6 +435,9 @@ def checkpoint_lines(path, args, facts):
         lines.append(saved_line(run.get("versions")))
     lines.append(attempt("tokenizer", lambda: f"{opened.tokenizer(config).vocab_size:,} ids fit the model"))
     lines.append(attempt("base" if of else "weights", base_text, opened, config, counts))
+    if of and "base_fingerprint" not in run:
+        text = "saved before run.json kept a fingerprint of its base: whether this is that one is not known"
+        lines.append((NOTE, "base's weights", text))
     if of:
         lines.append(attempt(opened.weights, trained_text, opened, config, counts))
     lines += manifest_lines(path, args)
@@ -468,9 +472,10 @@ def measured(shapes, names, paths, counts):
 
 
 def base_text(opened, config, counts):
-    """Names and shapes of a whole checkpoint's weights against the model."""
+    """Names and shapes of a whole checkpoint's weights against the model; of a base, is it that of the training?"""
     folder = opened.base_folder
     names = weights.check_weights(folder, opened.mode, config, new_prefix=opened.weights == "prefix")
+    require_own_base(opened, config)
     paths = [os.path.join(folder, name) for name in weights.weight_files(folder)]
     return measured(weights.weight_shapes(folder), names, paths, counts)
 
