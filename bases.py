@@ -2,10 +2,12 @@
 
 import hashlib
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 from weights import stored_tensors
 
-NUM_ROWS = 4  # of a matrix in the sample
+NUM_ROWS = 2  # of a matrix in the sample: each is a wait for the disk
+NUM_THREADS = 16
 
 
 def base_name(name):
@@ -22,19 +24,26 @@ def base_fingerprint(folder, mode, config):
     vectors for a few tokens, is missed. Some MB of a 6B model are read, in mapped files.
     """
     tied = set(mode.model_class._tied_weights_keys or ()) if config.tie_word_embeddings else set()
-    lines = [f"{name} {value!r}" for name, value in sorted(config.network_numbers.items())]
-    for name, shape, rows in stored_tensors(folder):
-        if name not in tied and not name.endswith("inv_freq"):  # not every checkpoint stores them, and no model reads
-            lines.append(f"{name} {list(shape)} {sample_hash(shape, rows)}")
-    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+    samples = {}
+    with ThreadPoolExecutor(NUM_THREADS) as threads:  # the time goes into waiting for the disk
+        for name, shape, rows in stored_tensors(folder):
+            if name not in tied and not name.endswith("inv_freq"):  # not always stored, and read by no model
+                samples[name] = shape, threads.submit(hash_of, sample(shape, rows))
+    lines = [f"{name} {list(shape)} {digest.result()}" for name, (shape, digest) in sorted(samples.items())]
+    lines += [f"{name} {value!r}" for name, value in sorted(config.network_numbers.items())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def sample_hash(shape, rows):
-    """SHA-256 of a stored tensor's sample: rows[a:b] is the tensor of these rows."""
-    parts = [rows[:]] if len(shape) == 1 else []
-    if len(shape) > 1 and shape[0]:
-        numbers = {(shape[0] - 1) * n // (NUM_ROWS - 1) for n in range(NUM_ROWS)}
-        parts = [rows[n : n + 1] for n in sorted(numbers)]
+def sample(shape, rows):
+    """Parts of a stored tensor, not read yet: rows[a:b] is the tensor of these rows."""
+    if len(shape) < 2 or not shape[0]:
+        return [rows[:]] if len(shape) == 1 else []
+    numbers = {shape[0] * (2 * n + 1) // (2 * NUM_ROWS) for n in range(NUM_ROWS)}  # at the ends padding may lie
+    return [rows[n : n + 1] for n in sorted(numbers)]
+
+
+def hash_of(parts):
+    """SHA-256 of the values of tensors as float32."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.detach().float().contiguous().numpy().tobytes())

@@ -27,7 +27,7 @@ import forgetting
 import merge_lora
 import run_folder
 import weights
-from bases import NUM_ROWS, base_fingerprint
+from bases import base_fingerprint
 from folders import file_entry
 from modes import MODES
 
@@ -68,26 +68,23 @@ def test_the_same_weights_in_other_files_are_the_same_base(here, mode):
 
 
 def test_a_change_in_any_tensor_is_another_base(here):
-    """Of each tensor; of its first, middle and last rows; and of its precision, its shape and config.json."""
+    """Of each tensor's sample; of the precision, of a shape, and of config.json."""
     folder, state = here.model(), state_of(FOLDERS["glm3"])
     state = {name: tensor for name, tensor in state.items() if not name.endswith("inv_freq")}
-    seen = {fingerprint_of(folder)}
+    seen, num_changes = {fingerprint_of(folder)}, 0
     for name, tensor in state.items():
-        changed = tensor.clone()
-        changed.view(-1)[-1] += 1
-        stored_as({**state, name: changed}, folder, "5GB")
-        seen.add(fingerprint_of(folder))
-    rows = {(len(state[OUTPUT_LAYER]) - 1) * n // (NUM_ROWS - 1) for n in range(NUM_ROWS - 1)}
-    for row in rows:
-        changed = state[OUTPUT_LAYER].clone()
-        changed[row, 0] += 1
-        stored_as({**state, OUTPUT_LAYER: changed}, folder, "5GB")
-        seen.add(fingerprint_of(folder))
+        rows = (len(tensor) // 4, len(tensor) * 3 // 4) if tensor.dim() > 1 else (0,)
+        for row in rows:
+            changed = tensor.clone()
+            changed[row].view(-1)[-1] += 1
+            stored_as({**state, name: changed}, folder, "5GB")
+            seen.add(fingerprint_of(folder))
+            num_changes += 1
     for other in ({n: t.bfloat16() for n, t in state.items()}, {**state, OUTPUT_LAYER: state[OUTPUT_LAYER].t()}):
         stored_as(other, folder, "5GB")
         seen.add(fingerprint_of(folder))
     seen.add(fingerprint_of(FOLDERS["glm3"], rope_ratio=50))
-    assert len(seen) == 1 + len(state) + len(rows) + 3
+    assert len(seen) == 1 + num_changes + 3
     assert fingerprint_of(FOLDERS["glm3"], seq_length=64) in seen, "how long a text may be is no other network"
 
 
@@ -141,7 +138,7 @@ def test_a_base_that_was_replaced_where_it_lies_is_refused(here):
     prefix = here.adapter("prefix", weights="prefix", train_type="ptuning", base_model="twin", **OWN)
     config = json.loads((FOLDERS["glm3"] / "config.json").read_text()) | {"pre_seq_len": 4, "prefix_projection": False}
     both(put("config.json", json.dumps(config)), put("prefix_encoder.safetensors", b""))(prefix)
-    here.fails("predict.py", "--model_path", "prefix", "--prompt", "a", "--device", "cpu", says="prefix: was trained on")
+    here.fails("predict.py", "--model_path", "prefix", "--prompt", "a", says="prefix: was trained on twin")
 
 
 def test_the_same_base_elsewhere_and_an_older_run_are_taken(here):
@@ -201,7 +198,7 @@ def test_forgetting_is_not_measured_against_another_base(here):
     args = SimpleNamespace(before="before.json", model_path="run")
     for bases, trained_from in ((["a", "b"], "b"), (["a"], None), (None, "b")):
         forgetting.require_same_base({"model": "m", "bases": bases}, trained_from, args)
-    with pytest.raises(ValueError, match=r"--before before\.json: is of m, and run was trained from another base .*add"):
+    with pytest.raises(ValueError, match=r"--before before\.json: is of m, and run was trained from another base"):
         forgetting.require_same_base({"model": "m", "bases": ["a", "b"]}, "c", args)
 
 
