@@ -60,10 +60,29 @@ def add_row_flags(parser):
     parser.add_argument("--response_column", default="output", help="field that holds the answer, a string or a number")
 
 
+def add_answered_row_flags(parser):
+    """Those of rows to answer, which a run.json beside the model gives where they are left out (lengths.py)."""
+    parser.add_argument(
+        "--max_src_len", type=int, help="tokens of the question; the rest is cut; left out: the run's own, else 1024"
+    )
+    parser.add_argument(
+        "--prompt_column",
+        help="field that holds the whole question; '': instruction + input; left out: the run's own, else those two",
+    )
+    parser.add_argument(
+        "--response_column", help="field that holds the answer; left out: the run's own, else output"
+    )
+
+
 def add_base_flag(parser):
     """Where the base model of an adapter or a prefix encoder is now."""
     parser.add_argument(
         "--model_name_or_path", help="base checkpoint, if it has moved since the training; left out: read from run.json"
+    )
+    parser.add_argument(
+        "--allow_other_base",
+        action="store_true",
+        help="take a base of other weights, precision or config.json than the training had; off: refuse it",
     )
 
 
@@ -189,7 +208,7 @@ def sampling_problems(args, typed):
     typed: names of the flags on the command line.
     """
     problems = []
-    if args.max_src_len < LEAST_SRC_LEN:
+    if args.max_src_len is not None and args.max_src_len < LEAST_SRC_LEN:
         problems.append(f"--max_src_len {args.max_src_len}: leaves nothing of a question: use at least {LEAST_SRC_LEN}")
     for name in ("temperature", "repetition_penalty"):
         if not 0 < getattr(args, name) < math.inf:
@@ -225,7 +244,7 @@ def predict_parser():
         help="tokens of a batch at most: rows x answers or beams of a row x (its longest prompt + --max_new_tokens);"
         " one row is always taken; 0: off",
     )
-    parser.add_argument("--max_src_len", type=int, default=1024, help="tokens of the question; the rest is cut")
+    add_answered_row_flags(parser)
     parser.add_argument("--max_new_tokens", type=int, default=512, help="tokens of an answer at most")
     parser.add_argument(
         "--num_return_sequences",
@@ -236,7 +255,6 @@ def predict_parser():
     parser.add_argument("--num_beams", type=int, default=1, help="beam search; 1: off")
     add_sampling_flags(parser)
     parser.add_argument("--seed", type=int, default=1234, help="of the draws")
-    add_row_flags(parser)
     add_device_flags(parser)
     return parser
 

@@ -6,7 +6,8 @@ import os
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-from folders import new_folder, require_space
+from bases import base_name, require_own_base
+from folders import file_entry, new_folder, require_space
 from modes import MODES, Mode, possible_modes, read_json
 from tuning import ADAPTER_FILE, PREFIX_FILE, TRAIN_TYPES, adapter_settings, check_shapes, load_trained
 from utils import BadNumbers, is_main, on_main
@@ -172,12 +173,13 @@ def save_config(config, folder, dtype):
 def describe_run(args, base_folder, precision, **progress):
     """What run.json says: enough to load the weights and to repeat the run."""
     packages = ("torch", "transformers", "deepspeed", "peft")
-    is_local = os.path.isdir(args.model_name_or_path)
+    vocabulary = os.path.join(base_folder, MODES[args.mode].tokenizer_class.vocab_files_names["vocab_file"])
     return {
         "mode": args.mode,
         "train_type": args.train_type,
         "weights": TRAIN_TYPES[args.train_type].weights,
-        "base_model": os.path.abspath(base_folder) if is_local else args.model_name_or_path,
+        "base_model": base_name(args.model_name_or_path),
+        "tokenizer_sha256": file_entry(vocabulary)["sha256"],
         "precision": precision,
         **progress,
         "flags": {name: value for name, value in sorted(vars(args).items()) if name != "local_rank"},
@@ -215,8 +217,15 @@ class Opened:
         return read_config(self.base_folder, self.mode, changes)
 
     def tokenizer(self, config):
-        """The tokenizer saved beside the weights."""
-        return read_tokenizer(self.folder, self.mode, config)
+        """The tokenizer saved beside the weights; ValueError where it is another than that of the training."""
+        tokenizer = read_tokenizer(self.folder, self.mode, config)
+        said = self.run.get("tokenizer_sha256")
+        if said not in (None, file_entry(tokenizer.vocab_file)["sha256"]):
+            raise ValueError(
+                f"{tokenizer.vocab_file}: is not the one that the run had (SHA-256), so its ids may mean other words:"
+                " copy the folder again"
+            )
+        return tokenizer
 
 
 def open_checkpoint(path, mode_name=None, base=None, flag="--model_path"):
@@ -236,6 +245,8 @@ def open_checkpoint(path, mode_name=None, base=None, flag="--model_path"):
         raise ValueError(f"--mode {mode_name}: {path} is of {' or '.join(names) or 'no family known here'}: change it")
     if not mode_name and len(names) != 1:
         raise ValueError(f"--mode: {path} can be {' or '.join(names) or 'no family known here'}: give --mode")
+    if weights == "whole" and base:
+        raise ValueError(f"--model_name_or_path {base}: {path} holds whole weights, which need no base: remove it")
     base_folder = folder if weights == "whole" else resolve_base(run, run_path, base)
     return Opened(folder, MODES[mode_name or names[0]], base_folder, weights, run)
 
@@ -273,9 +284,14 @@ def resolve_base(run, run_path, given):
     return folder
 
 
-def load_base_and_trained(opened, config, dtype, device):
-    """The base model in `dtype` on the device with the trained weights on it, checked before they are read."""
+def load_base_and_trained(opened, config, dtype, device, allow_other_base=False):
+    """The base model in `dtype` on the device with the trained weights on it, checked before they are read.
+
+    allow_other_base: take another base of the same shapes than that of the training, too.
+    """
     check_weights(opened.base_folder, opened.mode, config, new_prefix=opened.weights == "prefix")
+    if not allow_other_base:
+        require_own_base(opened, config)
     trained_file = {"adapter": ADAPTER_FILE, "prefix": PREFIX_FILE}.get(opened.weights)
     if opened.weights == "adapter" and not os.path.isfile(os.path.join(opened.folder, "adapter_config.json")):
         raise ValueError(f"{opened.folder}/adapter_config.json: missing: copy the folder again")
@@ -294,9 +310,9 @@ def load_base_and_trained(opened, config, dtype, device):
     return load_trained(model, opened.folder, opened.weights, shapes)
 
 
-def load_opened(opened, dtype, device):
-    """(model in eval mode on the device, tokenizer) of an opened checkpoint."""
+def load_opened(opened, dtype, device, allow_other_base=False):
+    """(model in eval mode on the device, tokenizer) of an opened checkpoint, as `load_base_and_trained` says."""
     config = opened.config()
     tokenizer = opened.tokenizer(config)
-    model = load_base_and_trained(opened, config, dtype, device)
+    model = load_base_and_trained(opened, config, dtype, device, allow_other_base)
     return model.to(device=device, dtype=dtype).eval(), tokenizer

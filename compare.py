@@ -25,11 +25,22 @@ from typing import NamedTuple
 from arguments import collect, compare_parser, place_problem
 from bootstrap import middle, resampled
 from checkpoint import read_config
-from compare_plan import FILE_FLAGS, as_list, as_text, has_base, predict_words, read_plan, train_args, train_words
+from compare_plan import (
+    FILE_FLAGS,
+    as_list,
+    as_text,
+    has_base,
+    predict_args,
+    predict_words,
+    read_plan,
+    train_args,
+    train_words,
+)
 from data_set import data_files
 from doctor import memory, output_of
 from ds_config import find_ds_file, is_own_file
 from folders import numbered
+from lengths import window_problem
 from metrics import METRICS, metrics_of
 from modes import MODES, possible_modes
 from report import read_results, write_report
@@ -123,7 +134,7 @@ def run_all(plan, steps, out, chosen):
     if any(problems):
         fail([f"{plan.path}: {problem}" for problem in problems if problem], "compare.py")
     Path(out, "machine.json").write_text(json.dumps(machine(), ensure_ascii=False), encoding="utf-8")
-    for step in answer_steps(plan, out, "base", plan.base):
+    for step in answer_steps(plan, out, "base", plan.base, plan.train_flags):
         steps.run(*step)
     num_failed = 0
     runs = [(method, seed) for method in chosen for seed in plan.seeds]
@@ -135,16 +146,25 @@ def run_all(plan, steps, out, chosen):
 
 
 def model_problems(plan, methods):
-    """Layers and modules named in the flags that the base model does not have."""
+    """Layers and modules named in the flags that the base model does not have, and texts too long for it."""
     if not has_base(plan):
         return []  # a hub name
     mode = MODES[plan.mode or possible_modes(plan.base)[0]]
-    names = check_weights(plan.base, mode, read_config(plan.base, mode))
-    found = []
+    config = read_config(plan.base, mode)
+    names = check_weights(plan.base, mode, config)
+    found = [length_problem(plan, "base", plan.train_flags, config, mode.prompt)]
     for method in methods:
         train_type = TRAIN_TYPES[method.train_type]
         found += [f"{method.name}: {text}" for text in train_type.problems(names, train_args(plan, method)[0])]
+        found.append(length_problem(plan, method.name, method.all, config, mode.prompt))
     return found
+
+
+def length_problem(plan, name, train_flags, config, prompt):
+    """Would predict.py refuse the lengths of questions and answers, when a model is trained? A line, or None."""
+    args, _ = predict_args(plan, train_flags)
+    problem = window_problem(args.max_src_len, args.max_new_tokens, config, prompt)
+    return problem and f"{name}: predict_flags: {problem}"
 
 
 def run_method(plan, steps, out, method, seed):
@@ -156,7 +176,7 @@ def run_method(plan, steps, out, method, seed):
         steps.run(*step)
         for name in numbered(step.result, STATE):  # nobody will resume from them
             shutil.rmtree(os.path.join(step.result, name))
-        for step in answer_steps(plan, out, folder, checkpoint_of(step.result)):
+        for step in answer_steps(plan, out, folder, checkpoint_of(step.result), method.all):
             steps.run(*step)
     except StepFailed as error:
         print(f"\n{step.name}: failed with exit code {error.code}, the comparison goes on", file=sys.stderr, flush=True)
@@ -186,10 +206,13 @@ def train_step(plan, out, method, seed):
     return Step(f"{folder}/train", command, inputs, f"{out}/{folder}/train", True)
 
 
-def answer_steps(plan, out, folder, model):
-    """Prediction, scores and, where asked for, forgetting of a model; folder: "base", or that of a run."""
+def answer_steps(plan, out, folder, model, train_flags):
+    """Prediction, scores and, where asked for, forgetting of a model; folder: "base", or that of a run.
+
+    train_flags: as for `predict_words`.
+    """
     answers = f"{out}/{folder}/predictions.jsonl"
-    words = predict_words(plan, model, answers)
+    words = predict_words(plan, model, answers, train_flags)
     inputs = [*weights_of(model), *data_files(plan.test_path)]
     yield Step(f"{folder}/predict", f"python {program('predict.py')} {shlex.join(words)}", inputs, answers)
     words = ["--predictions", answers, *(["--task", plan.task] if plan.task else [])]
@@ -238,7 +261,7 @@ def report(plan, steps, out):
 def figures(plan, steps, out):
     """results.json: what is known of the base model, of every method and of every run."""
     task = find_task(plan.task)
-    base = {"name": "base", "runs": [read_answers(plan, steps, out, "base", plan.base)]}
+    base = {"name": "base", "runs": [read_answers(plan, steps, out, "base", plan.base, plan.train_flags)]}
     methods = []
     for method in plan.methods:
         values = {"name": method.name, "family": method.family, "train_type": method.train_type}
@@ -297,7 +320,7 @@ def read_run(plan, steps, out, method, seed):
         is_begun = stamp.get("command") == step.command and not steps.is_done(step.name, step.result)
         return {**run, "status": "begun"} if is_begun and run["loss"] else {**run, "loss": []}
     checkpoint = checkpoint_of(step.result)
-    answers = read_answers(plan, steps, out, folder, checkpoint)
+    answers = read_answers(plan, steps, out, folder, checkpoint, method.all)
     return {
         **run,
         **answers,
@@ -308,9 +331,9 @@ def read_run(plan, steps, out, method, seed):
     }
 
 
-def read_answers(plan, steps, out, folder, model):
+def read_answers(plan, steps, out, folder, model, train_flags):
     """What a model answered, and its scores: {"status", "commands"} and, if that is done, "rows", "answers"."""
-    todo = list(answer_steps(plan, out, folder, model))
+    todo = list(answer_steps(plan, out, folder, model, train_flags))
     run = {"status": "not run", "commands": [step.command for step in todo]}
     predicted, _, *measured = todo  # the figures are of the answers: what lies in a file of scores is not asked
     for step in (predicted, *measured):

@@ -12,6 +12,7 @@ import yaml
 
 from arguments import MAX_NAME, predict_parser, sampling_problems
 from data_set import data_files
+from lengths import RUN_FLAGS
 from modes import MODES
 from tasks import TASKS
 from train_arguments import train_parser, train_problems
@@ -21,7 +22,9 @@ from utils import BLANKS, visible
 # What compare.py gives itself, and what it gives where the file does not.
 FILE_FLAGS = ("eval_path", "replay_path")  # of train.py: more rows that decide the weights
 OWN_TRAIN_FLAGS = "train_path model_name_or_path mode train_type output_dir seed resume local_rank".split()
-OWN_PREDICT_FLAGS = "model_path mode test_path output_path overwrite prompt interactive local_rank".split()
+OWN_PREDICT_FLAGS = (
+    "model_path model_name_or_path allow_other_base mode test_path output_path overwrite prompt interactive local_rank"
+).split()
 TRAIN_DEFAULTS = {"save_state_step": 100, "save_total_limit": 1}
 NAMED = r"[^\W_][\w.+-]*"  # of a method: it is the name of a folder, too
 KEYS = {  # key of the file: (type, what messages call it, is it needed)
@@ -77,6 +80,7 @@ class Plan:
     task: str = None
     base_command: str = None
     mode: str = None
+    train_flags: dict = field(default_factory=dict)  # of all methods, without the defaults
     predict_flags: dict = field(default_factory=dict)
     methods: list = field(default_factory=list)
     seeds: list = field(default_factory=lambda: [1234])
@@ -268,7 +272,7 @@ def expand(path, values):
             flags = {**entry.get("flags", {}), **point}
             name = re.sub(r"[^\w.,=+-]+", "-", name)
             methods.append(Method(name, entry["name"], entry["train_type"], flags, {**common, **flags}))
-    same = {key: value for key, value in values.items() if key not in ("train_flags", "methods")}
+    same = {key: value for key, value in values.items() if key != "methods"}
     return Plan(path=path, **same | {key: as_list(values[key]) for key in ("train_path", "test_path")}, methods=methods)
 
 
@@ -329,13 +333,17 @@ def train_args(plan, method):
 
 def predict_flag_problems(plan):
     """What predict.py would say of its command line; the ranges of numbers it says itself, at the base's rows."""
-    parser = predict_parser()
     try:
-        words = predict_words(plan, plan.base, "predictions.jsonl")
-        args = strict(parser).parse_args(words)
+        return sampling_problems(*predict_args(plan, plan.train_flags))
     except ValueError as error:
         return [str(error)]
-    return sampling_problems(args, parser.typed(words))
+
+
+def predict_args(plan, train_flags):
+    """(args of predict.py for a model of this training, names of the flags that are given); as `train_args`."""
+    parser = strict(predict_parser())
+    words = predict_words(plan, plan.base, "predictions.jsonl", train_flags)
+    return parser.parse_args(words), parser.typed(words)
 
 
 def strict(parser):
@@ -361,10 +369,22 @@ def train_words(plan, method, seed, output_dir):
     return [*words, "--seed", str(seed), "--output_dir", output_dir, "--resume", "auto"]
 
 
-def predict_words(plan, model, output_path):
-    """The flags of predict.py for a model, as words."""
+def predict_words(plan, model, output_path, train_flags):
+    """The flags of predict.py for a model, as words.
+
+    train_flags: those of its training; for the base, those of all methods. Rows are read and cut as they were there,
+    where predict_flags does not say otherwise: the base has no run.json that would say it.
+    """
     words = ["--model_path", model, *(["--mode", plan.mode] if plan.mode else []), "--test_path", *plan.test_path]
-    return [*words, *flag_words(predict_parser(), plan.predict_flags), "--output_path", output_path, "--overwrite"]
+    words += flag_words(predict_parser(), answer_flags(plan, train_flags))
+    return [*words, "--output_path", output_path, "--overwrite"]
+
+
+def answer_flags(plan, train_flags):
+    """{flag: value} of predict.py for a model that was trained with these flags."""
+    usual = {flag: train_parser().get_default(flag) for flag in RUN_FLAGS}
+    of_rows = {flag: train_flags.get(flag, value) for flag, value in usual.items()}
+    return {**{flag: value for flag, value in of_rows.items() if value is not None}, **plan.predict_flags}
 
 
 def flag_words(parser, flags):

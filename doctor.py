@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 
 import weights
 from arguments import columns_of, parse_doctor, place_problem
+from bases import require_own_base
 from checkpoint import RUN_FILE, open_checkpoint
 from data_set import read_rows
 from folders import MANIFEST, PARTIAL, REPLACED, size_text, verify
@@ -437,6 +438,9 @@ def checkpoint_lines(path, args, facts):
         lines.append(saved_line(run.get("versions")))
     lines.append(attempt("tokenizer", lambda: f"{opened.tokenizer(config).vocab_size:,} ids fit the model"))
     lines.append(attempt("base" if of else "weights", base_text, opened, config, counts))
+    if of and "base_fingerprint" not in run:
+        text = "saved before run.json kept a fingerprint of its base: whether this is that one is not known"
+        lines.append((NOTE, "base's weights", text))
     if of:
         lines.append(attempt(opened.weights, trained_text, opened, config, counts))
     lines += manifest_lines(path, args)
@@ -482,9 +486,10 @@ def measured(shapes, names, paths, counts):
 
 
 def base_text(opened, config, counts):
-    """Names and shapes of a whole checkpoint's weights against the model."""
+    """Names and shapes of a whole checkpoint's weights against the model; of a base, is it that of the training?"""
     folder = opened.base_folder
     names = weights.check_weights(folder, opened.mode, config, new_prefix=opened.weights == "prefix")
+    require_own_base(opened, config)
     paths = [os.path.join(folder, name) for name in weights.weight_files(folder)]
     return measured(weights.weight_shapes(folder), names, paths, counts)
 

@@ -16,6 +16,7 @@ import re
 import sys
 
 from arguments import collect, forgetting_parser, model_problems, output_file_problems, range_problems
+from bases import known_bases
 from bootstrap import weighted_mean
 from checkpoint import load_opened, open_checkpoint
 from data_set import Columns, Notes, check_items, data_files, encode_row, read_file
@@ -37,18 +38,26 @@ def main(argv):
     args, suite, before = parse_args(argv)
     prepare_environment(args.device)
     opened = open_checkpoint(args.model_path, args.mode, base=args.model_name_or_path)
+    if args.allow_other_base and opened.weights == "whole" and not args.before:
+        raise ValueError(f"--allow_other_base: {args.model_path} holds whole weights, which need no base: remove it")
+    config = opened.config()
+    require_room(suite, opened.tokenizer(config), opened.mode.prompt, config, args)
     device = choose_device(args.device)
+    trained_from, bases = known_bases(opened, config)
     result = {
         "model": args.model_path,
         "mode": opened.mode.name,
         "precision": choose_precision(args.precision, device),
         "suite": {"path": args.suite, "sha256": suite_hash(suite)},
         "max_new_tokens": None if args.no_generate else args.max_new_tokens,
+        "bases": bases,
     }
     if before:
         require_comparable(before, result, args.before)
+        if not args.allow_other_base:
+            require_same_base(before, trained_from, args)
         rescore(before["rows"], suite)
-    model, tokenizer = load_opened(opened, torch_dtype(result["precision"]), device)
+    model, tokenizer = load_opened(opened, torch_dtype(result["precision"]), device, args.allow_other_base)
     rows = measure_losses(model, tokenizer, opened.mode.prompt, suite, args)
     if not args.no_generate:
         answers = measure_answers(Answerer(model, tokenizer, opened.mode.prompt, args), suite, args)
@@ -215,6 +224,23 @@ def measure_losses(model, tokenizer, prompt, suite, args):
     return rows
 
 
+def require_room(suite, tokenizer, prompt, config, args):
+    """ValueError for a row that does not fit the model's window with its reference or with an answer.
+
+    Questions are never cut, whatever the training did: models that cut in different places could not be compared.
+    """
+    for row in suite:
+        length = len(prompt.encode_prompt(tokenizer, row["query"])[0])
+        lengths = {"its reference": len(prompt.encode_answer(tokenizer, row["answer"])) + 1}
+        lengths |= {} if args.no_generate else {"--max_new_tokens": args.max_new_tokens}
+        what = max(lengths, key=lengths.get)
+        if length + lengths[what] > config.window:
+            raise ValueError(
+                f"{row['place']}: {length} tokens of the question and {lengths[what]} of {what}: the model's window is"
+                f" {config.window} tokens, and no question is cut here: shorten the row or its answer"
+            )
+
+
 def row_losses(model, batch):
     """(cross entropy summed in float32, number of supervised tokens) of each row of a batch from `collate`.
 
@@ -319,6 +345,16 @@ def require_comparable(before, now, path):
         is_off = key == "max_new_tokens" and None in (before[key], now[key])  # then only losses are compared
         if before[key] != now[key] and not is_off:
             raise ValueError(f"--before {path}: {key} is {before[key]} there, {now[key]} here: use the same for both")
+
+
+def require_same_base(before, trained_from, args):
+    """ValueError where the model was trained from another one than that of --before, as far as both are known."""
+    bases = before.get("bases")
+    if trained_from and isinstance(bases, list) and trained_from not in bases:
+        raise ValueError(
+            f"--before {args.before}: is of {before['model']}, and {args.model_path} was trained from another base"
+            " (other weights, another precision or another config.json): measure its own, or add --allow_other_base"
+        )
 
 
 def is_worse(name, interval):

@@ -2,13 +2,14 @@
 
     python merge_lora.py --model_dir output-glm3/epoch-2-step-3900
 
-Base model, rank and mode are read from the run.
+Base model, rank and mode are read from the run. The merged run.json names the base that was really used.
 """
 
 import os
 import sys
 
 from arguments import merge_parser, place_problem
+from bases import base_fingerprint, base_name
 from checkpoint import load_base_and_trained, open_checkpoint, save_config
 from folders import new_folder
 from utils import choose_device, fail, prepare_environment, torch_dtype
@@ -34,7 +35,7 @@ def main(argv):
     import torch
 
     # In float32 from end to end: the delta is added before anything is rounded to the checkpoint's precision.
-    model = load_base_and_trained(opened, config, torch.float32, device).eval()
+    model = load_base_and_trained(opened, config, torch.float32, device, args.allow_other_base).eval()
     ids = torch.tensor([opened.mode.prompt.encode_prompt(tokenizer, SAMPLE)[0]], device=device)
     with torch.no_grad():
         with model.disable_adapter():
@@ -46,6 +47,9 @@ def main(argv):
         rounded_logits = model(input_ids=ids).logits
     check = compare(base_logits, adapter_logits, merged_logits, rounded_logits)
     run = {**opened.run, "weights": "whole", "merged_from": os.path.abspath(opened.folder), "merge_check": check}
+    if args.model_name_or_path:
+        run["base_model"] = base_name(args.model_name_or_path)
+    run["base_fingerprint"] = base_fingerprint(opened.base_folder, opened.mode, config)
     write_merged(model.to(dtype), tokenizer, output_dir, run, dtype)
     print(
         f"merged and adapter logits differ by at most {check['max_difference']:.2g} in float32 and by"

@@ -14,9 +14,10 @@ import os
 import sys
 import time
 
-from arguments import columns_of, parse_predict
+from arguments import parse_predict
 from checkpoint import load_opened, open_checkpoint
 from data_set import read_to_answer
+from lengths import settle_columns, settle_lengths
 from utils import (
     barrier,
     choose_device,
@@ -38,21 +39,29 @@ def main(argv):
     args = parse_predict(argv)
     if world_size() > 1 and not args.test_path:
         fail("--prompt and --interactive: are for one process: start it with python, not with the launcher")
-    rows, said = read_to_answer(args.test_path, columns_of(args)) if args.test_path else ([], "")
-    if said:
-        print_rank_0(said)
+    columns, notes = settle_columns(args)
+    rows, said = read_to_answer(args.test_path, columns) if args.test_path else ([], "")
+    notes += [said] * bool(said)
     prepare_environment(args.device)
     opened = open_checkpoint(args.model_path, args.mode, base=args.model_name_or_path)
+    if args.allow_other_base and opened.weights == "whole":
+        raise ValueError(f"--allow_other_base: {args.model_path} holds whole weights, which need no base: remove it")
+    notes += settle_lengths(args, opened.config(), opened.mode.prompt)
     device = choose_device(args.device)
     precision = choose_precision(args.precision, device)
     if world_size() > 1:
         start_distributed(device)
     set_seed(args.seed)
-    model, tokenizer = load_opened(opened, torch_dtype(precision), device)
+    model, tokenizer = load_opened(opened, torch_dtype(precision), device, args.allow_other_base)
     answer = Answerer(model, tokenizer, opened.mode.prompt, args)
+    for note in notes:
+        print_rank_0(note, file=sys.stderr)  # on stdout an answer stands alone
 
     if args.prompt is not None:
-        print_rank_0("\n".join(answer([answer.prompt_ids(args.prompt)])[0]["predictions"]))
+        encoded = answer.prompt_ids(args.prompt)
+        if encoded[1]:
+            print(f"--max_src_len {args.max_src_len}: cut {encoded[1]} tokens of the question", file=sys.stderr)
+        print_rank_0("\n".join(answer([encoded])[0]["predictions"]))
     elif args.interactive:
         talk(answer)
     else:
@@ -163,6 +172,7 @@ def predict_file(answer, rows, args, key):
         lines = put_in_order(args.output_path)
         print(f"{len(rows)} rows in {time.time() - started:.1f} s, {args.output_path}")
         print(describe_answers(lines, args.max_new_tokens))
+        print(describe_cut_questions(lines, args.max_src_len))
 
 
 def part_path(path, rank):
@@ -215,7 +225,7 @@ def take_up(path, key, overwrite):
 
 def key_of(args, opened, rows, precision):
     """SHA-256 of what decides the answers: rows, flags, and the model's files by name, size and time."""
-    free = ("test_path", "output_path", "overwrite", "batch_size", "batch_tokens", "local_rank", "device", "prompt")
+    free = "test_path output_path overwrite batch_size batch_tokens local_rank device prompt allow_other_base".split()
     flags = {name: value for name, value in sorted(vars(args).items()) if name not in free} | {"precision": precision}
     files = [
         (name, os.path.getsize(path), os.stat(path).st_mtime_ns)
@@ -292,6 +302,17 @@ def describe_answers(lines, max_new_tokens):
     )
 
 
+def describe_cut_questions(lines, max_src_len):
+    """How many questions were cut and by how much, as a line."""
+    cuts = [line["source_tokens_cut"] for line in lines if "source_tokens_cut" in line]
+    if not cuts:
+        return f"questions: none was cut at --max_src_len {max_src_len}"
+    return (
+        f"questions: cut {len(cuts):,} of {len(lines):,} at --max_src_len {max_src_len}: {sum(cuts):,} tokens lost,"
+        f" {max(cuts):,} of the longest (source_tokens_cut)"
+    )
+
+
 def put_in_order(path):
     """Join the ranks' parts into one file in input order, then remove them; the rows of the file."""
     keys, lines = read_parts(path)
@@ -317,9 +338,22 @@ def talk(answer):
         if query == "/clear":
             history = []
             continue
-        text = answer([answer.prompt_ids(query, history)])[0]["predictions"][0]
+        encoded = answer.prompt_ids(query, history)
+        if lost := describe_lost(answer, query, history, encoded):
+            print(lost)
+        text = answer([encoded])[0]["predictions"][0]
         print(text)
         history.append((query, text))
+
+
+def describe_lost(answer, query, history, encoded):
+    """What of a conversation found no room in its prompt, `encoded`, as a line; '' where all did."""
+    num_left_out = 0
+    while num_left_out < len(history) and answer.prompt_ids(query, history[num_left_out + 1 :]) == encoded:
+        num_left_out += 1
+    lost = ["the oldest turn" if num_left_out == 1 else f"the {num_left_out} oldest turns"] * (num_left_out > 0)
+    lost += [f"{encoded[1]} tokens of the question"] * (encoded[1] > 0)
+    return f"(no room in --max_src_len {answer.max_src_len} for {' and '.join(lost)})" if lost else ""
 
 
 if __name__ == "__main__":

@@ -20,10 +20,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from arguments import (  # noqa: E402
     OneLineParser,
-    add_row_flags,
+    add_answered_row_flags,
     add_sampling_flags,
     collect,
-    columns_of,
     model_label,
     model_problems,
     output_file_problems,
@@ -32,8 +31,9 @@ from arguments import (  # noqa: E402
 )
 from checkpoint import RUN_FILE, open_checkpoint, read_run  # noqa: E402
 from data_set import data_files, read_to_answer  # noqa: E402
+from lengths import settle_columns, settle_lengths  # noqa: E402
 from modes import MODES  # noqa: E402
-from predict import output_row  # noqa: E402
+from predict import describe_cut_questions, output_row  # noqa: E402
 from utils import fail, prepare_environment  # noqa: E402
 
 VLLM_MODES = [name for name, mode in MODES.items() if mode.in_vllm]
@@ -53,14 +53,13 @@ def parser():
     parser.add_argument("--output_path", help="JSON Lines to write; left out: predictions/MODEL/TEST.jsonl")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
     parser.add_argument("--num_requests", type=int, default=64, help="rows that the server has at a time")
-    parser.add_argument("--max_src_len", type=int, default=1024, help="tokens of the question; the rest is cut")
+    add_answered_row_flags(parser)
     parser.add_argument("--max_new_tokens", type=int, default=512, help="tokens of an answer at most")
     parser.add_argument(
         "--num_return_sequences", type=int, default=1, help="answers for each row; above 1 needs --do_sample"
     )
     add_sampling_flags(parser)
     parser.add_argument("--seed", type=int, default=1234, help="of the draws: row i has seed + i")
-    add_row_flags(parser)
     parser.add_argument(
         "--check", action="store_true", help="check the flags, the rows and the folder, print the folder and end"
     )
@@ -133,19 +132,23 @@ def folder_problems(args):
 def main(argv):
     """Answer all rows, or only check that they can be."""
     args = parse(argv)
-    rows, said = read_to_answer(args.test_path, columns_of(args))
+    columns, notes = settle_columns(args)
+    rows, said = read_to_answer(args.test_path, columns)
+    notes += [said] * bool(said)
     prepare_environment("cpu")
     opened = open_checkpoint(args.model_path, args.mode)
-    tokenizer = opened.tokenizer(opened.config())
+    config = opened.config()
+    tokenizer = opened.tokenizer(config)
+    notes += settle_lengths(args, config, opened.mode.prompt)
     if args.check:
         print(os.path.abspath(opened.folder))
         return
-    if said:
-        print(said)
+    print(*notes, sep="\n", end="\n" * bool(notes), flush=True)
     started = time.time()
     lines = answer_rows(Client(args.url, tokenizer, opened.mode.prompt, args), rows, args.num_requests)
     write_whole(args.output_path, lines)
     print(f"{len(rows)} rows in {time.time() - started:.1f} s, {args.output_path}")
+    print(describe_cut_questions(lines, args.max_src_len))
 
 
 class Client:

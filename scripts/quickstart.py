@@ -28,8 +28,9 @@ FLAGS = {
     "freeze": "--freeze_module_name layers.2.,layers.3. --learning_rate 1e-3 --num_train_epochs 4",
     "all": "--learning_rate 5e-4 --num_train_epochs 4",
 }
+MAX_SRC_LEN = 192
 COMMON = (
-    "--max_len 256 --max_src_len 192 --per_device_train_batch_size 16 --gradient_accumulation_steps 1"
+    f"--max_len 256 --max_src_len {MAX_SRC_LEN} --per_device_train_batch_size 16 --gradient_accumulation_steps 1"
     " --warmup_ratio 0.1 --seed 1234 --show_loss_step 10 --ds_file ds_zero2_no_offload.json"
 )
 METRICS = ("f1", "rougeL", "bleu4")
@@ -51,6 +52,7 @@ def main():
     before = f"{folder}/before.jsonl"
     weights = [str(path) for path in sorted(Path(base).glob("*.safetensors"))]
     predict = f"python predict.py --test_path {held_out} --max_new_tokens 128 --batch_size 25 --overwrite"
+    predict += f" --max_src_len {MAX_SRC_LEN}"  # the base has no run.json to take it from
     steps.run("before", f"{predict} --model_path {base} --output_path {before}", [*weights, held_out], before)
 
     command = (

@@ -12,6 +12,8 @@ import torch
 from conftest import GOLDEN_FOLDERS, ROOT
 from safetensors.torch import load_file
 
+from bases import base_fingerprint
+from checkpoint import read_config
 from evaluation import Evaluation
 from folders import is_whole
 from modes import MODES
@@ -120,6 +122,8 @@ def test_evaluation_changes_nothing(tmp_path):
     assert 1 < best < max(losses) == best + 4, losses
     run = json.loads((tmp_path / "stopped" / "best" / "run.json").read_text())
     assert run["step"] == best and run["scores"] == {"loss": losses[best]}
+    base = (str(GOLDEN_FOLDERS["glm3"]), MODES["glm3"])
+    assert run["base_fingerprint"] == base_fingerprint(*base, read_config(*base))
     assert f"done: {best + 4} updates" in text
     assert "done already" in train(tmp_path, "stopped", early)
 

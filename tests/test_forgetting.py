@@ -303,6 +303,7 @@ def test_result_of_the_command(base_result):
     result = json.loads(path.read_text(encoding="utf-8"))
     assert {"model", "mode", "precision", "suite", "max_new_tokens", "versions"} < set(result)
     assert result["difference"] is result["before"] is result["verdict"] is None
+    assert [len(digest) for digest in result["bases"]] == [64], "which models it may be compared with"
     assert [row["query"] for row in result["rows"]] == [row["query"] for row in SMALL]
     assert {"category", "output", "num_tokens", "loss", "score", "prediction", "stopped"} < set(result["rows"][0])
     part = [row for row in result["rows"] if row["category"] == "facts"]
