@@ -18,6 +18,9 @@ from glm_common.loss import OutputLayer
 from glm_common.modeling import ChatGLMBackbone, ChatGLMCausalLM
 from glm_common.prefix import PrefixEncoder
 
+# Of a block's residuals. Every release has 28 here whatever num_layers is: the block's default is never overridden.
+RESIDUAL_FACTOR = math.sqrt(2 * 28)
+
 
 def rotary_angles(positions, rotary_size, dtype):
     """cos and sin (B, 1, L, 2 rotary_size) for positions (B, 2, L), rounded to float16 at every step.
@@ -83,14 +86,13 @@ class MLP(nn.Module):
 
 
 class GLMBlock(GradientCheckpointingLayer):
-    """n1 = LN(x), x = a n1 + attention(n1), n2 = LN(x), x = a n2 + mlp(n2), with a = sqrt(2 num_layers).
+    """n1 = LN(x), x = a n1 + attention(n1), n2 = LN(x), x = a n2 + mlp(n2), with a = RESIDUAL_FACTOR.
 
     The residual takes the normalised value, not x.
     """
 
     def __init__(self, config, layer_idx):
         super().__init__()
-        self.alpha = math.sqrt(2 * config.num_layers)
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.attention = Attention(config, layer_idx)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
@@ -99,9 +101,9 @@ class GLMBlock(GradientCheckpointingLayer):
     def forward(self, hidden_states, mask, *rotary_and_prefix, past_key_values=None):
         normed = self.input_layernorm(hidden_states)
         attended = self.attention(normed, mask, *rotary_and_prefix, past_key_values=past_key_values)
-        hidden_states = normed * self.alpha + attended
+        hidden_states = normed * RESIDUAL_FACTOR + attended
         normed = self.post_attention_layernorm(hidden_states)
-        return normed * self.alpha + self.mlp(normed)
+        return normed * RESIDUAL_FACTOR + self.mlp(normed)
 
 
 class ChatGLMModel(ChatGLMBackbone):

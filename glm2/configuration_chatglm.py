@@ -42,6 +42,16 @@ class ChatGLMConfig(ChatGLMConfigBase):
     pad_token_id: int = 0
 
     @property
+    def rotary_base(self):
+        """Base of the rotary frequencies; `rope_ratio` does not change it (released modeling_chatglm.py)."""
+        return 10000.0
+
+    @property
+    def position_divisor(self):
+        """What positions are divided by: ChatGLM2-6B-32k has a rope_ratio of 16."""
+        return self.rope_ratio
+
+    @property
     def num_key_value_heads(self):
         """Key/value heads G: shared by num_attention_heads / G query heads each."""
         return self.multi_query_group_num if self.multi_query_attention else self.num_attention_heads
