@@ -138,6 +138,11 @@ def main(argv):
     prepare_environment("cpu")
     opened = open_checkpoint(args.model_path, args.mode)
     config = opened.config()
+    if getattr(config, "position_divisor", 1.0) != 1.0:
+        raise ValueError(
+            f"--model_path {args.model_path}: rope_ratio {config.rope_ratio:g} divides positions here, and vLLM multiplies"
+            " the rotary base by it, which is another network: use predict.py"
+        )
     tokenizer = opened.tokenizer(config)
     notes += settle_lengths(args, config, opened.mode.prompt)
     if args.check:

@@ -48,6 +48,7 @@ def main():
     os.chdir(ROOT)
     steps = Steps(folder)
     sources = [f"scripts/{name}.py" for name in ("make_base", "make_data", "data_words")]
+    sources += [f"{MODES[args.mode].package}/modeling_chatglm.py"]  # a base is one network's
     steps.run("base", f"python scripts/make_base.py --mode {args.mode} --output_dir {base}", sources, base)
     before = f"{folder}/before.jsonl"
     weights = [str(path) for path in sorted(Path(base).glob("*.safetensors"))]
