@@ -172,10 +172,10 @@ def check_written(folder, state):
     """Do the files hold as many tensors and values as they should? They are read back from their headers."""
     expected = len(state), sum(tensor.numel() for tensor in state.values())
     for ending, read in ((".safetensors", safetensors_shapes), (".bin", bin_shapes)):
-        files = [read(os.path.join(folder, name)) for name in os.listdir(folder) if name.endswith(ending)]
-        shapes = [shape for file in files for shape, _ in file.values()]
+        names = [name for name in os.listdir(folder) if name.endswith(ending)]
+        shapes = [shape for name in names for shape, _ in read(os.path.join(folder, name)).values()]
         found = len(shapes), sum(map(math.prod, shapes))
-        assert found == expected or not files and ending == ".bin", f"{folder}: {ending} holds {found}, not {expected}"
+        assert not names or found == expected, f"{folder}: {names}: tensors and values {found}, not {expected}"
 
 
 def describe_run(args, base_folder, precision, **progress):
