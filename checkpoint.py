@@ -9,9 +9,18 @@ from dataclasses import dataclass
 from bases import base_name, require_own_base
 from folders import file_entry, new_folder, require_space
 from modes import MODES, Mode, possible_modes, read_json
+from released_files import (
+    COMPANIONS,
+    copy_companions,
+    prefix_bin_bytes,
+    save_config,
+    write_adapter_settings,
+    write_prefix,
+)
 from tuning import ADAPTER_FILE, PREFIX_FILE, TRAIN_TYPES, adapter_settings, check_shapes, load_trained
 from utils import BadNumbers, is_main, on_main
 from weights import (
+    bin_shapes,
     check_dtypes,
     check_weights,
     disk_errors,
@@ -21,7 +30,6 @@ from weights import (
     safetensors_shapes,
     weight_files,
     write_json,
-    write_safetensors,
     write_weights,
 )
 
@@ -33,14 +41,15 @@ TOKENIZER_BYTES = 4 << 20  # room for what lies beside the weights
 def resolve_folder(name, flag="--model_name_or_path"):
     """Folder of a checkpoint: a local one as it is, a hub name from the hub's cache, which is filled if need be.
 
-    Where a repository has its weights in two formats, only the safetensors are fetched.
+    Where a repository has its weights in two formats, only the safetensors are fetched. Its code is fetched to lie
+    beside what is saved; it is never run here.
     """
     if os.path.isdir(name):
         return name
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.model", "*.safetensors"]
+    patterns = ["*.json", "*.model", "*.safetensors", *COMPANIONS]
     try:
         folder = snapshot_download(name, allow_patterns=patterns)
         if not any(file.endswith(".safetensors") for file in os.listdir(folder)):
@@ -111,14 +120,16 @@ def checkpoint_bytes(model, train_type):
         for parameter in model.parameters()
         if whole or parameter.requires_grad
     ]
-    return sum(sizes) + TOKENIZER_BYTES
+    second = prefix_bin_bytes(sum(sizes)) if train_type.weights == "prefix" else 0
+    return sum(sizes) + second + TOKENIZER_BYTES
 
 
 def save_checkpoint(model, tokenizer, folder, train_type, run, zero3):
     """Save a run's weights as the table of train types says; `folder` appears whole or not at all. Collective.
 
     lora: adapter_model.safetensors and adapter_config.json. ptuning: prefix_encoder.safetensors and config.json.
-    freeze and all: a whole checkpoint under the released names. run.json and the manifest lie beside them all.
+    freeze and all: a whole checkpoint under the released names. run.json and the manifest lie beside them all; all
+    files are listed in docs/files.md.
 
     Returns, on every rank, why it could not be saved (a full disk: nothing has changed), or None. BadNumbers where a
     weight is not finite.
@@ -145,12 +156,14 @@ def write_checkpoint(model, tokenizer, folder, train_type, run, state):
             readme = os.path.join(scratch, "README.md")  # a form to fill in, and nobody did
             if os.path.exists(readme):
                 os.remove(readme)
+            write_adapter_settings(scratch, run["base_model"])
         else:
             save_config(model.config, scratch, next(iter(state.values())).dtype)
             if train_type.weights == "whole":
                 write_weights(state, scratch)
+                copy_companions(model.config.name_or_path, scratch)
             else:
-                write_safetensors(state, os.path.join(scratch, PREFIX_FILE))
+                write_prefix(state, scratch)
         tokenizer.save_pretrained(scratch)
         write_json(run, os.path.join(scratch, RUN_FILE))
         check_written(scratch, state)
@@ -158,16 +171,12 @@ def write_checkpoint(model, tokenizer, folder, train_type, run, state):
 
 def check_written(folder, state):
     """Do the files hold as many tensors and values as they should? They are read back from their headers."""
-    found = [safetensors_shapes(os.path.join(folder, n)) for n in os.listdir(folder) if n.endswith(".safetensors")]
-    shapes = [shape for shapes in found for shape, _ in shapes.values()]
     expected = len(state), sum(tensor.numel() for tensor in state.values())
-    assert (len(shapes), sum(map(math.prod, shapes))) == expected, f"{folder}: {len(shapes)} tensors, not {expected}"
-
-
-def save_config(config, folder, dtype):
-    """config.json with the dtype of the weights beside it."""
-    config.dtype = dtype
-    config.save_pretrained(folder)
+    for ending, read in ((".safetensors", safetensors_shapes), (".bin", bin_shapes)):
+        names = [name for name in os.listdir(folder) if name.endswith(ending)]
+        shapes = [shape for name in names for shape, _ in read(os.path.join(folder, name)).values()]
+        found = len(shapes), sum(map(math.prod, shapes))
+        assert not names or found == expected, f"{folder}: {names}: tensors and values {found}, not {expected}"
 
 
 def describe_run(args, base_folder, precision, **progress):

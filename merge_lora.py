@@ -10,8 +10,9 @@ import sys
 
 from arguments import merge_parser, place_problem
 from bases import base_fingerprint, base_name
-from checkpoint import load_base_and_trained, open_checkpoint, save_config
+from checkpoint import load_base_and_trained, open_checkpoint
 from folders import new_folder
+from released_files import copy_companions, save_config
 from utils import choose_device, fail, prepare_environment, torch_dtype
 from weights import saved_dtype, write_json, write_weights
 
@@ -92,6 +93,7 @@ def write_merged(model, tokenizer, output_dir, run, dtype):
     with new_folder(output_dir) as scratch:
         save_config(model.config, scratch, dtype)
         write_weights(state, scratch)
+        copy_companions(model.config.name_or_path, scratch)
         tokenizer.save_pretrained(scratch)
         write_json(run, os.path.join(scratch, "run.json"))
 

@@ -411,14 +411,22 @@ def write_safetensors(state, path):
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})
 
 
+def write_bin(state, path):
+    """One .bin file of plain tensors, as released ones are."""
+    import torch
+
+    with disk_errors(), open(path, "wb") as file:
+        torch.save(dict(state), file)
+
+
 @contextmanager
 def disk_errors():
-    """safetensors' error for a full or broken disk as the OSError that it is."""
+    """safetensors' and torch's errors for a full or broken disk as the OSError that it is."""
     from safetensors import SafetensorError
 
     try:
         yield
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError) as error:
         raise OSError(0, str(error)) from None
 
 

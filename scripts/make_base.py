@@ -34,7 +34,9 @@ from arguments import OneLineParser  # noqa: E402
 from batches import collate  # noqa: E402
 from data_set import encode_row  # noqa: E402
 from modes import MODES, read_json  # noqa: E402
+from released_files import save_config  # noqa: E402
 from utils import fail, prepare_environment  # noqa: E402
+from weights import write_json, write_weights  # noqa: E402
 
 # Hidden size, layers, key/value heads (glm2 and glm3), inner sizes (gated: glm2 and glm3; plain: glm).
 SIZE = dict(hidden=192, layers=4, groups=2, gated=512, plain=768)
@@ -194,14 +196,22 @@ def train_tokenizer(mode, folder, seed):
 
 # ---------------------------------------------------------------- model
 
+# Of the released config.json of glm2 and glm3; nothing here reads them, other programs do.
+RELEASED_KEYS = dict(
+    apply_query_key_layer_scaling=True, attention_softmax_in_fp32=True, bias_dropout_fusion=True, original_rope=True,
+    quantization_bit=0,
+)
+
+
 def make_model(mode, tokenizer):
     """A model with new weights and the keys of a released config.json."""
     s = SIZE
     vocab_size = -(-len(tokenizer) // 64) * 64
+    network = "modeling_chatglm.ChatGLMForConditionalGeneration"
     common = dict(
         num_layers=s["layers"], hidden_size=s["hidden"], num_attention_heads=s["hidden"] // HEAD_SIZE,
-        auto_map={"AutoConfig": "configuration_chatglm.ChatGLMConfig",
-                  "AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration"},
+        auto_map={"AutoConfig": "configuration_chatglm.ChatGLMConfig", "AutoModel": network,
+                  "AutoModelForCausalLM": network, "AutoModelForSeq2SeqLM": network},
     )
     if mode == "glm":
         ids = {f"{name}_token_id": tokenizer.get_command(token) for name, token in (
@@ -212,7 +222,7 @@ def make_model(mode, tokenizer):
     else:
         config = MODES[mode].config_class(
             padded_vocab_size=vocab_size, ffn_hidden_size=s["gated"], kv_channels=HEAD_SIZE,
-            multi_query_group_num=s["groups"], seq_length=2048, rope_ratio=ROPE_RATIO[mode], **common
+            multi_query_group_num=s["groups"], seq_length=2048, rope_ratio=ROPE_RATIO[mode], **RELEASED_KEYS, **common
         )
     model = MODES[mode].model_class(config)
     embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
@@ -334,11 +344,13 @@ def check_output(output_dir, settings):
     return read_json(marker) == settings
 
 
-def name_folder(folder, mode):
-    """Name the family in config.json as released ones do: glm2 and glm3 have the same keys otherwise."""
-    path = Path(folder, "config.json")
-    config = {**read_json(path), "_name_or_path": f"base-{MODES[mode].released_name}"}
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+def write_config(model, folder, mode):
+    """config.json with the release's name in it, by which programs tell ChatGLM3 from ChatGLM2: their keys are alike."""
+    model.config.architectures = [type(model).__name__]
+    save_config(model.config, folder, model.dtype)
+    path = os.path.join(folder, "config.json")
+    name = f"tiny base in the shape of THUDM/{MODES[mode].released_name.removesuffix('-6b')}-6b"
+    write_json({**read_json(path), "_name_or_path": name}, path)
 
 
 def put_in_place(folder, output_dir):
@@ -369,9 +381,10 @@ def make_base(args):
         num_tokens = train(model, tokenizer, prompt, args.num_steps, args.seed + 1)
         right = accuracy(model, tokenizer, prompt, args.seed + 2)
         folder = os.path.join(scratch, "whole")
-        model.save_pretrained(folder)
+        os.makedirs(folder)
+        write_weights({name: tensor.clone() for name, tensor in model.state_dict().items()}, folder)
         tokenizer.save_pretrained(folder)
-        name_folder(folder, args.mode)
+        write_config(model, folder, args.mode)
         Path(folder, "base.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         put_in_place(folder, output_dir)
     finally:
