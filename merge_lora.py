@@ -5,13 +5,14 @@
 Base model, rank and mode are read from the run.
 """
 
-import os
-import sys
+import entry  # first: Ctrl-C is heard while the others are imported
 
-from arguments import merge_parser, place_problem
+import os
+
+from arguments import last_named, merge_parser, no_checkpoint_problem, place_problem
 from checkpoint import load_base_and_trained, open_checkpoint, save_config
 from folders import new_folder
-from utils import choose_device, fail, prepare_environment, torch_dtype
+from utils import choose_device, prepare_environment, torch_dtype
 from weights import saved_dtype, write_json, write_weights
 
 SAMPLE = "发动机水温高，风扇始终是低速转动，高速档不工作。"
@@ -22,7 +23,7 @@ def main(argv):
     """Merge, check, save."""
     args = merge_parser().parse_args(argv)
     prepare_environment(args.device)
-    output_dir = args.output_dir or os.path.normpath(args.model_dir) + "-merged"
+    output_dir = args.output_dir or last_named(args.model_dir) + "-merged"
     opened = open_checkpoint(check_arguments(args, output_dir), base=args.model_name_or_path, flag="--model_dir")
     if opened.weights != "adapter":
         raise ValueError(f"--model_dir {args.model_dir}: holds {opened.weights} weights: only LoRA adapters are merged")
@@ -58,6 +59,8 @@ def main(argv):
 def check_arguments(args, output_dir):
     """The adapter's folder, if the flags make sense."""
     if not os.path.isfile(os.path.join(args.model_dir, "run.json")):
+        if problem := no_checkpoint_problem("--model_dir", args.model_dir, "adapter"):
+            raise ValueError(problem)
         raise ValueError(
             f"--model_dir {args.model_dir}: no run.json in it: name a checkpoint folder that train.py saved"
         )
@@ -93,7 +96,4 @@ def write_merged(model, tokenizer, output_dir, run, dtype):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        fail(" ".join(str(error).split()))
+    entry.run(main)

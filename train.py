@@ -4,6 +4,8 @@
         --mode glm3 --train_type lora --output_dir ./output-glm3
 """
 
+import entry  # first: Ctrl-C is heard while the others are imported
+
 import math
 import sys
 import time
