@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from launching import hears_ctrl_c
 
 import endpoint
 import judge
@@ -260,7 +261,10 @@ def test_a_run_that_is_stopped(serve, here, how):
 
     server.answer = answer
     process = subprocess.Popen(
-        [sys.executable, ROOT / "judge.py", *here.flags(server.url)], stderr=subprocess.PIPE, text=True
+        [sys.executable, ROOT / "judge.py", *here.flags(server.url)],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hears_ctrl_c,
     )
     try:
         deadline = time.monotonic() + 60
