@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 
-EXIT_STOPPED = 130  # Ctrl-C, as shells count it
+EXIT_STOPPED, EXIT_UNREAD = 130, 141  # Ctrl-C, and a pipe whose reader has gone, as shells count them
 
 
 def program():
@@ -41,8 +41,12 @@ def on_error(kind, error, trace):
 def prepare_streams():
     """What a terminal cannot show is written as `\\u6c34`; what it sends in another encoding is read as U+FFFD.
 
-    Neither ends a command. A terminal that calls itself ASCII is read as UTF-8, which it is a part of.
+    Neither ends a command. A terminal that calls itself ASCII is read as UTF-8, which it is a part of. A stream that
+    the parent has closed takes everything.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not where a test or another program has put something else in its place
             stream.reconfigure(errors="backslashreplace")
@@ -70,7 +74,14 @@ def run(main):
     """Run `main(argv)` and end with the exit code that it returns; ValueError is the user's error."""
     prepare_streams()
     try:
-        sys.exit(main(sys.argv[1:]))
+        try:
+            code = main(sys.argv[1:])
+        finally:
+            sys.stdout.flush()
+        sys.exit(code)
+    except BrokenPipeError:  # who reads has seen enough, as `head` has: no error of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(EXIT_UNREAD)
     except KeyboardInterrupt as interrupt:
         stopped(interrupt)
     except ValueError as error:

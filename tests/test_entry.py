@@ -88,6 +88,14 @@ def test_a_training_on_a_terminal_without_chinese(tmp_path):
     assert "\\U0001f600" in done.stdout and r"done: 2 updates, \u6c34\u6e29" in done.stdout
 
 
+def test_streams_that_are_closed_or_not_read():
+    """A parent that closes the streams, and a reader that has seen enough, are no errors."""
+    for streams, code in ((">&- 2>&-", 0), ("| exit; exit ${PIPESTATUS[0]}", 141)):
+        command = f"python -c 'import entry; entry.run(print)' {streams}"
+        done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+
+
 # Ctrl-C.
 
 
