@@ -5,9 +5,8 @@ import math
 import os
 import re
 
-from checkpoint import CHECKPOINT, RUN_FILE, read_run
+from checkpoint import CHECKPOINT, no_checkpoint_problem
 from data_set import Columns, data_files
-from folders import numbered
 from modes import MODES, possible_modes
 from report_words import LANGUAGES
 from tasks import TASKS
@@ -17,7 +16,6 @@ from weights import INDEX_FILES, WEIGHT_FILES
 MAX_NAME = 200  # bytes of a file's name; most file systems have 255, and endings such as .partial come behind
 GENERAL = os.path.join(os.path.dirname(os.path.realpath(__file__)), "data", "general")  # of the forgetting check
 API_KEY_ENV = "OPENAI_API_KEY"  # where the key of judge.py is looked for
-MOST_NAMED = 4  # checkpoints that a message names
 LEAST_SRC_LEN = 16  # tokens: the words around the question, and something of it
 
 
@@ -119,41 +117,6 @@ def model_problems(args, flag, path):
             return []
         return [f"{flag} {path}: no such folder: give a checkpoint folder or a hub name such as THUDM/chatglm3-6b"]
     return folder_problems(args, flag, path)
-
-
-def last_named(path):
-    """A path whose last part is a name: `.` and `..` get those of the folders that they are."""
-    path = os.path.normpath(path)
-    return os.path.abspath(path) if os.path.basename(path) in (".", "..") else path
-
-
-def no_checkpoint_problem(flag, path, kind=None):
-    """For a run's folder, or a state, that is given as a model: a message with the checkpoints there are; else None.
-
-    kind: of their weights, as run.json has it; None: all.
-    """
-    is_state = os.path.isfile(os.path.join(path, "state.json"))
-    parent = os.path.dirname(last_named(path)) if is_state else path
-    names = [*numbered(parent or ".", CHECKPOINT), "best"]
-    found = [place for name in names if os.path.isfile(os.path.join(place := os.path.join(parent, name), RUN_FILE))]
-    if not is_state and not found:
-        return None
-    what = "is a state to resume a training from, not a model" if is_state else "is a run's folder, not a checkpoint"
-    fitting = [place for place in found if kind in (None, weights_kind(place))]
-    if not fitting:
-        return f"{flag} {path}: {what}; there is no checkpoint{f' of {kind} weights' * bool(kind)} to name instead"
-    more = f" ({len(fitting) - MOST_NAMED} more)" if len(fitting) > MOST_NAMED else ""
-    if more and fitting[-1].endswith("best"):
-        fitting.insert(MOST_NAMED - 1, fitting.pop())
-    return f"{flag} {path}: {what}: name {' or '.join(fitting[:MOST_NAMED])}{more}"
-
-
-def weights_kind(folder):
-    """What a checkpoint's run.json calls its weights; '' where it cannot be read."""
-    try:
-        return read_run(os.path.join(folder, RUN_FILE))["weights"]
-    except ValueError:
-        return ""
 
 
 def folder_problems(args, flag, path):

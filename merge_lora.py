@@ -9,9 +9,9 @@ import entry  # first: Ctrl-C is heard while the others are imported
 
 import os
 
-from arguments import last_named, merge_parser, no_checkpoint_problem, place_problem
-from checkpoint import load_base_and_trained, open_checkpoint, save_config
-from folders import new_folder
+from arguments import merge_parser, place_problem
+from checkpoint import load_base_and_trained, no_checkpoint_problem, open_checkpoint, save_config
+from folders import last_named, new_folder
 from utils import choose_device, prepare_environment, torch_dtype
 from weights import saved_dtype, write_json, write_weights
 

@@ -27,8 +27,9 @@ done
 
 while kill -0 "$command" 2>/dev/null; do # a signal ends `wait`, not the command
     wait "$command"
-    code=$?
 done
+wait "$command" # which bash remembers, also of one that ended before it was asked
+code=$?
 if [ "$code" -gt 128 ]; then # 128 + the signal; 256 - the signal where the launcher passed it on
     signal=$((code > 192 ? 256 - code : code - 128))
     echo "job.sh: a training process was ended by signal $signal ($(kill -l "$signal"))$(
