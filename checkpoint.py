@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 from bases import base_name, require_own_base
-from folders import file_entry, new_folder, require_space
+from folders import file_entry, last_named, new_folder, numbered, require_space
 from modes import MODES, Mode, possible_modes, read_json
 from released_files import (
     COMPANIONS,
@@ -35,6 +35,7 @@ from weights import (
 
 RUN_FILE = "run.json"
 CHECKPOINT = r"epoch-\d+-step-(\d+)"
+MOST_NAMED = 4  # checkpoints that a message names
 TOKENIZER_BYTES = 4 << 20  # room for what lies beside the weights
 
 
@@ -270,6 +271,35 @@ def read_run(path):
     if run["weights"] != "whole" and not isinstance(run.get("base_model"), str):
         raise ValueError(f"{path}: base_model is {run.get('base_model')!r}: it must name the base checkpoint")
     return run
+
+
+def no_checkpoint_problem(flag, path, kind=None):
+    """For a run's folder, or a state, that is given as a model: a message with the checkpoints there are; else None.
+
+    kind: of their weights, as run.json has it; None: all.
+    """
+    is_state = os.path.isfile(os.path.join(path, "state.json"))
+    parent = os.path.dirname(last_named(path)) if is_state else path
+    names = [*numbered(parent or ".", CHECKPOINT), "best"]
+    found = [place for name in names if os.path.isfile(os.path.join(place := os.path.join(parent, name), RUN_FILE))]
+    if not is_state and not found:
+        return None
+    what = "is a state to resume a training from, not a model" if is_state else "is a run's folder, not a checkpoint"
+    fitting = [place for place in found if kind in (None, weights_kind(place))]
+    if not fitting:
+        return f"{flag} {path}: {what}; there is no checkpoint{f' of {kind} weights' * bool(kind)} to name instead"
+    more = f" ({len(fitting) - MOST_NAMED} more)" if len(fitting) > MOST_NAMED else ""
+    if more and fitting[-1].endswith("best"):
+        fitting.insert(MOST_NAMED - 1, fitting.pop())
+    return f"{flag} {path}: {what}: name {' or '.join(fitting[:MOST_NAMED])}{more}"
+
+
+def weights_kind(folder):
+    """What a checkpoint's run.json calls its weights; '' where it cannot be read."""
+    try:
+        return read_run(os.path.join(folder, RUN_FILE))["weights"]
+    except ValueError:
+        return ""
 
 
 def resolve_base(run, run_path, given):

@@ -7,6 +7,8 @@ it). What is done is not done again: after a break, the same command goes on. Pa
 seen from the folder it is started in.
 """
 
+import entry  # first: Ctrl-C is heard while the others are imported
+
 import functools
 import importlib.metadata
 import json
@@ -454,7 +456,4 @@ def machine():
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except ValueError as error:
-        fail(" ".join(str(error).split()))
+    entry.run(main)

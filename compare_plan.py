@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import yaml
 
-from arguments import MAX_NAME, predict_parser, sampling_problems
+from arguments import MAX_NAME, path, predict_parser, sampling_problems
 from data_set import data_files
 from lengths import RUN_FLAGS
 from modes import MODES
@@ -47,6 +47,7 @@ METHOD_KEYS = {
     "flags": (dict, "flags of train.py without the dashes", False),
     "grid": (dict, "a list of values for each flag of train.py", False),
 }
+PATH_KEYS = ("base", "train_path", "test_path")
 # What a file may ask for; a comparison of some weeks is far below.
 MOST_BYTES = 100_000  # of the file
 MOST_NODES = 20_000  # values and keys in it, those that an alias stands for counted each time
@@ -189,6 +190,7 @@ def read_plan(path):
             problems += key_problems(entry, METHOD_KEYS, f"{where}.")
         else:
             problems.append(f"{where} {show(entry)}: is {name_type(entry)}: write name and train_type")
+    values = values if problems else with_home(values)
     problems = problems or value_problems(values)
     if not problems:
         plan = expand(path, values)
@@ -213,6 +215,27 @@ def key_problems(values, keys, where):
         for key, (_, text, is_needed) in keys.items()
         if is_needed and key not in values
     ]
+
+
+def with_home(values):
+    """The file's values with `~` replaced in its paths, as on a command line; flags that take a path included."""
+    parsers = (train_parser(), predict_parser())
+    takes_path = {action.dest for parser in parsers for action in parser._actions if action.type is path}
+
+    def expanded(value):
+        if isinstance(value, list):
+            return list(map(expanded, value))
+        return path(value) if isinstance(value, str) else value
+
+    def of_flags(flags, keys=takes_path):
+        return {key: expanded(value) if key in keys else value for key, value in flags.items()}
+
+    def of_all(entry):
+        tables = ("flags", "grid", "train_flags", "predict_flags")
+        return {key: of_flags(value) if key in tables else value for key, value in entry.items()}
+
+    methods = [of_all(entry) for entry in values["methods"]]
+    return of_flags({**of_all(values), "methods": methods}, PATH_KEYS)
 
 
 def value_problems(values):

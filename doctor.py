@@ -8,6 +8,8 @@ Each line has a mark: ok, note (worth knowing), BAD (will fail, and how to mend 
 is BAD. Nothing is fetched, and nothing is written but, with --full, the compiled optimizer in its cache.
 """
 
+import entry  # first: Ctrl-C is heard while the others are imported
+
 import contextlib
 import functools
 import glob
@@ -573,5 +575,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file name that the terminal cannot show must not end it
-    sys.exit(main(sys.argv[1:]))
+    entry.run(main)

@@ -6,6 +6,8 @@
 Takes what predict.py takes. The suite, and how its rows are scored: data/general/README.md.
 """
 
+import entry  # first: Ctrl-C is heard while the others are imported
+
 import argparse
 import hashlib
 import importlib.metadata
@@ -13,7 +15,6 @@ import json
 import math
 import os
 import re
-import sys
 
 from arguments import collect, forgetting_parser, model_problems, output_file_problems, range_problems
 from bases import known_bases
@@ -432,7 +433,4 @@ def format_result(result):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except ValueError as error:
-        fail(" ".join(str(error).split()))
+    entry.run(main)

@@ -10,10 +10,11 @@ document are wrong. A verdict is in the output file as soon as it comes: the sam
 missing. The endpoint's key is read from an environment variable (--api_key_env) and neither printed nor stored.
 """
 
+import entry  # first: Ctrl-C is heard while the others are imported
+
 import json
 import os
 import re
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -137,8 +138,8 @@ def complete(args, kind, jobs: list[Job], criteria: str, verdicts: list[dict], s
                 for future in as_completed([pool.submit(work, key) for key in missing]):
                     bar.update(future.result())
         except KeyboardInterrupt:
-            wait = False
-            raise
+            wait = False  # for the verdicts that are under way
+            raise KeyboardInterrupt(GO_ON) from None
         finally:  # after an error, what is under way is still written
             pool.shutdown(wait=wait, cancel_futures=True)
 
@@ -262,10 +263,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        fail(" ".join(str(error).split()))
-    except KeyboardInterrupt:
-        print(f"\njudge.py: stopped: {GO_ON}", file=sys.stderr, flush=True)
-        os._exit(130)  # the usual way out would wait for the verdicts that are under way
+    entry.run(main)

@@ -5,15 +5,16 @@
 Base model, rank and mode are read from the run. The merged run.json names the base that was really used.
 """
 
+import entry  # first: Ctrl-C is heard while the others are imported
+
 import os
-import sys
 
 from arguments import merge_parser, place_problem
 from bases import base_fingerprint, base_name
-from checkpoint import load_base_and_trained, open_checkpoint
-from folders import new_folder
+from checkpoint import load_base_and_trained, no_checkpoint_problem, open_checkpoint
+from folders import last_named, new_folder
 from released_files import copy_companions, save_config
-from utils import choose_device, fail, prepare_environment, torch_dtype
+from utils import choose_device, prepare_environment, torch_dtype
 from weights import saved_dtype, write_json, write_weights
 
 SAMPLE = "发动机水温高，风扇始终是低速转动，高速档不工作。"
@@ -24,7 +25,7 @@ def main(argv):
     """Merge, check, save."""
     args = merge_parser().parse_args(argv)
     prepare_environment(args.device)
-    output_dir = args.output_dir or os.path.normpath(args.model_dir) + "-merged"
+    output_dir = args.output_dir or last_named(args.model_dir) + "-merged"
     opened = open_checkpoint(check_arguments(args, output_dir), base=args.model_name_or_path, flag="--model_dir")
     if opened.weights != "adapter":
         raise ValueError(f"--model_dir {args.model_dir}: holds {opened.weights} weights: only LoRA adapters are merged")
@@ -63,6 +64,8 @@ def main(argv):
 def check_arguments(args, output_dir):
     """The adapter's folder, if the flags make sense."""
     if not os.path.isfile(os.path.join(args.model_dir, "run.json")):
+        if problem := no_checkpoint_problem("--model_dir", args.model_dir, "adapter"):
+            raise ValueError(problem)
         raise ValueError(
             f"--model_dir {args.model_dir}: no run.json in it: name a checkpoint folder that train.py saved"
         )
@@ -99,7 +102,4 @@ def write_merged(model, tokenizer, output_dir, run, dtype):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        fail(" ".join(str(error).split()))
+    entry.run(main)

@@ -7,6 +7,9 @@
 Takes a released checkpoint and every folder that train.py and merge_lora.py save.
 """
 
+import entry  # first: Ctrl-C is heard while the others are imported
+
+import contextlib
 import glob
 import hashlib
 import json
@@ -18,6 +21,7 @@ from arguments import parse_predict
 from checkpoint import load_opened, open_checkpoint
 from data_set import read_to_answer
 from lengths import settle_columns, settle_lengths
+from talk import talk
 from utils import (
     barrier,
     choose_device,
@@ -26,6 +30,7 @@ from utils import (
     is_main,
     prepare_environment,
     print_rank_0,
+    rank,
     set_seed,
     start_distributed,
     stop_distributed,
@@ -147,20 +152,21 @@ def predict_file(answer, rows, args, key):
     from tqdm import tqdm
 
     started = time.time()
-    rank, world = int(os.environ.get("RANK", "0")), world_size()
+    own_rank, world = rank(), world_size()
     os.makedirs(os.path.dirname(os.path.abspath(args.output_path)), exist_ok=True)
     done = take_up(args.output_path, key, args.overwrite)
     if done:
         print_rank_0(f"{len(done)} of {len(rows)} rows are answered already, {args.output_path} is gone on with")
     # Shared out by length in characters, which needs no encoding, so that the ranks have equally much to do.
     left = [i for i in range(len(rows)) if i not in done]
-    mine = sorted(left, key=lambda i: (len(rows[i]["query"]), i), reverse=True)[rank::world]
+    mine = sorted(left, key=lambda i: (len(rows[i]["query"]), i), reverse=True)[own_rank::world]
     prompts = {number: answer.prompt_ids(rows[number]["query"]) for number in mine}
     copies = max(args.num_return_sequences, args.num_beams)  # of a row, side by side in its batch
     sizes = {number: copies * (len(ids) + args.max_new_tokens) for number, (ids, _) in prompts.items()}
     batches = make_batches(sizes, args.batch_size, args.batch_tokens)
-    with open(part_path(args.output_path, rank), "a", encoding="utf-8", buffering=1) as file:
-        if rank:
+    part = part_path(args.output_path, own_rank)
+    with telling_what_is_left(), open(part, "a", encoding="utf-8", buffering=1) as file:
+        if own_rank:
             file.write(json.dumps({"key": key}) + "\n")
         with tqdm(total=len(mine), desc="predicting", unit="row", disable=not is_main()) as bar:
             for numbers in batches:
@@ -173,6 +179,15 @@ def predict_file(answer, rows, args, key):
         print(f"{len(rows)} rows in {time.time() - started:.1f} s, {args.output_path}")
         print(describe_answers(lines, args.max_new_tokens))
         print(describe_cut_questions(lines, args.max_src_len))
+
+
+@contextlib.contextmanager
+def telling_what_is_left():
+    """Let Ctrl-C say how the rows that are not answered yet get their answers."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command answers the rows that are left") from None
 
 
 def part_path(path, rank):
@@ -324,40 +339,5 @@ def put_in_order(path):
     return [json.loads(line) for line in lines.values()]
 
 
-def talk(answer):
-    """A conversation on the terminal; earlier turns are part of the prompt."""
-    history = []
-    print("empty line: end; /clear: forget")
-    while True:
-        try:
-            query = input("> ").strip()
-        except EOFError:
-            return
-        if not query:
-            return
-        if query == "/clear":
-            history = []
-            continue
-        encoded = answer.prompt_ids(query, history)
-        if lost := describe_lost(answer, query, history, encoded):
-            print(lost)
-        text = answer([encoded])[0]["predictions"][0]
-        print(text)
-        history.append((query, text))
-
-
-def describe_lost(answer, query, history, encoded):
-    """What of a conversation found no room in its prompt, `encoded`, as a line; '' where all did."""
-    num_left_out = 0
-    while num_left_out < len(history) and answer.prompt_ids(query, history[num_left_out + 1 :]) == encoded:
-        num_left_out += 1
-    lost = ["the oldest turn" if num_left_out == 1 else f"the {num_left_out} oldest turns"] * (num_left_out > 0)
-    lost += [f"{encoded[1]} tokens of the question"] * (encoded[1] > 0)
-    return f"(no room in --max_src_len {answer.max_src_len} for {' and '.join(lost)})" if lost else ""
-
-
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        fail(" ".join(str(error).split()))
+    entry.run(main)

@@ -9,9 +9,10 @@ are also compared with the first one. Needs no accelerator and no model: the dee
 are not imported, the text libraries only once a row is scored.
 """
 
+import entry  # first: Ctrl-C is heard while the others are imported
+
 import json
 import os
-import sys
 import unicodedata
 from pathlib import Path
 from typing import NamedTuple
@@ -438,5 +439,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file name the terminal cannot show must not end the run
-    sys.exit(main())
+    entry.run(main)

@@ -5,12 +5,12 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from entry import listen, listen_as_before
 from folders import file_entry, verify
 from utils import EXIT_LEFT, fail, free_port, visible
 
@@ -22,25 +22,25 @@ class StepFailed(SystemExit):
 def run_words(words, environment):
     """Run a command and wait for it, also where this process is asked to leave: then it is asked to leave, too.
 
-    Returns (exit code, was this process asked to leave); the code is 127, as in a shell, where there is no such command.
+    Its process group is its own, so that Ctrl-C reaches it once, through this process. Returns (exit code, was this
+    process asked to leave); the code is 127, as in a shell, where there is no such command.
     """
     asked = []
     try:
-        process = subprocess.Popen(words, env=environment)
+        process = subprocess.Popen(words, env=environment, preexec_fn=os.setpgrp)
     except OSError as error:
         print(f"{visible(words[0])}: cannot be started ({error.strerror})", file=sys.stderr, flush=True)
         return 127, False
 
     def pass_on(number, frame):
         asked.append(number)
-        process.terminate()
+        process.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = listen(pass_on)
     try:
         code = process.wait()
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        listen_as_before(before)
     return (code if code >= 0 else 128 - code), bool(asked)
 
 
@@ -61,7 +61,9 @@ class Steps:
         self.folder.mkdir(parents=True, exist_ok=True)
         # `python` and `deepspeed` are those of this interpreter, also where its environment is not activated.
         path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
-        self.environment = {**os.environ, "PATH": path}
+        # What a launch left in the shell means nothing to commands of one process, and the launcher gives its own.
+        left = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+        self.environment = {**left, "PATH": path}
         self.cards = cards
 
     def stamp_path(self, name):

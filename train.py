@@ -4,6 +4,7 @@
         --mode glm3 --train_type lora --output_dir ./output-glm3
 """
 
+
 import math
 import sys
 import time

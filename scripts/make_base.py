@@ -9,33 +9,35 @@ questions about them. It has never seen the extraction task of data/spo_0.json: 
 same settings finds the checkpoint and returns at once.
 """
 
-import hashlib
-import io
-import json
-import math
 import os
-import random
-import re
-import shutil
 import sys
-import tempfile
-import time
-from pathlib import Path
 
-import sentencepiece
-import torch
-from tqdm import tqdm
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, os.path.join(ROOT, "scripts")]  # for a call from any folder
+import entry  # noqa: E402, I001  first: Ctrl-C is heard while the others are imported
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # for a call from any folder
+import hashlib  # noqa: E402
+import io  # noqa: E402
+import json  # noqa: E402
+import math  # noqa: E402
+import random  # noqa: E402
+import re  # noqa: E402
+import shutil  # noqa: E402
+import tempfile  # noqa: E402
+import time  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import sentencepiece  # noqa: E402
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
 import make_data  # noqa: E402
-
-from arguments import OneLineParser  # noqa: E402
+from arguments import OneLineParser, path  # noqa: E402
 from batches import collate  # noqa: E402
 from data_set import encode_row  # noqa: E402
 from modes import MODES, read_json  # noqa: E402
 from released_files import save_config  # noqa: E402
-from utils import fail, prepare_environment  # noqa: E402
+from utils import prepare_environment  # noqa: E402
 from weights import write_json, write_weights  # noqa: E402
 
 # Hidden size, layers, key/value heads (glm2 and glm3), inner sizes (gated: glm2 and glm3; plain: glm).
@@ -329,7 +331,7 @@ def accuracy(model, tokenizer, prompt, seed):
 
 def settings_of(args):
     """Everything that decides the checkpoint."""
-    sources = (Path(__file__), ROOT / "scripts" / "make_data.py", ROOT / "scripts" / "data_words.py")
+    sources = [Path(ROOT, "scripts", name) for name in ("make_base.py", "make_data.py", "data_words.py")]
     digest = hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()
     return {"mode": args.mode, "num_steps": args.num_steps, "seed": args.seed, "sources": digest}
 
@@ -396,7 +398,9 @@ def make_base(args):
 def parse_args(argv=None):
     parser = OneLineParser(prog="make_base.py", description=__doc__.splitlines()[0])
     parser.add_argument("--mode", choices=tuple(MODES), default="glm3", help="family")
-    parser.add_argument("--output_dir", required=True, help="folder of the checkpoint; a base in it is replaced")
+    parser.add_argument(
+        "--output_dir", type=path, required=True, help="folder of the checkpoint; a base in it is replaced"
+    )
     parser.add_argument("--num_steps", type=int, default=NUM_STEPS, help="optimizer updates")
     parser.add_argument("--seed", type=int, default=1234, help="seed of rows and weights")
     args = parser.parse_args(argv)
@@ -406,7 +410,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        make_base(parse_args())
-    except ValueError as error:
-        fail(str(error))
+    entry.run(lambda argv: make_base(parse_args(argv)))

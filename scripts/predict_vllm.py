@@ -7,17 +7,19 @@ vLLM lives in an environment of its own and does not know these tokenizers, so o
 are encoded and answers decoded here. scripts/predict_vllm.sh starts the server as well; docs/vllm.md says how.
 """
 
-import http.client
-import json
 import os
 import sys
-import threading
-import time
-import urllib.parse
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import entry  # noqa: E402, I001  first: Ctrl-C is heard while the others are imported
+
+import http.client  # noqa: E402
+import json  # noqa: E402
+import threading  # noqa: E402
+import time  # noqa: E402
+import urllib.parse  # noqa: E402
+from concurrent.futures import ThreadPoolExecutor  # noqa: E402
+
 from arguments import (  # noqa: E402
     OneLineParser,
     add_answered_row_flags,
@@ -26,6 +28,7 @@ from arguments import (  # noqa: E402
     model_label,
     model_problems,
     output_file_problems,
+    path,
     range_problems,
     sampling_problems,
 )
@@ -45,12 +48,14 @@ def parser():
     """Flags of predict_vllm.py: those of predict.py that a server obeys, and where it is."""
     parser = OneLineParser(prog="predict_vllm.py", description="Answer rows of a file with a vLLM server.")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="where the server is, without a path")
-    parser.add_argument("--model_path", required=True, help="released or merged folder, the one that the server has")
+    parser.add_argument(
+        "--model_path", type=path, required=True, help="released or merged folder, the one that the server has"
+    )
     parser.add_argument("--mode", choices=VLLM_MODES, help="model family; left out: read from the checkpoint")
     parser.add_argument(
-        "--test_path", nargs="+", required=True, help="rows to answer: JSON Lines or array files, or folders"
+        "--test_path", type=path, nargs="+", required=True, help="rows to answer: JSON Lines or array files, or folders"
     )
-    parser.add_argument("--output_path", help="JSON Lines to write; left out: predictions/MODEL/TEST.jsonl")
+    parser.add_argument("--output_path", type=path, help="JSON Lines to write; left out: predictions/MODEL/TEST.jsonl")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
     parser.add_argument("--num_requests", type=int, default=64, help="rows that the server has at a time")
     add_answered_row_flags(parser)
@@ -280,9 +285,4 @@ def write_whole(path, lines):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        fail(" ".join(str(error).split()))
-    except KeyboardInterrupt:
-        os._exit(130)  # the usual way out would wait for the answers that are under way
+    entry.run(main)

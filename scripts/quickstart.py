@@ -7,19 +7,23 @@ it left them, is not run again. Nothing here is special to the tiny model: put a
 it prints.
 """
 
-import argparse
-import json
 import os
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import entry  # noqa: E402, I001  first: Ctrl-C is heard while the others are imported
+
+import json  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+from arguments import OneLineParser  # noqa: E402
 from modes import MODES  # noqa: E402
 from score import read_predictions, score_rows  # noqa: E402
 from steps import Steps, newest_checkpoint  # noqa: E402
 from tuning import TRAIN_TYPES  # noqa: E402
+from utils import EXIT_LEFT  # noqa: E402
 
+ROOT = Path(__file__).resolve().parent.parent
 # Learning rates, sizes and epochs that suit a base of some million weights; a 6B model wants the README's.
 FLAGS = {
     "lora": "--lora_dim 16 --lora_alpha 32 --lora_dropout 0.0 --learning_rate 3e-3 --num_train_epochs 4"
@@ -36,11 +40,22 @@ COMMON = (
 METRICS = ("f1", "rougeL", "bleu4")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mode", choices=MODES, default="glm3")
-    parser.add_argument("--train_type", choices=TRAIN_TYPES, default="lora")
-    args = parser.parse_args()
+def main(argv):
+    """Run the steps that are not done yet, and say what came out."""
+    parser = OneLineParser(prog="quickstart.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--mode", choices=MODES, default="glm3", help="model family")
+    parser.add_argument("--train_type", choices=TRAIN_TYPES, default="lora", help="what trains")
+    args = parser.parse_args(argv)
+    try:
+        run_all(args)
+    except SystemExit as stop:
+        if stop.code == EXIT_LEFT:
+            print("\nleft: the same command goes on from here", flush=True)
+        raise
+
+
+def run_all(args):
+    """The steps, from the base to the scores."""
 
     base = f"output/base-{args.mode}"
     folder = f"output/quickstart-{args.mode}-{args.train_type}"
@@ -57,7 +72,7 @@ def main():
     steps.run("before", f"{predict} --model_path {base} --output_path {before}", [*weights, held_out], before)
 
     command = (
-        f"deepspeed --master_port 29500 train.py --train_path {rows} --model_name_or_path {base} --mode {args.mode}"
+        f"bash scripts/job.sh deepspeed --master_port 29500 train.py --train_path {rows} --model_name_or_path {base} --mode {args.mode}"
         f" --train_type {args.train_type} {COMMON} {FLAGS[args.train_type]} --output_dir {folder}/train"
     )
     steps.run("train", command, [*weights, rows], f"{folder}/train")
@@ -76,7 +91,7 @@ def main():
     # Of the answers: a file of scores is anybody's who scores them in another way.
     summary = {name: scores_of(path) for name, path in (("before", before), ("after", after))}
     summary["seconds"] = round(steps.seconds, 1)
-    Path(folder, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    Path(folder, "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print_summary(args, folder, steps, summary)
 
 
@@ -102,4 +117,4 @@ def print_summary(args, folder, steps, summary):
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

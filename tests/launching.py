@@ -1,6 +1,7 @@
 """Helpers for tests that start real commands."""
 
 import os
+import signal
 import socket
 import subprocess
 
@@ -11,6 +12,11 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def hears_ctrl_c():
+    """For `preexec_fn`: where the tests' own parent ignores SIGINT (a shell's background), a child would, too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run_command(command, folder, timeout=300, **environment):

@@ -182,7 +182,8 @@ def test_all_problems_at_once(here):
 
 
 def test_more_ranks_than_rows(here, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "5")
+    for name, value in (("WORLD_SIZE", "5"), ("RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(row_cache, "cache_folder", lambda: str(here.cache.parent / "filled"))
     here.train_fails(says="--train_path: 4 rows for 5 processes: give at least one row to each, or start fewer")
 
@@ -192,7 +193,8 @@ def test_other_ranks_let_the_first_one_speak(here, monkeypatch, rank, local_rank
     """They wait for the launcher to end them, and name themselves if it is their own host that lacks something."""
     waited = []
     monkeypatch.setattr("time.sleep", waited.append)
-    for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank), ("WORLD_SIZE", 8)):
+    variables = {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": 8, "MASTER_ADDR": "127.0.0.1"}
+    for name, value in variables.items():
         monkeypatch.setenv(name, str(value))
     here.train_fails(train_path="no.json", says=rf"^train\.py: rank {rank}: error: --train_path no\.json: no such file")
     assert waited and min(waited) >= 1

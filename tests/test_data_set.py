@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, Golden
+from launching import hears_ctrl_c
 
 import data_set
 import row_cache
@@ -817,7 +818,7 @@ for number, _ in enumerate(encode_in_pool(itertools.repeat(batch), encoding, 2))
 def test_no_process_is_left_behind(glm3, number):
     command = [sys.executable, "-c", ENDLESS, glm3.folder]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **streams)
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, preexec_fn=hears_ctrl_c, **streams)
     try:
         pids = [int(word) for word in process.stdout.readline().split()]
         assert 1 <= len(pids) <= 2

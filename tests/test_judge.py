@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from launching import hears_ctrl_c
 
 import endpoint
 import judge
@@ -269,7 +270,10 @@ def test_a_run_that_is_stopped(serve, here, how):
 
     server.answer = answer
     process = subprocess.Popen(
-        [sys.executable, ROOT / "judge.py", *here.flags(server.url)], stderr=subprocess.PIPE, text=True
+        [sys.executable, ROOT / "judge.py", *here.flags(server.url)],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hears_ctrl_c,
     )
     try:
         deadline = time.monotonic() + 60
