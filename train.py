@@ -4,6 +4,7 @@
         --mode glm3 --train_type lora --output_dir ./output-glm3
 """
 
+import entry  # noqa: F401, first: Ctrl-C is heard while the others are imported
 
 import math
 import sys
