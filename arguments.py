@@ -513,6 +513,7 @@ def doctor_parser():
     parser.add_argument("--mode", choices=MODES, help="model family of the folders; left out: read from each")
     parser.add_argument(
         "--train_path",
+        type=path,
         nargs="+",
         help="rows whose answers are sent through the folders' tokenizers and back: files, or folders of *.json[l];"
         " left out: none",

@@ -313,11 +313,12 @@ def test_a_folder_with_a_run_says_how_to_go_on(run_folder):
 STUB = """import sys, time
 import entry, talk
 class Answerer:
-    def prompt_ids(self, query, history): return query, len(history)
+    max_src_len = 99
+    def prompt_ids(self, query, history): return [query, len(history)], 0
     def __call__(self, encoded):
         print("thinking", flush=True)
-        time.sleep(30 if "slow" in encoded[0][0] else 0)
-        return [{"predictions": ["<%s|%d>" % (ascii(encoded[0][0])[1:-1], encoded[0][1])]}]
+        time.sleep(30 if "slow" in encoded[0][0][0] else 0)
+        return [{"predictions": ["<%s|%d>" % (ascii(encoded[0][0][0])[1:-1], encoded[0][0][1])]}]
 entry.run(lambda argv: talk.talk(Answerer()))"""
 
 
@@ -332,7 +333,7 @@ def converse(turns, **environment):
         os.chdir(ROOT)
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG"))}
         os.execve(sys.executable, [sys.executable, "-c", STUB], {**kept, "TERM": "dumb", **environment})
-    seen, mark, end = b"", 0, time.monotonic() + 20
+    seen, mark, end = b"", 0, time.monotonic() + 120
 
     def read():
         nonlocal seen
@@ -390,6 +391,7 @@ def test_a_talk_that_is_read_from_a_file(monkeypatch, capsys):
     class Answerer:
         def prompt_ids(self, query, history):
             asked.append(query)
+            return query, 0
 
         def __call__(self, encoded):
             return [{"predictions": ["好"]}]
