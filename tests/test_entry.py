@@ -391,7 +391,7 @@ def test_a_talk_that_is_read_from_a_file(monkeypatch, capsys):
     class Answerer:
         def prompt_ids(self, query, history):
             asked.append(query)
-            return query, 0
+            return [query, len(history)], 0
 
         def __call__(self, encoded):
             return [{"predictions": ["好"]}]
