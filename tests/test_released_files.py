@@ -1,13 +1,15 @@
 """What is saved opens in programs that we did not write: the released code of old libraries, peft, converters."""
 
+import fnmatch
 import json
 import os
+import re
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import GOLDEN_FOLDERS
+from conftest import GOLDEN_FOLDERS, ROOT
 from launching import load_script
 from safetensors.torch import load_file
 
@@ -18,6 +20,7 @@ from checkpoint import COMPANIONS, describe_run, open_checkpoint, save_checkpoin
 from folders import verify
 from modes import read_json
 from tuning import TRAIN_TYPES
+from weights import check_weights
 
 PEFT_0_5 = (  # every key that LoraConfig of peft 0.5.0 takes
     "peft_type auto_mapping base_model_name_or_path revision task_type inference_mode r target_modules lora_alpha"
@@ -187,6 +190,8 @@ def test_prefixes_travel_out(golden, saved, tmp_path):
         for name, tensor in encoder.state_dict().items():
             assert torch.equal(tensor, state[f"transformer.prefix_encoder.{name}"])
     assert open_checkpoint(str(folder)).weights == "prefix"
+    with pytest.raises(ValueError, match="holds a prefix encoder alone: name the base model"):
+        check_weights(str(folder), golden.mode, golden.config())
 
 
 def test_a_large_prefix_is_written_once(tmp_path, monkeypatch):
@@ -247,3 +252,15 @@ def test_the_code_is_fetched_from_the_hub(tmp_path, monkeypatch):
     )
     checkpoint.resolve_folder("THUDM/chatglm3-6b")
     assert set(COMPANIONS) < set(asked[0])
+
+
+def test_the_list_of_files_names_them_all(saved):
+    """docs/files.md, in both languages: what is saved, file by file."""
+    halves = (ROOT / "docs" / "files.md").read_text(encoding="utf-8").split("## 中文")
+    for text in halves:
+        patterns = re.findall(r"`([\w.*-]+)`", text)
+        for kind in ("all", "merged", "lora", "ptuning"):
+            for name in names(saved[kind]):
+                assert any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns), name
+    english, chinese = (sorted(re.findall(r"`[^`\n]+`|^\|", text, re.M)) for text in halves)
+    assert english == chinese

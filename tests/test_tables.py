@@ -17,7 +17,10 @@ LEVELS = [
     {"glm_common", "glm1", "glm2", "glm3"},
     {"utils", "modes", "tasks", "folders", "watch", "plots", "steps", "report_words"},
     {"tuning", "data_set", "batches", "guard", "ds_config", "optimizer", "run_log", "weights", "metrics", "bootstrap"},
-    {"progress", "checkpoint", "resume", "run_folder", "row_cache", "row_sets", "report", "report_text"},
+    {
+        *("released_files", "progress", "checkpoint", "resume", "run_folder"),
+        *("row_cache", "row_sets", "report", "report_text"),
+    },
     {"arguments", "train_arguments", "compare_plan"},
     {
         *("train", "evaluation", "predict", "merge_lora", "score", "forgetting", "doctor", "compare"),
