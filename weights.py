@@ -174,6 +174,8 @@ def check_weights(folder, mode, config, new_prefix=False):
     """
     found = weight_shapes(folder)
     found = {name: value for name, value in found.items() if not name.endswith("inv_freq")}
+    if found and all("prefix_encoder." in name for name in found):
+        raise ValueError(f"{folder}: holds a prefix encoder alone: name the base model that it was trained on")
     model = model_for(folder, mode, config, len(found))
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = set(model.all_tied_weights_keys)

@@ -9,7 +9,7 @@ import sentencepiece
 from transformers import PreTrainedTokenizer
 
 SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
-RELEASED_CLASS = "tokenization_chatglm.ChatGLMTokenizer"
+RELEASED_MAP = {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]}
 NEW_KEYS = ("backend", "is_local", "local_files_only", "model_specific_special_tokens")  # of transformers 5 alone
 
 
@@ -151,7 +151,7 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
         source = os.path.dirname(self.vocab_file)
         if not os.path.isfile(os.path.join(source, SETTINGS_FILES[0])):
             super().save_pretrained(save_directory, **kwargs)
-            more = {"remove_space": False, "do_lower_case": False, "auto_map": {"AutoTokenizer": [RELEASED_CLASS, None]}}
+            more = {"remove_space": False, "do_lower_case": False, "auto_map": RELEASED_MAP}
             self.rewrite(save_directory, SETTINGS_FILES[0], ("added_tokens_decoder",), more)
             return self.save_vocabulary(save_directory)
         os.makedirs(save_directory, exist_ok=True)

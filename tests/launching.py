@@ -1,11 +1,20 @@
-"""Helpers for tests that start real commands."""
+"""Helpers for tests that start real commands, and for those of scripts."""
 
+import importlib.util
 import os
 import signal
 import socket
 import subprocess
 
 from conftest import ROOT
+
+
+def load_script(name):
+    """A script of scripts/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def free_port():
