@@ -390,10 +390,10 @@ def test_a_talk_that_is_read_from_a_file(monkeypatch, capsys):
 
     class Answerer:
         def prompt_ids(self, query, history):
-            asked.append(query)
             return [query, len(history)], 0
 
         def __call__(self, encoded):
+            asked.append(encoded[0][0][0])
             return [{"predictions": ["好"]}]
 
     talk(Answerer())
