@@ -5,11 +5,12 @@ import math
 import os
 import re
 
+from checkpoint import CHECKPOINT, no_checkpoint_problem
 from data_set import Columns, data_files
 from modes import MODES, possible_modes
 from report_words import LANGUAGES
 from tasks import TASKS
-from utils import fail, is_main
+from utils import fail, is_main, launcher_problem
 from weights import INDEX_FILES, WEIGHT_FILES
 
 MAX_NAME = 200  # bytes of a file's name; most file systems have 255, and endings such as .partial come behind
@@ -33,6 +34,11 @@ class OneLineParser(argparse.ArgumentParser):
         return {action.dest for action in self._actions if given & set(action.option_strings)}
 
 
+def path(text):
+    """A path as a flag gives it, `~` for the home folder: a shell expands it at the start of a word only."""
+    return os.path.expanduser(text)
+
+
 def true_or_false(text):
     """'True' or 'False' in any case; `bool` as a type would call every text true."""
     if text.lower() in ("true", "false"):
@@ -47,22 +53,58 @@ def add_device_flags(parser, precision="auto: bf16 where the card has it, fp16 o
     )
     parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help=precision)
     parser.add_argument(
-        "--local_rank", type=int, default=-1, help="given by some launchers; the LOCAL_RANK variable decides"
+        "--local_rank",
+        "--local-rank",
+        type=int,
+        default=-1,
+        help="given by some launchers; the LOCAL_RANK variable decides",
     )
 
 
 def add_row_flags(parser):
     """Names of the fields of a row."""
     parser.add_argument(
-        "--prompt_column", help="field that holds the whole question; without it instruction + input is the question"
+        "--prompt_column",
+        help="field that holds the whole question; left out: instruction and input, joined with nothing between",
     )
-    parser.add_argument("--response_column", default="output", help="field that holds the answer")
+    parser.add_argument("--response_column", default="output", help="field that holds the answer, a string or a number")
+
+
+def add_answered_row_flags(parser):
+    """Those of rows to answer, which a run.json beside the model gives where they are left out (lengths.py)."""
+    parser.add_argument(
+        "--max_src_len", type=int, help="tokens of the question; the rest is cut; left out: the run's own, else 1024"
+    )
+    parser.add_argument(
+        "--prompt_column",
+        help="field that holds the whole question; '': instruction + input; left out: the run's own, else those two",
+    )
+    parser.add_argument(
+        "--response_column", help="field that holds the answer; left out: the run's own, else output"
+    )
 
 
 def add_base_flag(parser):
     """Where the base model of an adapter or a prefix encoder is now."""
     parser.add_argument(
-        "--model_name_or_path", help="base checkpoint, if it has moved since the training; left out: read from run.json"
+        "--model_name_or_path",
+        type=path,
+        help="base checkpoint, if it has moved since the training; left out: read from run.json",
+    )
+    parser.add_argument(
+        "--allow_other_base",
+        action="store_true",
+        help="take a base of other weights, precision or config.json than the training had; off: refuse it",
+    )
+
+
+def add_normalize_flag(parser, when=""):
+    """--no_normalize, alike wherever answers are scored."""
+    parser.add_argument(
+        "--no_normalize",
+        action="store_true",
+        help=f"score texts as they are{when}; off: both sides are folded with NFKC, so that full-width and ASCII marks"
+        " are alike",
     )
 
 
@@ -109,6 +151,9 @@ def model_problems(args, flag, path):
 
 def folder_problems(args, flag, path):
     """Problems of a local checkpoint folder."""
+    kind = "whole" if flag == "--model_name_or_path" else None  # nothing is trained on top of an adapter
+    if problem := no_checkpoint_problem(flag, path, kind):
+        return [problem]
     if not os.path.isfile(os.path.join(path, "config.json")):
         return [f"{flag} {path}: no config.json in it: name a folder with a whole checkpoint"]
     if not any(os.path.isfile(os.path.join(path, name)) for name in (*WEIGHT_FILES, *INDEX_FILES)):
@@ -155,8 +200,10 @@ def columns_of(args):
 def merge_parser():
     """Flags of merge_lora.py."""
     parser = OneLineParser(prog="merge_lora.py", description="Merge a LoRA adapter into its base: a plain checkpoint.")
-    parser.add_argument("--model_dir", required=True, help="a folder that train.py saved with --train_type lora")
-    parser.add_argument("--output_dir", help="new folder; left out: MODEL_DIR-merged")
+    parser.add_argument(
+        "--model_dir", type=path, required=True, help="a folder that train.py saved with --train_type lora"
+    )
+    parser.add_argument("--output_dir", type=path, help="new folder; left out: MODEL_DIR-merged")
     add_base_flag(parser)
     add_device_flags(parser, precision="of the merged weights; auto: the base checkpoint's own")
     parser.set_defaults(device="cpu")  # it merges in float32, which not every card has room for
@@ -178,7 +225,7 @@ def sampling_problems(args, typed):
     typed: names of the flags on the command line.
     """
     problems = []
-    if args.max_src_len < LEAST_SRC_LEN:
+    if args.max_src_len is not None and args.max_src_len < LEAST_SRC_LEN:
         problems.append(f"--max_src_len {args.max_src_len}: leaves nothing of a question: use at least {LEAST_SRC_LEN}")
     for name in ("temperature", "repetition_penalty"):
         if not 0 < getattr(args, name) < math.inf:
@@ -197,14 +244,18 @@ def sampling_problems(args, typed):
 def predict_parser():
     """Flags of predict.py."""
     parser = OneLineParser(prog="predict.py", description="Answer rows of a file, one prompt, or a conversation.")
-    parser.add_argument("--model_path", required=True, help="released, merged, adapter or prefix folder, or a hub name")
+    parser.add_argument(
+        "--model_path", type=path, required=True, help="released, merged, adapter or prefix folder, or a hub name"
+    )
     parser.add_argument("--mode", choices=MODES, help="model family; left out: read from the checkpoint")
     add_base_flag(parser)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--test_path", nargs="+", help="rows to answer: JSON Lines or array files, or folders")
+    source.add_argument(
+        "--test_path", type=path, nargs="+", help="rows to answer: JSON Lines or array files, or folders"
+    )
     source.add_argument("--prompt", help="one question")
     source.add_argument("--interactive", action="store_true", help="talk; an empty line ends, /clear forgets")
-    parser.add_argument("--output_path", help="JSON Lines to write; left out: predictions/MODEL/TEST.jsonl")
+    parser.add_argument("--output_path", type=path, help="JSON Lines to write; left out: predictions/MODEL/TEST.jsonl")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
     parser.add_argument("--batch_size", type=int, default=16, help="rows answered together at most")
     parser.add_argument(
@@ -214,7 +265,7 @@ def predict_parser():
         help="tokens of a batch at most: rows x answers or beams of a row x (its longest prompt + --max_new_tokens);"
         " one row is always taken; 0: off",
     )
-    parser.add_argument("--max_src_len", type=int, default=1024, help="tokens of the question; the rest is cut")
+    add_answered_row_flags(parser)
     parser.add_argument("--max_new_tokens", type=int, default=512, help="tokens of an answer at most")
     parser.add_argument(
         "--num_return_sequences",
@@ -225,7 +276,6 @@ def predict_parser():
     parser.add_argument("--num_beams", type=int, default=1, help="beam search; 1: off")
     add_sampling_flags(parser)
     parser.add_argument("--seed", type=int, default=1234, help="of the draws")
-    add_row_flags(parser)
     add_device_flags(parser)
     return parser
 
@@ -247,6 +297,7 @@ def parse_predict(argv):
             f"--num_return_sequences {args.num_return_sequences}: greedy search has one answer: add --do_sample,"
             " or --num_beams of as many"
         )
+    problems += filter(None, [launcher_problem()])
     if args.prompt is not None and not args.prompt.strip():
         problems.append(f"--prompt {args.prompt!r}: is empty: ask something")
     if args.prompt is not None and any("\ud800" <= character <= "\udfff" for character in args.prompt):
@@ -290,8 +341,9 @@ def output_file_problems(args):
 
 def model_label(path):
     """A short name for a model: its folder, with the run's folder in front of a checkpoint's."""
-    parts = [part for part in os.path.normpath(path).split(os.sep) if part not in ("", ".", "..")]
-    return "-".join(parts[-2:]) if parts and re.match(r"epoch-\d+-step-\d+", parts[-1]) else (parts or ["model"])[-1]
+    parts = [part for part in os.path.abspath(path).split(os.sep) if part]
+    is_of_run = parts and re.match(rf"best$|{CHECKPOINT}", parts[-1])
+    return "-".join(parts[-2:]) if is_of_run else (parts or ["model"])[-1]
 
 
 def score_parser():
@@ -299,6 +351,7 @@ def score_parser():
     parser = OneLineParser(prog="score.py", description="Score predictions against their references.")
     parser.add_argument(
         "--predictions",
+        type=path,
         nargs="+",
         required=True,
         help="JSON Lines files, one object with a prediction and a reference per line; several are shown side by side,"
@@ -316,8 +369,16 @@ def score_parser():
         help="resamples of the rows that the 95 %% intervals are made of; 0: no intervals",
     )
     parser.add_argument(
-        "--output_path", help="JSON for the scores of one file; left out: FILE with .scores.json behind"
+        "--output_path",
+        type=path,
+        help="JSON for the scores of one file; left out: FILE.scores.json, with --task FILE.TASK.scores.json",
     )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a file with scores of other settings, or of another kind; off: only scores of the same settings",
+    )
+    add_normalize_flag(parser)
     parser.add_argument(
         "--prediction_column",
         default="prediction",
@@ -331,14 +392,19 @@ def score_parser():
 def forgetting_parser():
     """Flags of forgetting.py. Answers are greedy and questions are never cut."""
     parser = OneLineParser(prog="forgetting.py", description="Measure what fine-tuning made a model forget.")
-    parser.add_argument("--model_path", required=True, help="released, merged, adapter or prefix folder, or a hub name")
+    parser.add_argument(
+        "--model_path", type=path, required=True, help="released, merged, adapter or prefix folder, or a hub name"
+    )
     parser.add_argument("--mode", choices=MODES, help="model family; left out: read from the checkpoint")
     add_base_flag(parser)
-    parser.add_argument("--before", help="result for the model before fine-tuning; left out: nothing is compared")
-    parser.add_argument("--output_path", required=True, help="JSON to write")
+    parser.add_argument(
+        "--before", type=path, help="result for the model before fine-tuning; left out: nothing is compared"
+    )
+    parser.add_argument("--output_path", type=path, required=True, help="JSON to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
     parser.add_argument(
         "--suite",
+        type=path,
         default=GENERAL,
         help="rows as in data/general/README.md: a file, or a folder of *.json and *.jsonl",
     )
@@ -366,12 +432,17 @@ def judge_parser():
         help="pairs: which answer is better, that of --predictions or of --baseline; questions: which of the questions"
         " that --predictions made for documents are wrong",
     )
-    parser.add_argument("--predictions", help="JSON Lines of predict.py: the answers, or questions, to judge")
     parser.add_argument(
-        "--baseline", help="JSON Lines of predict.py: the answers to the same rows to compare with; pairs only"
+        "--predictions", type=path, help="JSON Lines of predict.py: the answers, or questions, to judge"
+    )
+    parser.add_argument(
+        "--baseline",
+        type=path,
+        help="JSON Lines of predict.py: the answers to the same rows to compare with; pairs only",
     )
     parser.add_argument(
         "--output_path",
+        type=path,
         required=True,
         help="JSON Lines of verdicts; one that exists is gone on with, and what is in it is not asked again;"
         " the report goes to this name with .report.json behind",
@@ -386,10 +457,18 @@ def judge_parser():
     parser.add_argument("--language", choices=("zh", "en"), default="zh", help="of the judge's prompt and reasons")
     parser.add_argument(
         "--criteria",
+        type=path,
         help="UTF-8 text file with the criteria; left out: accuracy, completeness, clarity and format; of questions:"
         " answerable, right, clear and harmless",
     )
     parser.add_argument("--concurrency", type=int, default=4, help="requests under way at a time")
+    parser.add_argument(
+        "--timeout",
+        type=int,
+        default=600,
+        help="seconds for a whole answer, from the connection to the last byte; each new try has as many; there is no"
+        " way to wait for ever",
+    )
     parser.add_argument(
         "--max_retries",
         type=int,
@@ -410,8 +489,12 @@ def judge_parser():
 def compare_parser():
     """Flags of compare.py."""
     parser = OneLineParser(prog="compare.py", description="Train, score and compare several methods on one task.")
-    parser.add_argument("config", help="YAML file: base, rows, task and methods, as configs/compare_quickstart.yaml")
-    parser.add_argument("--output_dir", help="folder of all runs and the report; left out: output/compare-NAME")
+    parser.add_argument(
+        "config", type=path, help="YAML file: base, rows, task and methods, as configs/compare_quickstart.yaml"
+    )
+    parser.add_argument(
+        "--output_dir", type=path, help="folder of all runs and the report; left out: output/compare-NAME"
+    )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="run these methods only; left out: all of them")
     parser.add_argument("--report_only", action="store_true", help="run nothing, write the report of what is done")
     parser.add_argument(
@@ -424,11 +507,42 @@ def compare_parser():
 def doctor_parser():
     """Flags of doctor.py."""
     parser = OneLineParser(prog="doctor.py", description="Look at this machine, the packages and checkpoint folders.")
-    parser.add_argument("folders", nargs="*", default=[], help="checkpoint, adapter, prefix or training output folders")
+    parser.add_argument(
+        "folders", type=path, nargs="*", default=[], help="checkpoint, adapter, prefix or training output folders"
+    )
     parser.add_argument("--mode", choices=MODES, help="model family of the folders; left out: read from each")
+    parser.add_argument(
+        "--train_path",
+        type=path,
+        nargs="+",
+        help="rows whose answers are sent through the folders' tokenizers and back: files, or folders of *.json[l];"
+        " left out: none",
+    )
+    add_row_flags(parser)
     parser.add_argument(
         "--full",
         action="store_true",
         help="read every weight, compare SHA-256 and compile the offload optimizer; off: headers, names and sizes",
     )
     return parser
+
+
+def parse_doctor(argv):
+    """Checked flags of doctor.py; ends with exit code 2 and all problems at once."""
+    parser = doctor_parser()
+    args = parser.parse_args(argv)
+    problems = []
+    if args.train_path and not args.folders:
+        fix = "name its folder first, python doctor.py FOLDER --train_path ROWS"
+        problems.append(f"--train_path {' '.join(args.train_path)}: needs the tokenizer of a checkpoint: {fix}")
+    problems += collect(data_files, args.train_path or [], prefix="--train_path ")
+    problems += [
+        f"--{name}: belongs to --train_path: add it or remove this flag"
+        for name in ("prompt_column", "response_column")
+        if name in parser.typed(argv) and not args.train_path
+    ]
+    if args.response_column in columns_of(args).sources:
+        problems.append(f"--response_column {args.response_column}: is part of the question: name the answer's field")
+    if problems:
+        fail(problems, parser.prog)
+    return args

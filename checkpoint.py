@@ -6,11 +6,21 @@ import os
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-from folders import new_folder, require_space
+from bases import base_name, require_own_base
+from folders import file_entry, last_named, new_folder, numbered, require_space
 from modes import MODES, Mode, possible_modes, read_json
+from released_files import (
+    COMPANIONS,
+    copy_companions,
+    prefix_bin_bytes,
+    save_config,
+    write_adapter_settings,
+    write_prefix,
+)
 from tuning import ADAPTER_FILE, PREFIX_FILE, TRAIN_TYPES, adapter_settings, check_shapes, load_trained
 from utils import BadNumbers, is_main, on_main
 from weights import (
+    bin_shapes,
     check_dtypes,
     check_weights,
     disk_errors,
@@ -20,26 +30,27 @@ from weights import (
     safetensors_shapes,
     weight_files,
     write_json,
-    write_safetensors,
     write_weights,
 )
 
 RUN_FILE = "run.json"
 CHECKPOINT = r"epoch-\d+-step-(\d+)"
+MOST_NAMED = 4  # checkpoints that a message names
 TOKENIZER_BYTES = 4 << 20  # room for what lies beside the weights
 
 
 def resolve_folder(name, flag="--model_name_or_path"):
     """Folder of a checkpoint: a local one as it is, a hub name from the hub's cache, which is filled if need be.
 
-    Where a repository has its weights in two formats, only the safetensors are fetched.
+    Where a repository has its weights in two formats, only the safetensors are fetched. Its code is fetched to lie
+    beside what is saved; it is never run here.
     """
     if os.path.isdir(name):
         return name
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.model", "*.safetensors"]
+    patterns = ["*.json", "*.model", "*.safetensors", *COMPANIONS]
     try:
         folder = snapshot_download(name, allow_patterns=patterns)
         if not any(file.endswith(".safetensors") for file in os.listdir(folder)):
@@ -110,14 +121,16 @@ def checkpoint_bytes(model, train_type):
         for parameter in model.parameters()
         if whole or parameter.requires_grad
     ]
-    return sum(sizes) + TOKENIZER_BYTES
+    second = prefix_bin_bytes(sum(sizes)) if train_type.weights == "prefix" else 0
+    return sum(sizes) + second + TOKENIZER_BYTES
 
 
 def save_checkpoint(model, tokenizer, folder, train_type, run, zero3):
     """Save a run's weights as the table of train types says; `folder` appears whole or not at all. Collective.
 
     lora: adapter_model.safetensors and adapter_config.json. ptuning: prefix_encoder.safetensors and config.json.
-    freeze and all: a whole checkpoint under the released names. run.json and the manifest lie beside them all.
+    freeze and all: a whole checkpoint under the released names. run.json and the manifest lie beside them all; all
+    files are listed in docs/files.md.
 
     Returns, on every rank, why it could not be saved (a full disk: nothing has changed), or None. BadNumbers where a
     weight is not finite.
@@ -144,12 +157,14 @@ def write_checkpoint(model, tokenizer, folder, train_type, run, state):
             readme = os.path.join(scratch, "README.md")  # a form to fill in, and nobody did
             if os.path.exists(readme):
                 os.remove(readme)
+            write_adapter_settings(scratch, run["base_model"])
         else:
             save_config(model.config, scratch, next(iter(state.values())).dtype)
             if train_type.weights == "whole":
                 write_weights(state, scratch)
+                copy_companions(model.config.name_or_path, scratch)
             else:
-                write_safetensors(state, os.path.join(scratch, PREFIX_FILE))
+                write_prefix(state, scratch)
         tokenizer.save_pretrained(scratch)
         write_json(run, os.path.join(scratch, RUN_FILE))
         check_written(scratch, state)
@@ -157,27 +172,24 @@ def write_checkpoint(model, tokenizer, folder, train_type, run, state):
 
 def check_written(folder, state):
     """Do the files hold as many tensors and values as they should? They are read back from their headers."""
-    found = [safetensors_shapes(os.path.join(folder, n)) for n in os.listdir(folder) if n.endswith(".safetensors")]
-    shapes = [shape for shapes in found for shape, _ in shapes.values()]
     expected = len(state), sum(tensor.numel() for tensor in state.values())
-    assert (len(shapes), sum(map(math.prod, shapes))) == expected, f"{folder}: {len(shapes)} tensors, not {expected}"
-
-
-def save_config(config, folder, dtype):
-    """config.json with the dtype of the weights beside it."""
-    config.dtype = dtype
-    config.save_pretrained(folder)
+    for ending, read in ((".safetensors", safetensors_shapes), (".bin", bin_shapes)):
+        names = [name for name in os.listdir(folder) if name.endswith(ending)]
+        shapes = [shape for name in names for shape, _ in read(os.path.join(folder, name)).values()]
+        found = len(shapes), sum(map(math.prod, shapes))
+        assert not names or found == expected, f"{folder}: {names}: tensors and values {found}, not {expected}"
 
 
 def describe_run(args, base_folder, precision, **progress):
     """What run.json says: enough to load the weights and to repeat the run."""
     packages = ("torch", "transformers", "deepspeed", "peft")
-    is_local = os.path.isdir(args.model_name_or_path)
+    vocabulary = os.path.join(base_folder, MODES[args.mode].tokenizer_class.vocab_files_names["vocab_file"])
     return {
         "mode": args.mode,
         "train_type": args.train_type,
         "weights": TRAIN_TYPES[args.train_type].weights,
-        "base_model": os.path.abspath(base_folder) if is_local else args.model_name_or_path,
+        "base_model": base_name(args.model_name_or_path),
+        "tokenizer_sha256": file_entry(vocabulary)["sha256"],
         "precision": precision,
         **progress,
         "flags": {name: value for name, value in sorted(vars(args).items()) if name != "local_rank"},
@@ -215,8 +227,15 @@ class Opened:
         return read_config(self.base_folder, self.mode, changes)
 
     def tokenizer(self, config):
-        """The tokenizer saved beside the weights."""
-        return read_tokenizer(self.folder, self.mode, config)
+        """The tokenizer saved beside the weights; ValueError where it is another than that of the training."""
+        tokenizer = read_tokenizer(self.folder, self.mode, config)
+        said = self.run.get("tokenizer_sha256")
+        if said not in (None, file_entry(tokenizer.vocab_file)["sha256"]):
+            raise ValueError(
+                f"{tokenizer.vocab_file}: is not the one that the run had (SHA-256), so its ids may mean other words:"
+                " copy the folder again"
+            )
+        return tokenizer
 
 
 def open_checkpoint(path, mode_name=None, base=None, flag="--model_path"):
@@ -236,6 +255,8 @@ def open_checkpoint(path, mode_name=None, base=None, flag="--model_path"):
         raise ValueError(f"--mode {mode_name}: {path} is of {' or '.join(names) or 'no family known here'}: change it")
     if not mode_name and len(names) != 1:
         raise ValueError(f"--mode: {path} can be {' or '.join(names) or 'no family known here'}: give --mode")
+    if weights == "whole" and base:
+        raise ValueError(f"--model_name_or_path {base}: {path} holds whole weights, which need no base: remove it")
     base_folder = folder if weights == "whole" else resolve_base(run, run_path, base)
     return Opened(folder, MODES[mode_name or names[0]], base_folder, weights, run)
 
@@ -250,6 +271,35 @@ def read_run(path):
     if run["weights"] != "whole" and not isinstance(run.get("base_model"), str):
         raise ValueError(f"{path}: base_model is {run.get('base_model')!r}: it must name the base checkpoint")
     return run
+
+
+def no_checkpoint_problem(flag, path, kind=None):
+    """For a run's folder, or a state, that is given as a model: a message with the checkpoints there are; else None.
+
+    kind: of their weights, as run.json has it; None: all.
+    """
+    is_state = os.path.isfile(os.path.join(path, "state.json"))
+    parent = os.path.dirname(last_named(path)) if is_state else path
+    names = [*numbered(parent or ".", CHECKPOINT), "best"]
+    found = [place for name in names if os.path.isfile(os.path.join(place := os.path.join(parent, name), RUN_FILE))]
+    if not is_state and not found:
+        return None
+    what = "is a state to resume a training from, not a model" if is_state else "is a run's folder, not a checkpoint"
+    fitting = [place for place in found if kind in (None, weights_kind(place))]
+    if not fitting:
+        return f"{flag} {path}: {what}; there is no checkpoint{f' of {kind} weights' * bool(kind)} to name instead"
+    more = f" ({len(fitting) - MOST_NAMED} more)" if len(fitting) > MOST_NAMED else ""
+    if more and fitting[-1].endswith("best"):
+        fitting.insert(MOST_NAMED - 1, fitting.pop())
+    return f"{flag} {path}: {what}: name {' or '.join(fitting[:MOST_NAMED])}{more}"
+
+
+def weights_kind(folder):
+    """What a checkpoint's run.json calls its weights; '' where it cannot be read."""
+    try:
+        return read_run(os.path.join(folder, RUN_FILE))["weights"]
+    except ValueError:
+        return ""
 
 
 def resolve_base(run, run_path, given):
@@ -273,9 +323,14 @@ def resolve_base(run, run_path, given):
     return folder
 
 
-def load_base_and_trained(opened, config, dtype, device):
-    """The base model in `dtype` on the device with the trained weights on it, checked before they are read."""
+def load_base_and_trained(opened, config, dtype, device, allow_other_base=False):
+    """The base model in `dtype` on the device with the trained weights on it, checked before they are read.
+
+    allow_other_base: take another base of the same shapes than that of the training, too.
+    """
     check_weights(opened.base_folder, opened.mode, config, new_prefix=opened.weights == "prefix")
+    if not allow_other_base:
+        require_own_base(opened, config)
     trained_file = {"adapter": ADAPTER_FILE, "prefix": PREFIX_FILE}.get(opened.weights)
     if opened.weights == "adapter" and not os.path.isfile(os.path.join(opened.folder, "adapter_config.json")):
         raise ValueError(f"{opened.folder}/adapter_config.json: missing: copy the folder again")
@@ -294,9 +349,9 @@ def load_base_and_trained(opened, config, dtype, device):
     return load_trained(model, opened.folder, opened.weights, shapes)
 
 
-def load_opened(opened, dtype, device):
-    """(model in eval mode on the device, tokenizer) of an opened checkpoint."""
+def load_opened(opened, dtype, device, allow_other_base=False):
+    """(model in eval mode on the device, tokenizer) of an opened checkpoint, as `load_base_and_trained` says."""
     config = opened.config()
     tokenizer = opened.tokenizer(config)
-    model = load_base_and_trained(opened, config, dtype, device)
+    model = load_base_and_trained(opened, config, dtype, device, allow_other_base)
     return model.to(device=device, dtype=dtype).eval(), tokenizer

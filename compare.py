@@ -7,6 +7,8 @@ it). What is done is not done again: after a break, the same command goes on. Pa
 seen from the folder it is started in.
 """
 
+import entry  # first: Ctrl-C is heard while the others are imported
+
 import functools
 import importlib.metadata
 import json
@@ -22,25 +24,36 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from arguments import compare_parser, place_problem
+from arguments import collect, compare_parser, place_problem
 from bootstrap import middle, resampled
 from checkpoint import read_config
-from compare_plan import FILE_FLAGS, as_list, as_text, has_base, predict_words, read_plan, train_args, train_words
+from compare_plan import (
+    FILE_FLAGS,
+    as_list,
+    as_text,
+    has_base,
+    predict_args,
+    predict_words,
+    read_plan,
+    train_args,
+    train_words,
+)
 from data_set import data_files
 from doctor import memory, output_of
 from ds_config import find_ds_file, is_own_file
 from folders import numbered
+from lengths import window_problem
 from metrics import METRICS, metrics_of
 from modes import MODES, possible_modes
-from report import write_report
+from report import read_results, write_report
 from resume import STATE
 from run_log import parse
-from score import read_predictions, score_rows
+from score import read_predictions, score_rows, scores_path
 from steps import StepFailed, Steps, newest_checkpoint, run_words
 from tasks import find_task
 from train_arguments import train_parser
 from tuning import TRAIN_TYPES
-from utils import EXIT_LEFT, fail
+from utils import EXIT_LEFT, fail, visible
 from weights import check_weights
 
 ROOT = Path(__file__).resolve().parent
@@ -80,6 +93,7 @@ def main(argv, run_words=run_words):
     out = os.path.normpath(args.output_dir or default_output_dir(args.config))
     if problem := place_problem("--output_dir", out):
         problems.append(problem)
+    problems += collect(read_results, os.path.join(out, "report"), prefix="--output_dir: ")
     if args.report_only and not os.path.isdir(out):
         problems.append(f"--report_only: there is no {out}: run it first, or give its --output_dir")
     if problems:
@@ -96,7 +110,7 @@ def main(argv, run_words=run_words):
                 print("\nleft: the same command goes on from here", flush=True)
             raise
     path = report(plan, steps, out)
-    print(f"\nreport: {path}")
+    print(f"\nreport: {visible(path)}")
     return 1 if failed else 0
 
 
@@ -111,6 +125,8 @@ def default_output_dir(config):
 def run_all(plan, steps, out, chosen):
     """Run the base model and the chosen methods, with a report after each. Has one failed?"""
     if plan.base_command and not has_base(plan):
+        path, command = map(visible, (plan.path, plan.base_command))
+        print(f"\nbase_command of {path} is run, whatever it is: {command}", flush=True)
         steps.run("make-base", plan.base_command, [], plan.base)
     problems = model_problems(plan, chosen)
     for method in chosen:
@@ -120,7 +136,7 @@ def run_all(plan, steps, out, chosen):
     if any(problems):
         fail([f"{plan.path}: {problem}" for problem in problems if problem], "compare.py")
     Path(out, "machine.json").write_text(json.dumps(machine(), ensure_ascii=False), encoding="utf-8")
-    for step in answer_steps(plan, out, "base", plan.base):
+    for step in answer_steps(plan, out, "base", plan.base, plan.train_flags):
         steps.run(*step)
     num_failed = 0
     runs = [(method, seed) for method in chosen for seed in plan.seeds]
@@ -132,16 +148,25 @@ def run_all(plan, steps, out, chosen):
 
 
 def model_problems(plan, methods):
-    """Layers and modules named in the flags that the base model does not have."""
+    """Layers and modules named in the flags that the base model does not have, and texts too long for it."""
     if not has_base(plan):
         return []  # a hub name
     mode = MODES[plan.mode or possible_modes(plan.base)[0]]
-    names = check_weights(plan.base, mode, read_config(plan.base, mode))
-    found = []
+    config = read_config(plan.base, mode)
+    names = check_weights(plan.base, mode, config)
+    found = [length_problem(plan, "base", plan.train_flags, config, mode.prompt)]
     for method in methods:
         train_type = TRAIN_TYPES[method.train_type]
         found += [f"{method.name}: {text}" for text in train_type.problems(names, train_args(plan, method)[0])]
+        found.append(length_problem(plan, method.name, method.all, config, mode.prompt))
     return found
+
+
+def length_problem(plan, name, train_flags, config, prompt):
+    """Would predict.py refuse the lengths of questions and answers, when a model is trained? A line, or None."""
+    args, _ = predict_args(plan, train_flags)
+    problem = window_problem(args.max_src_len, args.max_new_tokens, config, prompt)
+    return problem and f"{name}: predict_flags: {problem}"
 
 
 def run_method(plan, steps, out, method, seed):
@@ -153,7 +178,7 @@ def run_method(plan, steps, out, method, seed):
         steps.run(*step)
         for name in numbered(step.result, STATE):  # nobody will resume from them
             shutil.rmtree(os.path.join(step.result, name))
-        for step in answer_steps(plan, out, folder, checkpoint_of(step.result)):
+        for step in answer_steps(plan, out, folder, checkpoint_of(step.result), method.all):
             steps.run(*step)
     except StepFailed as error:
         print(f"\n{step.name}: failed with exit code {error.code}, the comparison goes on", file=sys.stderr, flush=True)
@@ -183,14 +208,18 @@ def train_step(plan, out, method, seed):
     return Step(f"{folder}/train", command, inputs, f"{out}/{folder}/train", True)
 
 
-def answer_steps(plan, out, folder, model):
-    """Prediction, scores and, where asked for, forgetting of a model; folder: "base", or that of a run."""
+def answer_steps(plan, out, folder, model, train_flags):
+    """Prediction, scores and, where asked for, forgetting of a model; folder: "base", or that of a run.
+
+    train_flags: as for `predict_words`.
+    """
     answers = f"{out}/{folder}/predictions.jsonl"
-    words = predict_words(plan, model, answers)
+    words = predict_words(plan, model, answers, train_flags)
     inputs = [*weights_of(model), *data_files(plan.test_path)]
     yield Step(f"{folder}/predict", f"python {program('predict.py')} {shlex.join(words)}", inputs, answers)
     words = ["--predictions", answers, *(["--task", plan.task] if plan.task else [])]
-    scores = f"{out}/{folder}/predictions.scores.json"
+    words += [*(["--no_normalize"] if plan.no_normalize else []), "--overwrite"]
+    scores = str(scores_path(answers, plan.task))
     yield Step(f"{folder}/score", f"python {program('score.py')} {shlex.join(words)}", [answers], scores)
     if plan.forgetting:
         before, result = f"{out}/base/forgetting.json", f"{out}/{folder}/forgetting.json"
@@ -223,13 +252,18 @@ def checkpoint_of(folder):
 
 def report(plan, steps, out):
     """Gather the figures of what is done and write the report; returns the path of its page."""
-    return write_report(figures(plan, steps, out), os.path.join(out, "report"))
+    folder = os.path.join(out, "report")
+    before = read_results(folder).get("plan", plan.path)
+    if before != plan.path:
+        again = f"python compare.py {shlex.quote(before)} --output_dir {shlex.quote(out)} --report_only"
+        print(f"\n{folder}: replaces the report on {before}, which this makes again: {again}", flush=True)
+    return write_report(figures(plan, steps, out), folder)
 
 
 def figures(plan, steps, out):
     """results.json: what is known of the base model, of every method and of every run."""
     task = find_task(plan.task)
-    base = {"name": "base", "runs": [read_answers(plan, steps, out, "base", plan.base)]}
+    base = {"name": "base", "runs": [read_answers(plan, steps, out, "base", plan.base, plan.train_flags)]}
     methods = []
     for method in plan.methods:
         values = {"name": method.name, "family": method.family, "train_type": method.train_type}
@@ -255,6 +289,7 @@ def figures(plan, steps, out):
         "language": plan.language,
         "base_model": plan.base,
         "task": plan.task,
+        "no_normalize": plan.no_normalize,
         "primary": task.primary,
         "metrics": {name: METRICS[name].title for name in task.metrics},
         "train_path": plan.train_path,
@@ -287,7 +322,7 @@ def read_run(plan, steps, out, method, seed):
         is_begun = stamp.get("command") == step.command and not steps.is_done(step.name, step.result)
         return {**run, "status": "begun"} if is_begun and run["loss"] else {**run, "loss": []}
     checkpoint = checkpoint_of(step.result)
-    answers = read_answers(plan, steps, out, folder, checkpoint)
+    answers = read_answers(plan, steps, out, folder, checkpoint, method.all)
     return {
         **run,
         **answers,
@@ -298,29 +333,30 @@ def read_run(plan, steps, out, method, seed):
     }
 
 
-def read_answers(plan, steps, out, folder, model):
+def read_answers(plan, steps, out, folder, model, train_flags):
     """What a model answered, and its scores: {"status", "commands"} and, if that is done, "rows", "answers"."""
-    todo = list(answer_steps(plan, out, folder, model))
+    todo = list(answer_steps(plan, out, folder, model, train_flags))
     run = {"status": "not run", "commands": [step.command for step in todo]}
-    for step in todo:
+    predicted, _, *measured = todo  # the figures are of the answers: what lies in a file of scores is not asked
+    for step in (predicted, *measured):
         if not steps.is_current(step.name, step.command, step.inputs, step.result):
             return run
-    path = todo[0].result
-    rows, answers = scored(path, os.stat(path).st_mtime_ns, plan.task)
+    path = predicted.result
+    rows, answers = scored(path, os.stat(path).st_mtime_ns, plan.task, not plan.no_normalize)
     run |= {"status": "done", "rows": rows, "answers": answers}
     if plan.forgetting:
-        with open(todo[2].result, encoding="utf-8") as file:
+        with open(measured[0].result, encoding="utf-8") as file:
             run["forgetting"] = json.load(file).get("difference")
     return run
 
 
 @functools.cache
-def scored(path, changed, task):
+def scored(path, changed, task, normalize):
     """(scored rows, [(question, reference, answer), ...]) of a file of predictions that was written at a time."""
     predictions = read_predictions(path)
     with open(path, encoding="utf-8") as file:
         questions = [json.loads(line)["query"] for line in file if line.strip()]
-    rows = score_rows(predictions.answers, predictions.references, task)["rows"]
+    rows = score_rows(predictions.answers, predictions.references, task, normalize)["rows"]
     return rows, list(zip(questions, predictions.references, predictions.predictions))
 
 
@@ -420,7 +456,4 @@ def machine():
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except ValueError as error:
-        fail(" ".join(str(error).split()))
+    entry.run(main)

@@ -2,23 +2,29 @@
 
 import difflib
 import itertools
+import math
 import os
 import re
+import shlex
 from dataclasses import dataclass, field
 
 import yaml
 
-from arguments import MAX_NAME, predict_parser, sampling_problems
+from arguments import MAX_NAME, path, predict_parser, sampling_problems
 from data_set import data_files
+from lengths import RUN_FLAGS
 from modes import MODES
 from tasks import TASKS
 from train_arguments import train_parser, train_problems
 from tuning import TRAIN_TYPES
+from utils import BLANKS, visible
 
 # What compare.py gives itself, and what it gives where the file does not.
 FILE_FLAGS = ("eval_path", "replay_path")  # of train.py: more rows that decide the weights
 OWN_TRAIN_FLAGS = "train_path model_name_or_path mode train_type output_dir seed resume local_rank".split()
-OWN_PREDICT_FLAGS = "model_path mode test_path output_path overwrite prompt interactive local_rank".split()
+OWN_PREDICT_FLAGS = (
+    "model_path model_name_or_path allow_other_base mode test_path output_path overwrite prompt interactive local_rank"
+).split()
 TRAIN_DEFAULTS = {"save_state_step": 100, "save_total_limit": 1}
 NAMED = r"[^\W_][\w.+-]*"  # of a method: it is the name of a folder, too
 KEYS = {  # key of the file: (type, what messages call it, is it needed)
@@ -33,6 +39,7 @@ KEYS = {  # key of the file: (type, what messages call it, is it needed)
     "methods": (list, "a list of methods", True),
     "seeds": (list, "a list of different whole numbers, 0 or more", False),
     "forgetting": (bool, "true or false", False),
+    "no_normalize": (bool, "true or false", False),
 }
 METHOD_KEYS = {
     "name": (str, "a name", True),
@@ -40,6 +47,14 @@ METHOD_KEYS = {
     "flags": (dict, "flags of train.py without the dashes", False),
     "grid": (dict, "a list of values for each flag of train.py", False),
 }
+PATH_KEYS = ("base", "train_path", "test_path")
+# What a file may ask for; a comparison of some weeks is far below.
+MOST_BYTES = 100_000  # of the file
+MOST_NODES = 20_000  # values and keys in it, those that an alias stands for counted each time
+MOST_DEPTH = 20  # brackets inside brackets, counted likewise
+MOST_DIGITS = 50  # of a number
+MOST_METHODS = 200  # rows of the report, each choice of a grid being one
+MOST_SEEDS = 100
 CHOICES = {"mode": MODES, "task": TASKS, "train_type": TRAIN_TYPES}
 
 
@@ -66,38 +81,99 @@ class Plan:
     task: str = None
     base_command: str = None
     mode: str = None
+    train_flags: dict = field(default_factory=dict)  # of all methods, without the defaults
     predict_flags: dict = field(default_factory=dict)
     methods: list = field(default_factory=list)
     seeds: list = field(default_factory=lambda: [1234])
     forgetting: bool = False
+    no_normalize: bool = False  # of score.py
     language: str = "en"  # of the report
 
 
 class Loader(yaml.SafeLoader):
-    """YAML in which a key may stand once: the library would take the last one without a word."""
+    """YAML in which a key may stand once (the library would take the last one without a word), of a bounded size.
 
-    def construct_mapping(self, node, deep=False):
-        """A dict, of a mapping without a key twice."""
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands here twice", key.start_mark)
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
-        return super().construct_mapping(node, deep)
+    An alias stands for all of its anchor, so that a few lines may be as long as one likes: sizes are counted as they
+    are once every alias is written out, before anything is made of them.
+    """
+
+    def __init__(self, stream):
+        super().__init__(stream)
+        self.level = 0
+        self.sizes = {}  # id of a node that is whole: (its nodes, their depth)
+
+    def compose_node(self, parent, index):
+        """The next node; its size is known afterwards."""
+        mark, is_alias = self.peek_event().start_mark, self.check_event(yaml.AliasEvent)
+        self.level += 1
+        check_size(len(self.sizes), self.level, mark)
+        node = super().compose_node(parent, index)
+        self.level -= 1
+        if not is_alias:
+            self.sizes[id(node)] = self.size(node)
+        if id(node) not in self.sizes:
+            raise refused("an alias inside of what it stands for", mark)
+        check_size(*self.sizes[id(node)], mark)
+        return node
+
+    def size(self, node):
+        """(nodes, depth) of a node, those of its parts being known; what no comparison has in it is refused."""
+        if isinstance(node, yaml.ScalarNode):
+            hidden = [char for char in node.value if not char.isprintable() and char not in BLANKS]
+            if hidden:
+                raise refused(f"the character {visible(hidden[0])} in a text", node.start_mark)
+            if node.tag.endswith((":int", ":float")) and len(node.value) > MOST_DIGITS:
+                raise refused(f"a number of more than {MOST_DIGITS} characters", node.start_mark)
+            return 1, 1
+        parts = node.value
+        if isinstance(node, yaml.MappingNode):
+            keys = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value in keys:
+                    raise refused(f"{key.value} stands here twice", key.start_mark)
+                keys.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+            parts = itertools.chain(*node.value)
+        sizes = [self.sizes[id(part)] for part in parts]
+        return 1 + sum(num_nodes for num_nodes, _ in sizes), 1 + max((depth for _, depth in sizes), default=0)
+
+    def construct_object(self, node, deep=False):
+        """The value of a node; where it is none of its tag, such as the 13th month of a date, its line is named."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise refused(f"no value of {node.tag} ({error})", node.start_mark) from None
+
+
+def check_size(num_nodes, depth, mark):
+    """Refuse what is larger than the file of a comparison is."""
+    if num_nodes > MOST_NODES:
+        raise refused(f"more than {MOST_NODES:,} values and keys, with every alias written out", mark)
+    if depth > MOST_DEPTH:
+        raise refused(f"nested deeper than {MOST_DEPTH}, with every alias written out", mark)
+
+
+def refused(rule, mark):
+    """The error for a place in a YAML file."""
+    return yaml.constructor.ConstructorError(None, None, rule, mark)
 
 
 def read_yaml(path):
     """The mapping in a YAML file; ValueError that names the line otherwise."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            values = yaml.load(file, Loader)
+        with open(path, "rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        text = content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read ({error}): name a YAML file") from None
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"{path}: is larger than {MOST_BYTES:,} bytes: name the YAML file of a comparison")
+    try:
+        values = yaml.load(text, Loader)
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ValueError(f"{path}{line}: not YAML ({error.problem}): mend this line") from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())}): mend it") from None
+        raise ValueError(f"{path}{line}: not YAML ({show(error.problem, 200)}): mend this line") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two: an escape of no character
+        raise ValueError(f"{path}: not YAML ({show(error, 200)}): mend it") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: is {name_type(values)}: write keys with values, such as base: ChatGLM3-6B")
     return values
@@ -114,6 +190,7 @@ def read_plan(path):
             problems += key_problems(entry, METHOD_KEYS, f"{where}.")
         else:
             problems.append(f"{where} {show(entry)}: is {name_type(entry)}: write name and train_type")
+    values = values if problems else with_home(values)
     problems = problems or value_problems(values)
     if not problems:
         plan = expand(path, values)
@@ -140,6 +217,27 @@ def key_problems(values, keys, where):
     ]
 
 
+def with_home(values):
+    """The file's values with `~` replaced in its paths, as on a command line; flags that take a path included."""
+    parsers = (train_parser(), predict_parser())
+    takes_path = {action.dest for parser in parsers for action in parser._actions if action.type is path}
+
+    def expanded(value):
+        if isinstance(value, list):
+            return list(map(expanded, value))
+        return path(value) if isinstance(value, str) else value
+
+    def of_flags(flags, keys=takes_path):
+        return {key: expanded(value) if key in keys else value for key, value in flags.items()}
+
+    def of_all(entry):
+        tables = ("flags", "grid", "train_flags", "predict_flags")
+        return {key: of_flags(value) if key in tables else value for key, value in entry.items()}
+
+    methods = [of_all(entry) for entry in values["methods"]]
+    return of_flags({**of_all(values), "methods": methods}, PATH_KEYS)
+
+
 def value_problems(values):
     """What is wrong with values that have the right type."""
     problems = []
@@ -151,10 +249,17 @@ def value_problems(values):
             data_files(paths)
         except ValueError as error:
             problems.append(f"{key} {error}")
+    try:
+        if "base_command" in values and not shlex.split(values["base_command"]):
+            raise ValueError("it is empty")
+    except ValueError as error:  # quotes that are not closed, too
+        problems.append(f"base_command {show(values['base_command'])}: is no command line ({error}): mend it")
     seeds = values.get("seeds", [0])
     if not seeds or len({*map(str, seeds)}) < len(seeds) or any(type(seed) is not int or seed < 0 for seed in seeds):
         problems.append(f"seeds {show(seeds)}: must be {KEYS['seeds'][1]}: for example [1234, 1235]")
-    names = set()
+    if len(seeds) > MOST_SEEDS:
+        problems.append(f"seeds: are {len(seeds)}: at most {MOST_SEEDS} can be compared: remove some")
+    names, num_methods = set(), 0
     for number, entry in enumerate(values["methods"]):
         where, name = f"methods[{number}]", entry["name"]
         if not re.fullmatch(NAMED, name) or name.lower() in ("base", *names):
@@ -168,6 +273,13 @@ def value_problems(values):
                 problems.append(f"{where}.grid.{flag} {show(choices)}: {rule}: for example [1e-4, 3e-4]")
             if flag in (entry.get("flags") or {}):
                 problems.append(f"{where}.grid.{flag}: stands in flags too: remove one")
+        # Counted before any of them is made.
+        lengths = [len(choices) for choices in (entry.get("grid") or {}).values() if isinstance(choices, list)]
+        num_methods += math.prod(lengths)
+    if num_methods > MOST_METHODS:
+        shown = f"{num_methods:,}" if num_methods < 10**12 else "more than a million million"
+        rule = f"are {shown} with the choices of their grids, and at most {MOST_METHODS} can be compared"
+        problems.append(f"methods: {rule}: take values out of a grid")
     return problems
 
 
@@ -183,7 +295,7 @@ def expand(path, values):
             flags = {**entry.get("flags", {}), **point}
             name = re.sub(r"[^\w.,=+-]+", "-", name)
             methods.append(Method(name, entry["name"], entry["train_type"], flags, {**common, **flags}))
-    same = {key: value for key, value in values.items() if key not in ("train_flags", "methods")}
+    same = {key: value for key, value in values.items() if key != "methods"}
     return Plan(path=path, **same | {key: as_list(values[key]) for key in ("train_path", "test_path")}, methods=methods)
 
 
@@ -244,13 +356,17 @@ def train_args(plan, method):
 
 def predict_flag_problems(plan):
     """What predict.py would say of its command line; the ranges of numbers it says itself, at the base's rows."""
-    parser = predict_parser()
     try:
-        words = predict_words(plan, plan.base, "predictions.jsonl")
-        args = strict(parser).parse_args(words)
+        return sampling_problems(*predict_args(plan, plan.train_flags))
     except ValueError as error:
         return [str(error)]
-    return sampling_problems(args, parser.typed(words))
+
+
+def predict_args(plan, train_flags):
+    """(args of predict.py for a model of this training, names of the flags that are given); as `train_args`."""
+    parser = strict(predict_parser())
+    words = predict_words(plan, plan.base, "predictions.jsonl", train_flags)
+    return parser.parse_args(words), parser.typed(words)
 
 
 def strict(parser):
@@ -276,10 +392,22 @@ def train_words(plan, method, seed, output_dir):
     return [*words, "--seed", str(seed), "--output_dir", output_dir, "--resume", "auto"]
 
 
-def predict_words(plan, model, output_path):
-    """The flags of predict.py for a model, as words."""
+def predict_words(plan, model, output_path, train_flags):
+    """The flags of predict.py for a model, as words.
+
+    train_flags: those of its training; for the base, those of all methods. Rows are read and cut as they were there,
+    where predict_flags does not say otherwise: the base has no run.json that would say it.
+    """
     words = ["--model_path", model, *(["--mode", plan.mode] if plan.mode else []), "--test_path", *plan.test_path]
-    return [*words, *flag_words(predict_parser(), plan.predict_flags), "--output_path", output_path, "--overwrite"]
+    words += flag_words(predict_parser(), answer_flags(plan, train_flags))
+    return [*words, "--output_path", output_path, "--overwrite"]
+
+
+def answer_flags(plan, train_flags):
+    """{flag: value} of predict.py for a model that was trained with these flags."""
+    usual = {flag: train_parser().get_default(flag) for flag in RUN_FLAGS}
+    of_rows = {flag: train_flags.get(flag, value) for flag, value in usual.items()}
+    return {**{flag: value for flag, value in of_rows.items() if value is not None}, **plan.predict_flags}
 
 
 def flag_words(parser, flags):
@@ -310,9 +438,9 @@ def as_text(value):
     return str(value)
 
 
-def show(value):
-    """A value for a message, on one line."""
-    return " ".join(str(value).split())[:60] or repr(value)
+def show(value, most=60):
+    """A value for a message, on one line, `most` characters of it."""
+    return " ".join(str(value).split())[:most] or repr(value)
 
 
 def name_type(value):

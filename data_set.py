@@ -9,25 +9,21 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import NamedTuple
 
+import file_kinds
+from row_checks import Columns, Notes, Number, check_row, wrapped  # noqa: F401, Columns belong to reading
+
 BOM = b"\xef\xbb\xbf"
-ARRAY_PIECE = 1 << 20  # characters of a JSON array that are read at a time
+ARRAY_PIECE = 1 << 20  # characters of a JSON text that are read at a time
 MAX_ROW = 1 << 24  # bytes of a row at most: to encode one takes about fifty times its size in memory
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Names of the fields of a row; `prompt` replaces instruction + input where it is given."""
-
-    prompt: str | None = None
-    response: str = "output"
-
-    @property
-    def sources(self):
-        """Fields whose texts, put together, are the query."""
-        return (self.prompt,) if self.prompt else ("instruction", "input")
+ROW_FILES = (".json", ".jsonl")
+OTHER_FILES = (  # endings of files that may hold rows and are not read
+    *(".ndjson", ".csv", ".tsv", ".txt", ".xlsx", ".xls", ".parquet", ".arrow", ".feather", ".yaml", ".yml"),
+    *(".gz", ".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".7z"),
+)
 
 
 def data_files(paths):
@@ -35,10 +31,11 @@ def data_files(paths):
     files = []
     for path in paths:
         if os.path.isdir(path):
-            names = [n for n in sorted(os.listdir(path)) if n.endswith((".json", ".jsonl")) and not n.startswith(".")]
-            inside = [os.path.join(path, name) for name in names if os.path.isfile(os.path.join(path, name))]
+            inside = [os.path.join(path, name) for name in names_in(path) if name.endswith(ROW_FILES)]
+            inside = [file for file in inside if os.path.isfile(file)]
             if not inside:
-                raise ValueError(f"{path}: no *.json or *.jsonl file in this folder: put rows there or name a file")
+                found = "; ".join(files_left([path])) or "put rows there or name a file"
+                raise ValueError(f"{path}: no *.json or *.jsonl file in this folder: {found}")
             files += inside
         elif os.path.isfile(path):
             files.append(path)
@@ -47,38 +44,92 @@ def data_files(paths):
     return files
 
 
+def names_in(folder):
+    """Names of what lies in a folder and is not hidden, sorted."""
+    return [name for name in sorted(os.listdir(folder)) if not name.startswith(".")]
+
+
+def files_left(paths):
+    """Of each folder among the paths a sentence about what may hold rows in it and is not read; none where all is."""
+    said = []
+    for folder in filter(os.path.isdir, paths):
+        names = []
+        for name in names_in(folder):
+            is_folder = os.path.isdir(os.path.join(folder, name))
+            if is_folder or (name.lower().endswith((*ROW_FILES, *OTHER_FILES)) and not name.endswith(ROW_FILES)):
+                names.append(name + "/" * is_folder)
+        if names:
+            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} others" if len(names) > 5 else "")
+            said.append(f"in {folder} only *.json and *.jsonl are read, not {shown}")
+    return said
+
+
 class Part(NamedTuple):
-    """Consecutive lines of a file, or values of the JSON array in it."""
+    """Consecutive rows of a file: of lines, or of the JSON array in it."""
 
     path: str
     is_array: bool
-    items: Iterable  # bytes; the last may be the ValueError that ended the reading
-    first: int = 1  # number of the first item; lines and values are counted from 1
+    items: Iterable  # (number, bytes); the last may be (0, the ValueError that ended the reading)
 
 
 def place_of(path, is_array, number):
-    """How messages name a line, or a row of an array."""
-    return f"{path}:row {number}" if is_array else f"{path}:{number}"
+    """How messages name a line, or a row of an array: both are counted from 1."""
+    if is_array:
+        return f"{path}:row {number}"
+    position, line = divmod(number, 1 << 32)
+    return f"{path}:{line} (object {position + 1})" if position else f"{path}:{line}"
+
+
+def number_of(line, position):
+    """The number that stands for an object of a line, which may hold several; `position` counts them from 0."""
+    return line + (position << 32)
 
 
 def read_file(path):
-    """The whole file, JSON Lines or one JSON array, as a Part whose items are read when they are asked for."""
+    """The whole file as a Part whose items are read when they are asked for.
+
+    It holds JSON Lines, one JSON array, or JSON objects one after another over any number of lines.
+    """
     with open_rows(path) as file:
-        is_array = file.read(4096).removeprefix(BOM).lstrip().startswith(b"[")
-    return Part(path, is_array, read_array(path) if is_array else read_lines(path))
+        head = file.read(4096).removeprefix(BOM).lstrip()
+    if what := file_kinds.explain(path):
+        raise ValueError(f"{path}: {what}")
+    if head.startswith(b"["):
+        return Part(path, True, read_array(path))
+    return Part(path, False, read_objects(path) if spans_lines(path) else read_lines(path))
+
+
+def spans_lines(path):
+    """Does the first object of a file go on in the next line, or stand before others in its line?"""
+    lines = (line.strip() for _, line in read_lines(path) if line.strip())
+    first, second = next(lines, b""), next(lines, b"")
+    if first == b"{":  # also where the object is broken, which its own line says best
+        return second.startswith((b'"', b"'", b"}"))
+    if not first.startswith(b"{"):
+        return False
+    with open_rows(path) as file:
+        text = JsonText(path, file)
+        try:
+            text.peek()
+            line = text.line_of(text.at)
+            text.take_value()
+            last = text.line_of(text.at)
+            return last > line or (text.peek() == "{" and text.line_of(text.at) == last)
+        except ValueError:
+            return False
 
 
 def read_lines(path):
-    """Yield the lines, which may be empty or anything but JSON; of one that is over MAX_ROW only the start."""
+    """Yield (number, line): it may be empty or anything but JSON; of one that is over MAX_ROW only the start."""
     with open_rows(path) as file:
         start = file.read(len(BOM))
         file.seek(len(start) if start == BOM else 0)
         read = functools.partial(file.readline, MAX_ROW + 1)
-        for line in iter(read, b""):
+        for number, line in enumerate(iter(read, b""), start=1):
             rest = line
             while len(rest) > MAX_ROW and not rest.endswith(b"\n"):
                 rest = read()
-            yield line
+            yield number, line
 
 
 def open_rows(path):
@@ -101,46 +152,84 @@ def make_object(pairs):
     return found
 
 
-parse_json = json.JSONDecoder(object_pairs_hook=make_object).decode
+read_json = json.JSONDecoder(object_pairs_hook=make_object, parse_int=Number, parse_float=Number).raw_decode
+skip_white_space = re.compile(r"[ \t\r\n]*").match
 
 
 def parse_line(text, place):
-    """The JSON value of a line."""
+    """The JSON values of a line: one, or several objects one after another."""
+    values, end = [], skip_white_space(text).end()
     try:
-        return parse_json(text)
+        while not values or text.startswith("{", end):
+            value, end = read_json(text, end)
+            values.append(value)
+            end = skip_white_space(text, end).end()
+        if end == len(text):
+            return values
+        reason, at = f"Extra data at column {end + 1}", end
     except KeyTwice as error:
         key = repr(str(error)[:60])
         raise ValueError(f"{place}: field {key} stands twice: a row has a field once: remove one of them") from None
     except json.JSONDecodeError as error:
-        reason = f"{error.msg.removesuffix(' at')} at column {error.colno}"
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-        reason = error
-    raise ValueError(f"{place}: {text.strip()[:60]!r}: not a JSON object ({reason}): mend or remove it")
+        reason, at = f"{error.msg.removesuffix(' at')} at column {error.colno}", error.pos
+    except (ValueError, RecursionError) as error:  # thousands of brackets
+        reason, at = error, 0
+    fix = advice(text, at) or "mend or remove it"
+    if at >= len(text.rstrip()):
+        fix = "mend it, or write each row in one line (jq -c . FILE > rows.jsonl)"
+    raise ValueError(f"{place}: {text.strip()[:60]!r}: not a JSON object ({reason}): {fix}")
+
+
+def advice(text, at):
+    """What to do about a text that is no JSON from a character on, where its fault is a usual one; else None."""
+    before, behind = text[:at].rstrip(), text[at : at + 100].lstrip()
+    if behind.startswith(("'", "None", "True", "False")):
+        return "it is a Python dict: write rows with json.dumps"
+    if behind.startswith(("}", "]")) and before.endswith(","):
+        return f"remove the comma before {behind[0]}"
+    if behind.startswith(",") and behind[1:].lstrip()[:1] in ("}", "]"):
+        return "remove the comma"
+    if behind.startswith(",") and before.endswith("}"):
+        return "remove the comma behind the object, or put [ ] around all rows"
+    return None
 
 
 def read_array(path):
-    """Yield the values in one JSON array, as JSON text in bytes; a piece of the file is in memory at a time."""
+    """Yield (number, value) of one JSON array, as JSON text in bytes; a piece of the file is in memory at a time."""
     with open_rows(path) as file:
-        text = ArrayText(path, file)
+        text = JsonText(path, file, "array")
         text.take("[")
         separator = text.take("]") if text.peek() == "]" else ","
-        while separator == ",":
-            yield text.take_value().encode()
+        for number in itertools.count(1):
+            if separator != ",":
+                break
+            yield number, text.take_value().encode()
             separator = text.take(",]")
         if text.peek():
             raise text.error("Extra data", text.at)
 
 
-class ArrayText:
-    """The text of a file with one JSON array: a piece of it, and the place that is reached."""
+def read_objects(path):
+    """Yield (number, value) of JSON values one after another, as `read_array` does."""
+    line, position = 0, 0
+    with open_rows(path) as file:
+        text = JsonText(path, file)
+        while text.peek():
+            start = text.line_of(text.at)
+            line, position = start, position + 1 if start == line else 0
+            yield number_of(line, position), text.take_value().encode()
 
-    skip_white_space = re.compile(r"[ \t\r\n]*").match
-    read_value = json.JSONDecoder().raw_decode
 
-    def __init__(self, path, file):
-        self.path = path
+class JsonText:
+    """The text of a file with JSON values: a piece of it, and the place that is reached. what: an array or objects."""
+
+    read_value = json.JSONDecoder(parse_int=str, parse_float=str).raw_decode
+
+    def __init__(self, path, file, what="object"):
+        self.path, self.what = path, what
         self.file = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-        self.text, self.at, self.num_lines = "", 0, 0  # num_lines: those that are read and gone
+        self.text, self.at = "", 0
+        self.num_lines, self.counted = 0, 0  # lines before the character `counted`
 
     def refill(self, size):
         """Drop what has been read and add `size` characters; False, and nothing changes, at the end of the file."""
@@ -150,14 +239,14 @@ class ArrayText:
             raise self.not_utf_8() from None
         if not piece:
             return False
-        self.num_lines += self.text.count("\n", 0, self.at)
-        self.text, self.at = self.text[self.at :] + piece, 0
+        self.line_of(self.at)
+        self.text, self.at, self.counted = self.text[self.at :] + piece, 0, 0
         return True
 
     def peek(self):
         """The next character that is not white space; '' at the end of the file."""
         while True:
-            self.at = self.skip_white_space(self.text, self.at).end()
+            self.at = skip_white_space(self.text, self.at).end()
             if self.at < len(self.text) or not self.refill(ARRAY_PIECE):
                 return self.text[self.at : self.at + 1]
 
@@ -179,7 +268,7 @@ class ArrayText:
                 end, error = len(self.text), caught
             except (ValueError, RecursionError) as caught:
                 where = f"in the value that begins at line {self.line_of(self.at)}"
-                reason = f"not a JSON array ({caught} {where}): give rows of plain strings"
+                reason = f"not a JSON {self.what} ({caught} {where}): give rows of plain strings"
                 raise ValueError(f"{self.path}: {reason}") from None
             # Where the piece ends inside a value, the value looks broken: read on and look again, each time at twice
             # as much, so that a long row is not looked at too often.
@@ -187,18 +276,23 @@ class ArrayText:
             if end < len(self.text) or rest > MAX_ROW or not self.refill(max(ARRAY_PIECE, rest)):
                 break
         if error is not None:
+            if rest > MAX_ROW and (key := wrapping_key(self.text[self.at : self.at + 4096])):
+                raise wrapped(f"{self.path}:{self.line_of(self.at)}", key)
             too_long = f", or a row of more than {MAX_ROW:,} bytes" if rest > MAX_ROW else ""
             raise self.error(error.msg + too_long, error.pos)
         start, self.at = self.at, end
         return self.text[start:end]
 
     def line_of(self, position):
-        """Number of the line in which the character stands."""
-        return self.num_lines + self.text.count("\n", 0, position) + 1
+        """Number of the line in which a character stands that is not before the last one asked about."""
+        self.num_lines += self.text.count("\n", self.counted, position)
+        self.counted = position
+        return self.num_lines + 1
 
     def error(self, message, position):
         """The error for a character that JSON does not allow where it stands."""
-        return ValueError(f"{self.path}:{self.line_of(position)}: not a JSON array ({message}): mend this line")
+        fix = advice(self.text, position) or "mend this line"
+        return ValueError(f"{self.path}:{self.line_of(position)}: not a JSON {self.what} ({message}): {fix}")
 
     def not_utf_8(self):
         """The error for bytes that are not UTF-8; the file is read again, in pieces, to find their line."""
@@ -230,19 +324,32 @@ def not_utf_8(place, error, column=0):
     return ValueError(f"{place}: not UTF-8 ({reason}): save the file as UTF-8")
 
 
-def read_rows(paths, columns, need_response=True, bad_rows=None):
-    """Yield {"query", "answer", "place"} of every row; ValueError with file:line for the first that is not one.
+def read_rows(paths, columns, need_response=True, bad_rows=None, notes=None):
+    """Yield {"query", "answer", "place", "joint"} of every row, see `check_row`; ValueError for the first that is bad.
 
     A row is an object with string fields; the answer must not be empty where it is needed. bad_rows: a list for the
-    messages of what is not a row, which is then left out.
+    messages of what is not a row, which is then left out. notes: Notes that are filled while rows are read.
     """
     num_rows = 0
     for path in data_files(paths):
-        for _, row in check_items(read_file(path), columns, need_response, bad_rows):
+        for _, row in check_items(read_file(path), columns, need_response, bad_rows, notes):
             yield row
             num_rows += 1
     if not num_rows:
         raise no_row(paths)
+
+
+def read_to_answer(paths, columns):
+    """(rows to answer, as `read_rows` gives them, what there is to say about them)."""
+    notes = Notes()
+    rows = list(read_rows(paths, columns, need_response=False, notes=notes))
+    return rows, "\n".join([*(f"rows: {left}" for left in files_left(paths)), *notes.lines()])
+
+
+def read_row(paths, columns, place):
+    """The row that stands at a place, None where there is none; the rows before it may be bad."""
+    rows = read_rows(paths, columns, bad_rows=[])
+    return next((row for row in rows if row["place"] == place), None)
 
 
 def no_row(paths):
@@ -250,68 +357,53 @@ def no_row(paths):
     return ValueError(f"{' '.join(paths)}: no row in it: give at least one")
 
 
-def check_items(part, columns, need_response=True, bad_rows=None):
+def check_items(part, columns, need_response=True, bad_rows=None, notes=None):
     """Yield (number, checked row) of the items of a Part.
 
     bad_rows: a list for the messages of the rows that are not right; without it the first of them is raised. What
     ended the reading of a file is raised in any case.
     """
-    for number, item in enumerate(part.items, part.first):
+    notes = Notes() if notes is None else notes
+
+    def leave_out(error):
+        if bad_rows is None:
+            raise error
+        bad_rows.append(str(error))
+
+    for number, item in part.items:
         if isinstance(item, ValueError):
             raise item
         try:
-            row = check_item(item, place_of(part.path, part.is_array, number), columns, need_response)
+            values = parse_item(item, place_of(part.path, part.is_array, number))
         except ValueError as error:
-            if bad_rows is None:
-                raise
-            bad_rows.append(str(error))
+            leave_out(error)
             continue
-        if row is not None:
-            yield number, row
+        for position, value in enumerate(values):
+            place = place_of(part.path, part.is_array, number_of(number, position))
+            try:
+                row = check_row(value, place, columns, need_response, notes)
+            except ValueError as error:
+                leave_out(error)
+                continue
+            yield number_of(number, position), row
 
 
-def check_item(item, place, columns, need_response):
-    """The checked row of a line, or of a value in an array; None for white space, which is no row."""
+def parse_item(item, place):
+    """The JSON values of a line, or of a value in an array; none where it is white space."""
     if len(item) > MAX_ROW:
+        if key := wrapping_key(item[:4096].decode("utf-8", "ignore")):
+            raise wrapped(place, key)
         raise ValueError(
             f"{place}: a row of more than {MAX_ROW:,} bytes: give each row a line of its own, or shorten it"
         )
     text = decode_line(item, place)
-    return check_row(parse_line(text, place), place, columns, need_response) if text.strip() else None
+    return parse_line(text, place) if text.strip() else []
 
 
-def json_type(value):
-    """What JSON calls the value, with its article."""
-    names = {dict: "an object", list: "an array", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-def check_row(row, place, columns, need_response):
-    """One checked row."""
-    if not isinstance(row, dict):
-        raise ValueError(f"{place}: {json_type(row)}, not an object: a row is {{...}} with string fields")
-    sources, answer = columns.sources, row.get(columns.response)
-    has_answer = need_response or isinstance(answer, str)
-    for name in (*sources, columns.response) if has_answer else sources:
-        if name not in row:
-            raise ValueError(
-                f"{place}: no field {name!r} (it has {', '.join(map(repr, row))[:200] or 'none'}):"
-                " add it, or name yours with --prompt_column and --response_column"
-            )
-        if not isinstance(row[name], str):
-            raise ValueError(f"{place}: field {name!r} is {json_type(row[name])}: it must be a string")
-        try:
-            encoded = row[name].encode("utf-8")
-        except UnicodeEncodeError:
-            raise ValueError(f"{place}: field {name!r} holds half a surrogate pair: it must be valid text") from None
-        if 0 in encoded:
-            raise ValueError(f"{place}: field {name!r} holds a NUL character: it must be text: remove it")
-    query = "".join([row[name] for name in sources])
-    if not query.strip():
-        raise ValueError(f"{place}: {' and '.join(sources)} empty: a row needs a question")
-    if need_response and not answer.strip():
-        raise ValueError(f"{place}: field {columns.response!r} is empty: a row needs an answer to learn")
-    return {"query": query, "answer": answer if has_answer else None, "place": place}
+def wrapping_key(head):
+    """The key of the rows where a text begins as an object around a list of them; None elsewhere."""
+    found = re.match(r'\s*\{\s*"([^"\\]+)"\s*:\s*\[\s*\{', head)
+    return found and found[1]
 
 
 def encode_row(query, answer, tokenizer, prompt, max_len, max_src_len):
@@ -334,10 +426,17 @@ def encode_row(query, answer, tokenizer, prompt, max_len, max_src_len):
     }
 
 
-def show_row(row, tokenizer):
-    """The first row as the model sees it: `【` before the supervised part and `】` behind it."""
+def show_row(row, tokenizer, texts=None):
+    """The first row as the model sees it: `【` before the supervised part and `】` behind it.
+
+    texts: the row before it was encoded; where it has an instruction and an input, `⏐` stands where they meet.
+    """
     ids, start = [int(token_id) for token_id in row["input_ids"]], row["num_unlabelled"]
     prompt, supervised = (text_with_control_tokens(part, tokenizer) for part in (ids[:start], ids[start:]))
+    if texts and texts["joint"]:
+        query, joint = texts["query"], texts["joint"]
+        before, behind = query[max(0, joint - 20) : joint], query[joint : joint + 20]
+        prompt = prompt.replace(before + behind, f"{before}⏐{behind}", 1)
     return f"first row ({len(ids)} tokens): {prompt}【{supervised}】"
 
 

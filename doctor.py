@@ -2,10 +2,13 @@
 
     python doctor.py
     python doctor.py ChatGLM3-6B/ output-glm3 --full
+    python doctor.py ChatGLM-6B/ --train_path data/spo_0.json
 
 Each line has a mark: ok, note (worth knowing), BAD (will fail, and how to mend it). The exit code is 1 where something
 is BAD. Nothing is fetched, and nothing is written but, with --full, the compiled optimizer in its cache.
 """
+
+import entry  # first: Ctrl-C is heard while the others are imported
 
 import contextlib
 import functools
@@ -30,11 +33,14 @@ from collections import namedtuple
 from dataclasses import dataclass, field
 
 import weights
-from arguments import doctor_parser, place_problem
+from arguments import columns_of, parse_doctor, place_problem
+from bases import require_own_base
 from checkpoint import RUN_FILE, open_checkpoint
+from data_set import read_rows
 from folders import MANIFEST, PARTIAL, REPLACED, size_text, verify
 from modes import possible_modes, read_json
 from optimizer import cpu_adam_problem
+from round_trip import describe, send_through
 from row_cache import cache_folder
 from tuning import ADAPTER_FILE, PREFIX_FILE, adapter_settings, check_shapes
 from utils import prepare_environment
@@ -434,6 +440,9 @@ def checkpoint_lines(path, args, facts):
         lines.append(saved_line(run.get("versions")))
     lines.append(attempt("tokenizer", lambda: f"{opened.tokenizer(config).vocab_size:,} ids fit the model"))
     lines.append(attempt("base" if of else "weights", base_text, opened, config, counts))
+    if of and "base_fingerprint" not in run:
+        text = "saved before run.json kept a fingerprint of its base: whether this is that one is not known"
+        lines.append((NOTE, "base's weights", text))
     if of:
         lines.append(attempt(opened.weights, trained_text, opened, config, counts))
     lines += manifest_lines(path, args)
@@ -449,6 +458,17 @@ def checkpoint_lines(path, args, facts):
         yield (NOTE, "memory", f"{text}: too little") if needed > free else (OK, "memory", text)
         flag = f" --mode {names[0]}" if is_open or args.mode else ""
         yield OK, "loads", f"python predict.py --model_path {path}{flag}"
+
+
+def row_lines(path, args):
+    """How the answers of --train_path come back from a folder's tokenizer; reads no weights."""
+    if not {RUN_FILE, "config.json"} & set(os.listdir(path) if os.path.isdir(path) else []):
+        raise ValueError(f"{path}: has no tokenizer: name a checkpoint for --train_path")
+    opened, config, _ = open_folder(path, args.mode)
+    rows = read_rows(args.train_path, columns_of(args))
+    found = send_through(rows, opened.tokenizer(config), opened.mode.prompt)
+    for name, text in zip(["answers", *["example"] * len(found.examples)], describe(found)):
+        yield NOTE if found.num_changed else OK, name, text
 
 
 def saved_line(versions):
@@ -468,9 +488,10 @@ def measured(shapes, names, paths, counts):
 
 
 def base_text(opened, config, counts):
-    """Names and shapes of a whole checkpoint's weights against the model."""
+    """Names and shapes of a whole checkpoint's weights against the model; of a base, is it that of the training?"""
     folder = opened.base_folder
     names = weights.check_weights(folder, opened.mode, config, new_prefix=opened.weights == "prefix")
+    require_own_base(opened, config)
     paths = [os.path.join(folder, name) for name in weights.weight_files(folder)]
     return measured(weights.weight_shapes(folder), names, paths, counts)
 
@@ -532,7 +553,7 @@ def show(title, lines):
 
 def main(argv):
     """Print all sections; returns the exit code."""
-    args = doctor_parser().parse_args(argv)
+    args = parse_doctor(argv)
     os.environ["HF_HUB_OFFLINE"] = "1"
     facts = Facts()
     with quiet():
@@ -547,10 +568,11 @@ def main(argv):
     marks += show("known to fail", broken_lines(facts))
     for path in args.folders:
         marks += show(path, folder_lines(path, args, facts))
+        if args.train_path:
+            marks += show(f"{path} on {' '.join(args.train_path)}", row_lines(path, args))
     print(f"\n{marks.count(BAD)} BAD, {marks.count(NOTE)} notes")
     return 1 if BAD in marks else 0
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file name that the terminal cannot show must not end it
-    sys.exit(main(sys.argv[1:]))
+    entry.run(main)

@@ -42,7 +42,8 @@ class Evaluation:
             write_answers(path, self.texts, answers)
         except OSError as error:  # a full disk does not end a run
             print(f"\n{path} was not saved, the run goes on: {error.strerror}", file=sys.stderr, flush=True)
-        values = score_rows(answers, [row["answer"] for row in self.texts], self.args.task)
+        references = [row["answer"] for row in self.texts]
+        values = score_rows(answers, references, self.args.task, normalize=not self.args.no_normalize)
         return {name: value for name, value in values.items() if isinstance(value, float)}
 
     def answers(self, engine, batch_size):

@@ -174,6 +174,12 @@ def hold(folder):
         return
 
 
+def last_named(path):
+    """A path whose last part is a name: `.` and `..` get those of the folders that they are."""
+    path = os.path.normpath(path)
+    return os.path.abspath(path) if os.path.basename(path) in (".", "..") else path
+
+
 def numbered(parent, pattern):
     """Names of the folders in `parent` that match a pattern with one group, the number; newest (highest) first."""
     try:

@@ -6,6 +6,8 @@
 Takes what predict.py takes. The suite, and how its rows are scored: data/general/README.md.
 """
 
+import entry  # first: Ctrl-C is heard while the others are imported
+
 import argparse
 import hashlib
 import importlib.metadata
@@ -13,13 +15,13 @@ import json
 import math
 import os
 import re
-import sys
-import unicodedata
 
 from arguments import collect, forgetting_parser, model_problems, output_file_problems, range_problems
+from bases import known_bases
 from bootstrap import weighted_mean
 from checkpoint import load_opened, open_checkpoint
-from data_set import Columns, check_items, data_files, encode_row, place_of, read_file
+from data_set import Columns, Notes, check_items, data_files, encode_row, read_file
+from metrics import fold
 from modes import read_json
 from predict import Answerer, make_batches
 from utils import choose_device, choose_precision, fail, prepare_environment, torch_dtype, world_size
@@ -37,17 +39,26 @@ def main(argv):
     args, suite, before = parse_args(argv)
     prepare_environment(args.device)
     opened = open_checkpoint(args.model_path, args.mode, base=args.model_name_or_path)
+    if args.allow_other_base and opened.weights == "whole" and not args.before:
+        raise ValueError(f"--allow_other_base: {args.model_path} holds whole weights, which need no base: remove it")
+    config = opened.config()
+    require_room(suite, opened.tokenizer(config), opened.mode.prompt, config, args)
     device = choose_device(args.device)
+    trained_from, bases = known_bases(opened, config)
     result = {
         "model": args.model_path,
         "mode": opened.mode.name,
         "precision": choose_precision(args.precision, device),
         "suite": {"path": args.suite, "sha256": suite_hash(suite)},
         "max_new_tokens": None if args.no_generate else args.max_new_tokens,
+        "bases": bases,
     }
     if before:
         require_comparable(before, result, args.before)
-    model, tokenizer = load_opened(opened, torch_dtype(result["precision"]), device)
+        if not args.allow_other_base:
+            require_same_base(before, trained_from, args)
+        rescore(before["rows"], suite)
+    model, tokenizer = load_opened(opened, torch_dtype(result["precision"]), device, args.allow_other_base)
     rows = measure_losses(model, tokenizer, opened.mode.prompt, suite, args)
     if not args.no_generate:
         answers = measure_answers(Answerer(model, tokenizer, opened.mode.prompt, args), suite, args)
@@ -67,13 +78,13 @@ def parse_args(argv):
     """(checked flags, rows of the suite, result of --before or {}); ends with exit code 2 and all problems at once."""
     parser = forgetting_parser()
     args = parser.parse_args(argv)
-    suite, before = [], {}
+    suite, before, notes = [], {}, Notes()
     problems = range_problems(args, at_least_one="batch_size max_new_tokens", at_least_zero="batch_tokens")
     if args.no_generate and "max_new_tokens" in parser.typed(argv):
         problems.append("--max_new_tokens: belongs to the answers: remove it or --no_generate")
     if world_size() > 1:
         problems.append("WORLD_SIZE: this is one process: start it with python, not with the launcher")
-    problems += collect(lambda: suite.extend(read_suite(args.suite)), prefix="--suite ")
+    problems += collect(lambda: suite.extend(read_suite(args.suite, notes)), prefix="--suite ")
     if args.before:
         problems += collect(lambda: before.update(read_before(args.before)), prefix="--before ")
     inputs = [path for path in (args.before, args.suite) if path]
@@ -82,21 +93,26 @@ def parse_args(argv):
         problems += model_problems(args, "--model_path", args.model_path)
     if problems:
         fail(problems, parser.prog)
+    for line in notes.lines("suite"):
+        print(line)
     return args, suite, before
 
 
 # The suite, and how an answer is scored.
 
 
-def read_suite(path):
-    """Rows {"query", "answer", "place", "category", "check", "accept"} of a file or of the files in a folder."""
+SUITE_COLUMNS = Columns(others=("category", "check", "accept"))
+
+
+def read_suite(path, notes=None):
+    """Rows {"query", "answer", "place", "category", "check", "accept"} of a file or of the files in a folder.
+
+    notes: Notes that are filled while rows are read.
+    """
     rows = []
     for file in data_files([path]):
-        part = read_file(file)
-        items = list(part.items)
-        for number, row in check_items(part._replace(items=items), Columns()):
-            place = place_of(file, part.is_array, number)
-            rows.append({**row, **check_scoring(json.loads(items[number - part.first]), place)})
+        for _, row in check_items(read_file(file), SUITE_COLUMNS, notes=notes):
+            rows.append({**row, **check_scoring(row, row["place"])})
     if not rows:
         raise ValueError(f"{path}: no row in it: give at least one")
     return rows
@@ -114,7 +130,7 @@ def check_scoring(row, place):
     if not is_right or (check in ("all", "contains") and not (lists and all(lists))):
         kind = "lists of strings" if check == "all" else "strings"
         raise ValueError(f"{place}: field 'accept': check {check} takes a list of {kind}, none of them empty")
-    if check == "number" and last_number(row["output"]) is None:
+    if check == "number" and last_number(row["answer"]) is None:
         raise ValueError(f"{place}: field 'output' holds no number, which check number needs: add one")
     return {"category": category, "check": check, "accept": accept}
 
@@ -135,17 +151,17 @@ def words(text):
 
     `words(a) in words(b)` then means: a stands in b, whatever the white space, and not inside a longer word or number.
     """
-    return "".join(f" {word} " for word in re.findall(r"\w+|\S", unicodedata.normalize("NFKC", text), re.ASCII))
+    return "".join(f" {word} " for word in re.findall(r"\w+|\S", fold(text), re.ASCII))
 
 
 def plain(text):
     """`words` of a text without the quotes and full stops around it."""
-    return words(unicodedata.normalize("NFKC", text).strip(" \t\r\n\"'“”‘’「」《》`*。.!"))
+    return words(fold(text).strip(" \t\r\n\"'“”‘’「」《》`*。.!"))
 
 
 def last_number(text):
     """The last number of a text, with or without commas between thousands; None where there is none."""
-    text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", unicodedata.normalize("NFKC", text).replace("−", "-"))
+    text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", fold(text).replace("−", "-"))
     found = re.findall(r"(?:(?<![A-Za-z0-9_)])-)?[0-9]+(?:\.[0-9]+)?", text)
     return float(found[-1]) if found else None
 
@@ -207,6 +223,23 @@ def measure_losses(model, tokenizer, prompt, suite, args):
             rows[n] = {"index": n, "category": row["category"], "query": row["query"], "output": row["answer"]}
             rows[n] |= {"num_tokens": num_tokens, "loss": loss_sum / num_tokens}
     return rows
+
+
+def require_room(suite, tokenizer, prompt, config, args):
+    """ValueError for a row that does not fit the model's window with its reference or with an answer.
+
+    Questions are never cut, whatever the training did: models that cut in different places could not be compared.
+    """
+    for row in suite:
+        length = len(prompt.encode_prompt(tokenizer, row["query"])[0])
+        lengths = {"its reference": len(prompt.encode_answer(tokenizer, row["answer"])) + 1}
+        lengths |= {} if args.no_generate else {"--max_new_tokens": args.max_new_tokens}
+        what = max(lengths, key=lengths.get)
+        if length + lengths[what] > config.window:
+            raise ValueError(
+                f"{row['place']}: {length} tokens of the question and {lengths[what]} of {what}: the model's window is"
+                f" {config.window} tokens, and no question is cut here: shorten the row or its answer"
+            )
 
 
 def row_losses(model, batch):
@@ -298,6 +331,13 @@ def read_before(path):
     return result
 
 
+def rescore(rows, suite):
+    """Score the answers of an earlier result anew: that of an older version would differ by how it scores, too."""
+    for row, asked in zip(rows, suite):
+        if "score" in row and isinstance(row.get("prediction"), str):
+            row["score"] = score_answer(row["prediction"], asked)
+
+
 def require_comparable(before, now, path):
     """ValueError where a difference could come from something else than the weights."""
     if before["suite"]["sha256"] != now["suite"]["sha256"]:
@@ -306,6 +346,16 @@ def require_comparable(before, now, path):
         is_off = key == "max_new_tokens" and None in (before[key], now[key])  # then only losses are compared
         if before[key] != now[key] and not is_off:
             raise ValueError(f"--before {path}: {key} is {before[key]} there, {now[key]} here: use the same for both")
+
+
+def require_same_base(before, trained_from, args):
+    """ValueError where the model was trained from another one than that of --before, as far as both are known."""
+    bases = before.get("bases")
+    if trained_from and isinstance(bases, list) and trained_from not in bases:
+        raise ValueError(
+            f"--before {args.before}: is of {before['model']}, and {args.model_path} was trained from another base"
+            " (other weights, another precision or another config.json): measure its own, or add --allow_other_base"
+        )
 
 
 def is_worse(name, interval):
@@ -383,7 +433,4 @@ def format_result(result):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except ValueError as error:
-        fail(" ".join(str(error).split()))
+    entry.run(main)

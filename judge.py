@@ -10,28 +10,31 @@ document are wrong. A verdict is in the output file as soon as it comes: the sam
 missing. The endpoint's key is read from an environment variable (--api_key_env) and neither printed nor stored.
 """
 
+import entry  # first: Ctrl-C is heard while the others are imported
+
 import json
 import os
 import re
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import judge_pairs
 import judge_questions
-from arguments import judge_parser, place_problem, range_problems
-from endpoint import ASKS, GO_ON, USAGE, Endpoint
+from arguments import collect, judge_parser, place_problem, range_problems
+from endpoint import ASKS, GO_ON, MOST_REPLY, MOST_TOKENS, USAGE, Endpoint
 from judge_rows import Job, digest, read_bytes
 from score import parse_row, problem, quote, write_reports
-from utils import fail
+from utils import fail, visible
 
 KINDS = {"pairs": judge_pairs, "questions": judge_questions}  # of --task
 JUDGE = ("model", "language", "criteria_hash")
 LINE_START = b'{"index": '
 DEFINITIONS = {
-    "num_unparsed": f"verdicts that could not be read: the last line was not as asked for {ASKS} times",
-    "tokens": "as the endpoint counted them, for all verdicts of the report",
+    "num_unparsed": f"verdicts that could not be read: the last line was not as asked for {ASKS} times, or there were "
+    f"more than {MOST_REPLY} characters",
+    "tokens": "as the endpoint counted them, for all verdicts of the report; 0 for a count that is missing, or no "
+    f"whole number from 0 to {MOST_TOKENS}",
 }
 
 
@@ -40,7 +43,7 @@ def read_criteria(path: str | None, kind, language: str) -> str:
     if path is None:
         return kind.LANGUAGES[language]["criteria"]
     try:
-        text = read_bytes("--criteria", path).decode("utf-8-sig").strip()
+        text = read_bytes("--criteria", path).decode("utf-8-sig").replace("\r\n", "\n").strip()
     except UnicodeDecodeError:
         raise problem("--criteria", path, "is not UTF-8", "save it as UTF-8") from None
     if not text:
@@ -116,7 +119,7 @@ def complete(args, kind, jobs: list[Job], criteria: str, verdicts: list[dict], s
             return 0
         try:
             verdict = known.get(key) or judge(missing[key][0])
-        except ValueError:
+        except Exception:
             failed.set()  # at once: until the main thread knows of it, the next one would be asked
             raise
         lines = [json.dumps({**verdict, "index": job.index}, ensure_ascii=False) + "\n" for job in missing[key]]
@@ -135,8 +138,8 @@ def complete(args, kind, jobs: list[Job], criteria: str, verdicts: list[dict], s
                 for future in as_completed([pool.submit(work, key) for key in missing]):
                     bar.update(future.result())
         except KeyboardInterrupt:
-            wait = False
-            raise
+            wait = False  # for the verdicts that are under way
+            raise KeyboardInterrupt(GO_ON) from None
         finally:  # after an error, what is under way is still written
             pool.shutdown(wait=wait, cancel_futures=True)
 
@@ -167,6 +170,35 @@ def summarize(kind, verdicts: list[dict], num_rows: int) -> dict:
     }
 
 
+def report_path(output_path: str) -> Path:
+    """Where the report on a file of verdicts goes."""
+    return Path(f"{output_path}.report.json")
+
+
+def read_report(output_path: str) -> dict:
+    """The report that the next one will replace, {} where there is none; ValueError for a file of another kind."""
+    path = report_path(output_path)
+    if not os.path.lexists(path):
+        return {}
+    try:
+        report = json.loads(read_bytes("--output_path", str(path)))
+        if {*JUDGE, "num_verdicts"} <= report.keys():
+            return report
+    except (ValueError, AttributeError, RecursionError):
+        pass
+    rule = "the report goes there, and it is no report of judge.py"
+    raise problem("--output_path", str(path), rule, "choose another --output_path")
+
+
+def replaced(before: dict, report: dict) -> str:
+    """A line about the report that this one has replaced, where that was of another judge; nothing otherwise."""
+    if not before or all(before[name] == report[name] for name in JUDGE):
+        return ""
+    judge = f"{before['model']} ({before['language']}"
+    judge += ", other criteria)" if before["criteria_hash"] != report["criteria_hash"] else ")"
+    return f"it replaces the report on {judge}, which --report_only with the flags of that judge makes again"
+
+
 def format_table(path: str, kind, report: dict) -> str:
     """The report for a reader."""
     lines = [f"{path}: {report['num_rows']} {kind.ROWS}, judged by {report['model']} ({report['language']})", ""]
@@ -181,7 +213,7 @@ def parse(argv: list[str]):
     """Checked flags; ends with exit code 2 and all problems at once."""
     parser = judge_parser()
     args = parser.parse_args(argv)
-    problems = range_problems(args, at_least_one="concurrency", at_least_zero="max_retries limit")
+    problems = range_problems(args, at_least_one="concurrency timeout", at_least_zero="max_retries limit")
     args.base_url = args.base_url or os.environ.get("OPENAI_BASE_URL") or None
     if args.base_url is not None and not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", args.base_url):
         shown = "" if re.search("[?@]", args.base_url) else f" {args.base_url}"  # it may hold a key
@@ -198,6 +230,8 @@ def parse(argv: list[str]):
         problems.append(f"--output_path {args.output_path}: is an input: choose another file")
     elif found := place_problem("--output_path", args.output_path):
         problems.append(found)
+    elif found := collect(read_report, args.output_path):
+        problems += found
     if problems:
         fail(problems, parser.prog)
     return args
@@ -222,15 +256,11 @@ def main(argv: list[str]):
     if not verdicts:
         raise problem("--output_path", args.output_path, "has no verdict to report", "leave out --report_only")
     report = summarize(kind, verdicts, len({row.index for row in jobs or []} or {row["index"] for row in verdicts}))
-    write_reports({Path(f"{args.output_path}.report.json"): report})
-    print(format_table(args.output_path, kind, report))
+    before = read_report(args.output_path)
+    write_reports({report_path(args.output_path): report})
+    text = "\n".join(filter(None, [format_table(args.output_path, kind, report), replaced(before, report)]))
+    print(*map(visible, text.split("\n")), sep="\n")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        fail(" ".join(str(error).split()))
-    except KeyboardInterrupt:
-        print(f"\njudge.py: stopped: {GO_ON}", file=sys.stderr, flush=True)
-        os._exit(130)  # the usual way out would wait for the verdicts that are under way
+    entry.run(main)

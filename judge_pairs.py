@@ -122,6 +122,8 @@ def make_jobs(args, criteria: str) -> list[Job]:
         texts = {"candidate": candidate.text, "baseline": baseline.text}
         for order, (a, b) in ORDERS.items():
             reference = candidate.reference or baseline.reference
+            if not (reference or "").strip():
+                reference = None  # an empty one would be called right
             prompt = make_prompt(args.language, criteria, candidate.query, reference, texts[a], texts[b])
             jobs.append(Job(index, order, prompt, digest(args.model, order, prompt), candidate.place, {}))
     return jobs
@@ -156,7 +158,8 @@ def winner(scores: dict[str, float] | None) -> str:
 def is_sound(row: dict) -> bool:
     """Is what a verdict says of its row what `read_reply` finds? Any error says that it is not."""
     numbers = (row["scores"] or {}).values()
-    return row["winner"] == winner(row["scores"]) and all(type(number) in (int, float) for number in numbers)
+    are_sound = all(type(number) in (int, float) and 1 <= number <= 10 for number in numbers)
+    return row["winner"] == winner(row["scores"]) and are_sound
 
 
 def wilson(count: int, total: int) -> list[float]:

@@ -1,15 +1,16 @@
 """Judging questions that were made for a document: which of them are wrong, and the points that a row keeps.
 
 The rule gives a row 5 points and takes 0.25 for each fault. What can be counted (near-duplicates, empty and overlong
-questions) is counted by metrics.score_questions; the judge finds the rest.
+questions) is counted as score.py does; the judge finds the rest.
 """
 
 import re
 
 from bootstrap import weighted_mean
 from judge_rows import Job, block, digest, fence, read_answers
-from metrics import QUESTION_FAULT, QUESTION_POINTS, score_questions
+from metrics import QUESTION_FAULT, QUESTION_POINTS, fold, score_row
 from score import align
+from tasks import QUESTIONS
 
 # What the judge reads. The texts of a row stand in {blocks}, each between two lines with the code {code}.
 LANGUAGES = {
@@ -107,7 +108,7 @@ def make_jobs(args, criteria: str) -> list[Job]:
             blocks="\n\n".join(blocks),
             last_line=words["last_line"],
         )
-        counts = score_questions(list(row.texts))
+        counts = score_row(list(row.texts), "", QUESTIONS)
         facts = {name: counts[name] for name in ("num_questions", *COUNTED)}
         facts["empty"] = [number for number, text in enumerate(row.texts, start=1) if not is_asked(text)]
         jobs.append(Job(index, *ORDERS, prompt, digest(args.model, *ORDERS, prompt), row.place, facts))
@@ -116,7 +117,7 @@ def make_jobs(args, criteria: str) -> list[Job]:
 
 def is_asked(text: str) -> bool:
     """Is there a letter or a digit in a question?"""
-    return any(map(str.isalnum, text))
+    return any(map(str.isalnum, fold(text)))
 
 
 def read_reply(job: Job, reply: str) -> tuple[str, dict | None]:

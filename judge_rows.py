@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from endpoint import sendable
 from score import describe, parse_row, problem
 
 
@@ -62,8 +63,7 @@ def read_answers(flag: str, path: str) -> dict[int, Answer]:
         for name, value in [*values, *(("prediction", text) for text in several)]:
             if not isinstance(value, str) and (value is not None or name != "output"):
                 raise problem(place, f'"{name}" is {describe(value)}', "must be a string", fix)
-            # Half of a surrogate pair cannot be sent.
-            texts.append(None if value is None else value.encode("utf-8", "replace").decode())
+            texts.append(None if value is None else sendable(value))
         query, reference, *texts = texts
         index = row.get("index", len(answers))
         if type(index) is not int:

@@ -2,16 +2,19 @@
 
     python merge_lora.py --model_dir output-glm3/epoch-2-step-3900
 
-Base model, rank and mode are read from the run.
+Base model, rank and mode are read from the run. The merged run.json names the base that was really used.
 """
 
+import entry  # first: Ctrl-C is heard while the others are imported
+
 import os
-import sys
 
 from arguments import merge_parser, place_problem
-from checkpoint import load_base_and_trained, open_checkpoint, save_config
-from folders import new_folder
-from utils import choose_device, fail, prepare_environment, torch_dtype
+from bases import base_fingerprint, base_name
+from checkpoint import load_base_and_trained, no_checkpoint_problem, open_checkpoint
+from folders import last_named, new_folder
+from released_files import copy_companions, save_config
+from utils import choose_device, prepare_environment, torch_dtype
 from weights import saved_dtype, write_json, write_weights
 
 SAMPLE = "发动机水温高，风扇始终是低速转动，高速档不工作。"
@@ -22,7 +25,7 @@ def main(argv):
     """Merge, check, save."""
     args = merge_parser().parse_args(argv)
     prepare_environment(args.device)
-    output_dir = args.output_dir or os.path.normpath(args.model_dir) + "-merged"
+    output_dir = args.output_dir or last_named(args.model_dir) + "-merged"
     opened = open_checkpoint(check_arguments(args, output_dir), base=args.model_name_or_path, flag="--model_dir")
     if opened.weights != "adapter":
         raise ValueError(f"--model_dir {args.model_dir}: holds {opened.weights} weights: only LoRA adapters are merged")
@@ -34,7 +37,7 @@ def main(argv):
     import torch
 
     # In float32 from end to end: the delta is added before anything is rounded to the checkpoint's precision.
-    model = load_base_and_trained(opened, config, torch.float32, device).eval()
+    model = load_base_and_trained(opened, config, torch.float32, device, args.allow_other_base).eval()
     ids = torch.tensor([opened.mode.prompt.encode_prompt(tokenizer, SAMPLE)[0]], device=device)
     with torch.no_grad():
         with model.disable_adapter():
@@ -46,6 +49,9 @@ def main(argv):
         rounded_logits = model(input_ids=ids).logits
     check = compare(base_logits, adapter_logits, merged_logits, rounded_logits)
     run = {**opened.run, "weights": "whole", "merged_from": os.path.abspath(opened.folder), "merge_check": check}
+    if args.model_name_or_path:
+        run["base_model"] = base_name(args.model_name_or_path)
+    run["base_fingerprint"] = base_fingerprint(opened.base_folder, opened.mode, config)
     write_merged(model.to(dtype), tokenizer, output_dir, run, dtype)
     print(
         f"merged and adapter logits differ by at most {check['max_difference']:.2g} in float32 and by"
@@ -58,6 +64,8 @@ def main(argv):
 def check_arguments(args, output_dir):
     """The adapter's folder, if the flags make sense."""
     if not os.path.isfile(os.path.join(args.model_dir, "run.json")):
+        if problem := no_checkpoint_problem("--model_dir", args.model_dir, "adapter"):
+            raise ValueError(problem)
         raise ValueError(
             f"--model_dir {args.model_dir}: no run.json in it: name a checkpoint folder that train.py saved"
         )
@@ -88,12 +96,10 @@ def write_merged(model, tokenizer, output_dir, run, dtype):
     with new_folder(output_dir) as scratch:
         save_config(model.config, scratch, dtype)
         write_weights(state, scratch)
+        copy_companions(model.config.name_or_path, scratch)
         tokenizer.save_pretrained(scratch)
         write_json(run, os.path.join(scratch, "run.json"))
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        fail(" ".join(str(error).split()))
+    entry.run(main)

@@ -9,6 +9,7 @@ import functools
 import importlib.metadata
 import logging
 import math
+import unicodedata
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -175,7 +176,19 @@ METRICS = {
 }
 
 
-def definitions(names=NO_TASK.metrics) -> dict[str, str]:
+FOLDING = {  # a sentence behind each definition
+    True: "Both texts are folded first with NFKC (unicodedata.normalize): full-width and ASCII forms are alike, … "
+    "becomes ..., ① 1, ² 2, ＿ _, and an ideographic space a plain one.",
+    False: "The texts are compared as they are (--no_normalize): （ and ( differ.",
+}
+
+
+def fold(text: str) -> str:
+    """A text as metrics compare it: NFKC, which is what ChatGLM-6B's tokenizer makes of every text that it reads."""
+    return unicodedata.normalize("NFKC", text)
+
+
+def definitions(names=NO_TASK.metrics, normalize: bool = True) -> dict[str, str]:
     """Say for each metric exactly how it is computed, with the installed library versions."""
     rouge, jieba, nltk = (importlib.metadata.version(name) for name in ("rouge-chinese", "jieba", "nltk"))
     parts = {
@@ -198,7 +211,7 @@ def definitions(names=NO_TASK.metrics) -> dict[str, str]:
         "no_question": "empty, without a letter, digit or Chinese character",
         "overlong": f"overlong, of more than {MAX_QUESTION_CHARS} characters without white space at the ends",
     }
-    return {name: METRICS[name].definition.format(**parts) for name in names}
+    return {name: f"{METRICS[name].definition.format(**parts)} {FOLDING[normalize]}" for name in names}
 
 
 # ---------------------------------------------------------------- a row
@@ -374,8 +387,13 @@ GROUPS = (
 )
 
 
-def score_row(answers: list[str], reference: str, names=NO_TASK.metrics) -> dict:
-    """The numbers of one row that these metrics are computed from; an empty prediction gives 0 throughout."""
+def score_row(answers: list[str], reference: str, names=NO_TASK.metrics, normalize: bool = True) -> dict:
+    """The numbers of one row that these metrics are computed from; an empty prediction gives 0 throughout.
+
+    normalize: fold both sides first; every metric compares the folded texts.
+    """
+    if normalize:
+        answers, reference = [fold(text) for text in answers], fold(reference)
     row = {}
     for metrics, function in GROUPS:
         if set(metrics) & set(names):
@@ -488,10 +506,11 @@ def confusion_of(rows: list[dict]) -> dict:
     return {"labels": labels, "counts": counts, "other": {label: other[label] for label in labels if other[label]}}
 
 
-def score_rows(predictions: list, references: list[str], task: str | None = None) -> dict:
+def score_rows(predictions: list, references: list[str], task: str | None = None, normalize: bool = True) -> dict:
     """Score predictions against the references at the same places.
 
     A prediction is a text, or a list of the row's answers, of which the first counts unless the task looks at all.
+    normalize: fold both sides with NFKC first (`fold`).
     Returns the task's metrics by name, in 0..100 and None where a metric has no value (the triple metrics where no
     reference has a triple), and under "rows" the per-row numbers that `metrics_of` turns into them.
     """
@@ -502,5 +521,5 @@ def score_rows(predictions: list, references: list[str], task: str | None = None
         )
     names = find_task(task).metrics
     answers = ([prediction] if isinstance(prediction, str) else prediction for prediction in predictions)
-    rows = [score_row(list(texts), reference, names) for texts, reference in zip(answers, references)]
+    rows = [score_row(list(texts), reference, names, normalize) for texts, reference in zip(answers, references)]
     return {**metrics_of(rows, task), "rows": rows}

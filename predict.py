@@ -7,6 +7,9 @@
 Takes a released checkpoint and every folder that train.py and merge_lora.py save.
 """
 
+import entry  # first: Ctrl-C is heard while the others are imported
+
+import contextlib
 import glob
 import hashlib
 import json
@@ -14,9 +17,11 @@ import os
 import sys
 import time
 
-from arguments import columns_of, parse_predict
+from arguments import parse_predict
 from checkpoint import load_opened, open_checkpoint
-from data_set import read_rows
+from data_set import read_to_answer
+from lengths import settle_columns, settle_lengths
+from talk import talk
 from utils import (
     barrier,
     choose_device,
@@ -25,6 +30,7 @@ from utils import (
     is_main,
     prepare_environment,
     print_rank_0,
+    rank,
     set_seed,
     start_distributed,
     stop_distributed,
@@ -38,19 +44,29 @@ def main(argv):
     args = parse_predict(argv)
     if world_size() > 1 and not args.test_path:
         fail("--prompt and --interactive: are for one process: start it with python, not with the launcher")
-    rows = list(read_rows(args.test_path, columns_of(args), need_response=False)) if args.test_path else []
+    columns, notes = settle_columns(args)
+    rows, said = read_to_answer(args.test_path, columns) if args.test_path else ([], "")
+    notes += [said] * bool(said)
     prepare_environment(args.device)
     opened = open_checkpoint(args.model_path, args.mode, base=args.model_name_or_path)
+    if args.allow_other_base and opened.weights == "whole":
+        raise ValueError(f"--allow_other_base: {args.model_path} holds whole weights, which need no base: remove it")
+    notes += settle_lengths(args, opened.config(), opened.mode.prompt)
     device = choose_device(args.device)
     precision = choose_precision(args.precision, device)
     if world_size() > 1:
         start_distributed(device)
     set_seed(args.seed)
-    model, tokenizer = load_opened(opened, torch_dtype(precision), device)
+    model, tokenizer = load_opened(opened, torch_dtype(precision), device, args.allow_other_base)
     answer = Answerer(model, tokenizer, opened.mode.prompt, args)
+    for note in notes:
+        print_rank_0(note, file=sys.stderr)  # on stdout an answer stands alone
 
     if args.prompt is not None:
-        print_rank_0("\n".join(answer([answer.prompt_ids(args.prompt)])[0]["predictions"]))
+        encoded = answer.prompt_ids(args.prompt)
+        if encoded[1]:
+            print(f"--max_src_len {args.max_src_len}: cut {encoded[1]} tokens of the question", file=sys.stderr)
+        print_rank_0("\n".join(answer([encoded])[0]["predictions"]))
     elif args.interactive:
         talk(answer)
     else:
@@ -136,20 +152,21 @@ def predict_file(answer, rows, args, key):
     from tqdm import tqdm
 
     started = time.time()
-    rank, world = int(os.environ.get("RANK", "0")), world_size()
+    own_rank, world = rank(), world_size()
     os.makedirs(os.path.dirname(os.path.abspath(args.output_path)), exist_ok=True)
     done = take_up(args.output_path, key, args.overwrite)
     if done:
         print_rank_0(f"{len(done)} of {len(rows)} rows are answered already, {args.output_path} is gone on with")
     # Shared out by length in characters, which needs no encoding, so that the ranks have equally much to do.
     left = [i for i in range(len(rows)) if i not in done]
-    mine = sorted(left, key=lambda i: (len(rows[i]["query"]), i), reverse=True)[rank::world]
+    mine = sorted(left, key=lambda i: (len(rows[i]["query"]), i), reverse=True)[own_rank::world]
     prompts = {number: answer.prompt_ids(rows[number]["query"]) for number in mine}
     copies = max(args.num_return_sequences, args.num_beams)  # of a row, side by side in its batch
     sizes = {number: copies * (len(ids) + args.max_new_tokens) for number, (ids, _) in prompts.items()}
     batches = make_batches(sizes, args.batch_size, args.batch_tokens)
-    with open(part_path(args.output_path, rank), "a", encoding="utf-8", buffering=1) as file:
-        if rank:
+    part = part_path(args.output_path, own_rank)
+    with telling_what_is_left(), open(part, "a", encoding="utf-8", buffering=1) as file:
+        if own_rank:
             file.write(json.dumps({"key": key}) + "\n")
         with tqdm(total=len(mine), desc="predicting", unit="row", disable=not is_main()) as bar:
             for numbers in batches:
@@ -161,6 +178,16 @@ def predict_file(answer, rows, args, key):
         lines = put_in_order(args.output_path)
         print(f"{len(rows)} rows in {time.time() - started:.1f} s, {args.output_path}")
         print(describe_answers(lines, args.max_new_tokens))
+        print(describe_cut_questions(lines, args.max_src_len))
+
+
+@contextlib.contextmanager
+def telling_what_is_left():
+    """Let Ctrl-C say how the rows that are not answered yet get their answers."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command answers the rows that are left") from None
 
 
 def part_path(path, rank):
@@ -213,7 +240,7 @@ def take_up(path, key, overwrite):
 
 def key_of(args, opened, rows, precision):
     """SHA-256 of what decides the answers: rows, flags, and the model's files by name, size and time."""
-    free = ("test_path", "output_path", "overwrite", "batch_size", "batch_tokens", "local_rank", "device", "prompt")
+    free = "test_path output_path overwrite batch_size batch_tokens local_rank device prompt allow_other_base".split()
     flags = {name: value for name, value in sorted(vars(args).items()) if name not in free} | {"precision": precision}
     files = [
         (name, os.path.getsize(path), os.stat(path).st_mtime_ns)
@@ -290,6 +317,17 @@ def describe_answers(lines, max_new_tokens):
     )
 
 
+def describe_cut_questions(lines, max_src_len):
+    """How many questions were cut and by how much, as a line."""
+    cuts = [line["source_tokens_cut"] for line in lines if "source_tokens_cut" in line]
+    if not cuts:
+        return f"questions: none was cut at --max_src_len {max_src_len}"
+    return (
+        f"questions: cut {len(cuts):,} of {len(lines):,} at --max_src_len {max_src_len}: {sum(cuts):,} tokens lost,"
+        f" {max(cuts):,} of the longest (source_tokens_cut)"
+    )
+
+
 def put_in_order(path):
     """Join the ranks' parts into one file in input order, then remove them; the rows of the file."""
     keys, lines = read_parts(path)
@@ -301,27 +339,5 @@ def put_in_order(path):
     return [json.loads(line) for line in lines.values()]
 
 
-def talk(answer):
-    """A conversation on the terminal; earlier turns are part of the prompt."""
-    history = []
-    print("empty line: end; /clear: forget")
-    while True:
-        try:
-            query = input("> ").strip()
-        except EOFError:
-            return
-        if not query:
-            return
-        if query == "/clear":
-            history = []
-            continue
-        text = answer([answer.prompt_ids(query, history)])[0]["predictions"][0]
-        print(text)
-        history.append((query, text))
-
-
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        fail(" ".join(str(error).split()))
+    entry.run(main)

@@ -10,11 +10,13 @@ from pathlib import Path
 from plots import can_draw, draw_cost, draw_losses, draw_quality
 from report_text import facts, main_table, metrics_table, notes, ranked, title_of, verdict, words_of
 from report_words import ENGLISH
+from utils import visible
 
 PAGE = """<!DOCTYPE html>
 <html lang="{language}">
 <head>
 <meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>{style}</style>
@@ -70,8 +72,22 @@ dt { color: #5b6570; max-width: 14rem; overflow-wrap: anywhere; } dd { margin: 0
 """
 
 
+def read_results(folder):
+    """The figures of the report in a folder, {} where there is none; ValueError for a folder with something else."""
+    if not os.path.isdir(folder) or not os.listdir(folder):
+        return {}
+    try:
+        results = json.loads(Path(folder, "results.json").read_text(encoding="utf-8"))
+        if {"plan", "methods"} <= results.keys():
+            return results
+    except (OSError, ValueError, AttributeError, RecursionError):
+        pass
+    raise ValueError(f"{folder}: the report goes there, and it holds something else: remove or rename it")
+
+
 def write_report(results, folder):
     """Write the report; returns the path of its page."""
+    results = shown(results)
     os.makedirs(folder, exist_ok=True)
     pictures = draw_pictures(results, folder)
     Path(folder, "results.json").write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
@@ -79,6 +95,15 @@ def write_report(results, folder):
     page = Path(folder, "index.html")
     page.write_text(webpage(results, pictures, folder), encoding="utf-8")
     return str(page)
+
+
+def shown(value):
+    """Figures whose texts, those of rows and models among them, hold nothing that a terminal or a page would obey."""
+    if isinstance(value, dict):
+        return {shown(key): shown(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [shown(one) for one in value]
+    return visible(value, as_lines=True) if isinstance(value, str) else value
 
 
 def draw_pictures(results, folder):
@@ -208,7 +233,7 @@ def markdown(results, pictures):
         lines.append("")
     lines += [f"## {say('How to read it')}", "", *(f"- {plain(line)}" for line in notes(results)), ""]
     lines += [f"## {say('What was compared, on what')}", ""]
-    lines += [*(f"- {name}: {plain(str(text))}" for name, text in facts(results)), ""]
+    lines += [*(f"- {plain(name)}: {plain(str(text))}" for name, text in facts(results)), ""]
     return "\n".join([*lines, f"## {say('Commands')}", "", *fenced("\n".join(results["commands"])), ""])
 
 

@@ -266,6 +266,10 @@ def facts(results):
     yield say("training rows"), ", ".join(results["train_path"])
     yield say("test rows"), ", ".join(results["test_path"])
     yield say("task"), results["task"] or say("none")
+    if results["no_normalize"]:
+        yield say("scoring"), say("texts as they are (no_normalize): full-width and ASCII marks differ")
+    else:
+        yield say("scoring"), say("texts folded with NFKC: full-width and ASCII marks are alike")
     yield say("seeds"), ", ".join(map(str, results["seeds"]))
     for method in results["methods"]:
         yield method["name"], ", ".join([method["train_type"], *(f"{k} {v}" for k, v in method["flags"].items())])

@@ -127,6 +127,11 @@ ZH = {
     "test rows": "测试数据",
     "task": "任务",
     "none": "无",
+    "scoring": "打分",
+    "texts as they are (no_normalize): full-width and ASCII marks differ": (
+        "按原文比较（no_normalize）：全角与半角符号视为不同"
+    ),
+    "texts folded with NFKC: full-width and ASCII marks are alike": "两边先做 NFKC 归一：全角与半角符号视为相同",
     "seeds": "随机种子",
     "system": "系统",
     "CPU": "CPU",

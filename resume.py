@@ -366,6 +366,8 @@ def differences(saved, current):
         old, new = saved.get(name), current.get(name)
         if name == "--ds_file" and isinstance(old, dict):
             old = what_counts(old)
+        if name not in saved and new is False:
+            continue  # a switch that came after the run began, and is off
         if old != new:
             values = f"{old}, now it is {new}" if name.startswith("--") and name != "--ds_file" else "other contents"
             lines.append(f"{name} was {values}")

@@ -14,14 +14,26 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-from data_set import Columns, Part, check_items, data_files, encode_row, no_row, open_rows, place_of, read_file
+from data_set import (
+    Columns,
+    Notes,
+    Part,
+    check_items,
+    data_files,
+    encode_row,
+    files_left,
+    no_row,
+    open_rows,
+    place_of,
+    read_file,
+)
 from modes import Mode
 from utils import is_main, print_rank_0
 
-ENCODING_VERSION = 3  # part of the cache key: raise it when the same row would give other ids, or other files
+ENCODING_VERSION = 4  # part of the cache key: raise it when the same row would give other ids, or other files
 BATCH_ROWS, BATCH_BYTES = 1000, 1 << 20  # what a process encodes at a time: the first limit that is reached
 BATCHES_IN_FLIGHT = 3  # for each process, being encoded or waiting; this bounds the memory
 MIN_POOL_BATCHES = 20  # fewer are encoded by one process before several have started
@@ -59,6 +71,7 @@ class Encoded(NamedTuple):
     files: list  # (number of a file, is it an array, rows of it)
     bad_rows: list  # lines of BAD_ROWS
     counts: dict
+    notes: Notes
 
 
 def encode_batch(batch, encoding):
@@ -66,12 +79,12 @@ def encode_batch(batch, encoding):
     import numpy
 
     counts, ids, lengths, num_unlabelled, places = dict.fromkeys(COUNTS, 0), [], [], [], []
-    files, bad_rows = [], []
+    files, bad_rows, notes = [], [], Notes()
     prompt = encoding.mode.prompt
     for file, part in batch:
         messages = [] if encoding.skip_bad_rows else None
         num_before = len(lengths)
-        for number, row in check_items(part, encoding.columns, bad_rows=messages):
+        for number, row in check_items(part, encoding.columns, bad_rows=messages, notes=notes):
             item = encode_row(
                 row["query"], row["answer"], encoding.tokenizer, prompt, encoding.max_len, encoding.max_src_len
             )
@@ -102,6 +115,7 @@ def encode_batch(batch, encoding):
         files,
         bad_rows,
         counts,
+        notes,
     )
 
 
@@ -117,17 +131,17 @@ def read_batches(files):
             whole = read_file(path)
             items = []
             batch.append((file, whole._replace(items=items)))
-            for number, item in enumerate(whole.items, start=1):
-                items.append(item)
+            for number, item in whole.items:
+                items.append((number, item))
                 num_items += 1
                 num_bytes += len(item)
                 if num_items == BATCH_ROWS or num_bytes >= BATCH_BYTES:
                     yield batch
                     items = []
-                    batch = [(file, whole._replace(items=items, first=number + 1))]
+                    batch = [(file, whole._replace(items=items))]
                     num_items, num_bytes = 0, 0
         except ValueError as error:
-            batch.append((file, Part(path, False, [error])))
+            batch.append((file, Part(path, False, [(0, error)])))
             break
     if batch:
         yield batch
@@ -275,6 +289,7 @@ def load_rows(
     elif not os.path.isdir(folder):
         encode_to_folder(folder, paths, encoding, num_proc)
     rows = EncodedRows(folder, files)
+    rows.counts["files_left"] = files_left(paths)
     return rows, rows.counts
 
 
@@ -315,7 +330,7 @@ def write_rows(folder, paths, encoding, num_proc):
     else:
         results = encode_in_pool(batches, encoding, num_proc)
 
-    counts = dict.fromkeys(COUNTS, 0)
+    counts, notes = dict.fromkeys(COUNTS, 0), Notes()
     of_files = [{"rows": 0, "is_array": False} for _ in files]
     is_shown = is_main() and sys.stderr.isatty()
     with contextlib.ExitStack() as stack:
@@ -330,6 +345,7 @@ def write_rows(folder, paths, encoding, num_proc):
             found.num_unlabelled.tofile(arrays["num_unlabelled"])
             found.places.tofile(arrays["places"])
             bad_rows.writelines(found.bad_rows)
+            notes.add(found.notes)
             for number, is_array, num_rows in found.files:
                 of_files[number] = {"rows": of_files[number]["rows"] + num_rows, "is_array": is_array}
             longest = max(counts["longest"], found.counts["longest"])
@@ -347,7 +363,7 @@ def write_rows(folder, paths, encoding, num_proc):
             f"{' '.join(paths)}: --is_skip left no row of {counts['skipped']}: raise --max_len or --max_src_len"
         )
     with open(os.path.join(folder, "counts.json"), "w", encoding="utf-8") as file:
-        json.dump({**counts, "id_type": encoding.id_type, "files": of_files}, file)
+        json.dump({**counts, "id_type": encoding.id_type, "files": of_files, "notes": asdict(notes)}, file)
     if not is_shown:
         processes = "1 process" if num_proc == 1 else f"{num_proc} processes"
         print_rank_0(f"encoded {num_rows:,} rows in {time.time() - started:.1f} s with {processes}")
@@ -424,4 +440,5 @@ def describe_counts(counts, max_len, max_src_len, is_skip, what="rows"):
         )
     if counts["bad_rows"]:
         text += f"\n{what}: left out {counts['bad_rows']:,} bad rows, for example {counts['first_bad_row']}"
-    return text
+    files = [f"{what}: {left}" for left in counts["files_left"]]
+    return "\n".join([text, *files, *Notes(**counts["notes"]).lines(what)])

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from checkpoint import CHECKPOINT, RUN_FILE, describe_run, read_run, save_checkpoint
 from folders import is_whole, keep_newest, new_folder, numbered
-from resume import STATE, close_state, state_bytes, write_state
+from resume import FREE_FLAGS, STATE, close_state, state_bytes, write_state
 from run_log import read_records
 from utils import is_main, on_main, world_size
 from watch import CLOSING
@@ -18,12 +18,13 @@ STATES_KEPT = 2  # without --save_total_limit: should one turn out damaged, ther
 class RunFolder:
     """Writes into --output_dir; all ranks take part. `problem` says why the last save failed (a full disk), or is None.
 
-    model: (number of trained weights, of all weights). identity, split: what a state is compared with when it is
-    resumed from.
+    base: (folder, its `base_fingerprint`). model: (number of trained weights, of all weights). identity, split: what a
+    state is compared with when it is resumed from.
     """
 
-    def __init__(self, args, base_folder, precision, engine, tokenizer, train_type, model, log, identity, split):
-        self.args, self.base_folder, self.precision = args, base_folder, precision
+    def __init__(self, args, base, precision, engine, tokenizer, train_type, model, log, identity, split):
+        self.args, self.precision = args, precision
+        self.base_folder, self.base_fingerprint = base
         self.engine, self.tokenizer, self.train_type = engine, tokenizer, train_type
         self.trained, self.total = model
         self.log, self.identity, self.split = log, identity, split
@@ -33,7 +34,7 @@ class RunFolder:
         """A checkpoint epoch-E-step-S, or one with a name of its own; more: what else its run.json says."""
         self.finish_state()
         path = os.path.join(self.args.output_dir, name or f"epoch-{epoch}-step-{step}")
-        more |= {"trained_weights": self.trained, "all_weights": self.total}
+        more |= {"trained_weights": self.trained, "all_weights": self.total, "base_fingerprint": self.base_fingerprint}
         run = describe_run(self.args, self.base_folder, self.precision, epoch=epoch, step=step, **more)
         zero3 = self.engine.zero_optimization_stage() == 3
         self.problem = save_checkpoint(self.engine.module, self.tokenizer, path, self.train_type, run, zero3)
@@ -50,16 +51,24 @@ class RunFolder:
             try:
                 if os.path.exists(path):
                     return
-                if is_whole(source) and read_run(os.path.join(source, RUN_FILE)).get("step") == step:
+                run = read_run(os.path.join(source, RUN_FILE)) if is_whole(source) else {}
+                if run.get("step") == step and self.is_own(run):
                     with new_folder(path) as scratch:
                         shutil.copytree(source, scratch, dirs_exist_ok=True)
                     return
-                reason = f"the weights of step {step} are not in {source}"
+                reason = f"the weights of step {step} of this run are not in {source}"
             except (OSError, ValueError) as error:
                 reason = getattr(error, "strerror", None) or error
             print(f"note: {path} is not there before an evaluation is better than that of step {step}: {reason}")
 
         on_main(copy)
+
+    def is_own(self, run):
+        """Is a run.json of this run, as far as it tells?"""
+        flags = {name: value for name, value in vars(self.args).items() if name not in FREE_FLAGS}
+        told = run["flags"] if isinstance(run.get("flags"), dict) else {}
+        is_same_base = run.get("base_fingerprint", self.base_fingerprint) == self.base_fingerprint
+        return is_same_base and all(told.get(name, value) == value for name, value in flags.items())
 
     def save_state(self, progress):
         """A state state-step-S of all ranks. The loop waits until it is written; flushing, hashing and naming it is

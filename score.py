@@ -9,9 +9,10 @@ are also compared with the first one. Needs no accelerator and no model: the dee
 are not imported, the text libraries only once a row is scored.
 """
 
+import entry  # first: Ctrl-C is heard while the others are imported
+
 import json
 import os
-import sys
 import unicodedata
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +45,11 @@ class Predictions(NamedTuple):
     def predictions(self):
         """The first answer of each row."""
         return [answers[0] for answers in self.answers]
+
+    @property
+    def empty_references(self):
+        """Lines of the rows that have nothing to compare with."""
+        return [number for number, text in zip(self.line_numbers, self.references) if not text.strip()]
 
     @property
     def num_extra(self):
@@ -132,8 +138,59 @@ def read_predictions(
     return rows
 
 
-def plan_outputs(paths: list[str], output_path: str | None) -> dict[Path, str]:
-    """Which file's scores go where; raise ValueError where that would lose a file or cannot be written."""
+def scores_path(path: str | Path, task: str | None = None) -> Path:
+    """Where the scores of a file of predictions go if nothing else is said: those of each task in a file of its own."""
+    return Path(path).with_suffix(f".{task}.scores.json" if task else ".scores.json")
+
+
+def settings_of(args) -> dict:
+    """{flag: value} of what decides the figures of a file."""
+    return {
+        "--task": args.task,
+        "--no_normalize": args.no_normalize,
+        "--prediction_column": args.prediction_column,
+        "--reference_column": args.reference_column,
+        "--bootstrap": args.bootstrap,
+    }
+
+
+def settings_in(report: dict) -> dict:
+    """`settings_of` that a report was written with; KeyError or TypeError where it is none."""
+    return {
+        "--task": report["task"],
+        "--no_normalize": not report.get("normalize", False),  # a report that does not say it is from before
+        "--prediction_column": report["prediction_column"],
+        "--reference_column": report["reference_column"],
+        "--bootstrap": report["bootstrap"]["num_resamples"],
+    }
+
+
+def overwrite_problem(output: Path, path: str, args) -> ValueError | None:
+    """Why a file that is there must not be replaced by the scores of `path`: it holds something else."""
+    if args.overwrite or not os.path.exists(output):
+        return None
+    fix = "add --overwrite to replace it, or name another file with --output_path"
+    try:
+        report = json.loads(output.read_bytes())
+        there, [source] = settings_in(report), report["files"]
+        # A report beside its predictions moves with them; elsewhere files of the same name can be different ones.
+        is_same = os.path.basename(source) == os.path.basename(path)
+        is_same = is_same and (args.output_path is None or Path(source).resolve() == Path(path).resolve())
+    except OSError as error:
+        return problem("--output_path", str(output), f"cannot be read ({error.strerror})", "choose another")
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return problem("--output_path", str(output), "exists and holds no scores", fix)
+    if not is_same:
+        return problem("--output_path", str(output), f"holds the scores of {source}", fix)
+    now = settings_of(args)
+    if others := [name for name in now if there[name] != now[name]]:
+        values = ", ".join(f"{name} was {quote(there[name])}, now it is {quote(now[name])}" for name in others)
+        return problem("--output_path", str(output), f"holds scores of other settings ({values})", fix)
+    return None
+
+
+def plan_outputs(paths: list[str], output_path: str | None, task: str | None = None) -> dict[Path, str]:
+    """Which file's scores go where; raise ValueError where that would lose predictions or cannot be written."""
     sources = {Path(path).resolve() for path in paths}
     if output_path is not None and len(sources) > 1:
         fix = "leave it out to write one beside each"
@@ -141,7 +198,7 @@ def plan_outputs(paths: list[str], output_path: str | None) -> dict[Path, str]:
     outputs = {}
     for path in paths:
         # Resolved, so that two spellings of one place are one place.
-        output = (Path(path).with_suffix(".scores.json") if output_path is None else Path(output_path)).resolve()
+        output = (scores_path(path, task) if output_path is None else Path(output_path)).resolve()
         if output in sources:
             fix = "choose another --output_path"
             raise problem("--output_path", str(output), "the scores would replace the predictions", fix)
@@ -187,8 +244,10 @@ def make_report(path: str, rows: Predictions, scored: dict, args) -> dict:
         "bootstrap": {**settings, "definition": bootstrap.DEFINITION.format(**settings)},
         "num_rows": len(rows.answers),
         "empty": [n for n, text in zip(rows.line_numbers, rows.predictions) if not text.strip()],
+        "empty_references": rows.empty_references if task.has_references else [],
         "num_extra_predictions": 0 if task.all_answers else rows.num_extra,
-        "definitions": definitions(task.metrics),
+        "normalize": not args.no_normalize,
+        "definitions": definitions(task.metrics, normalize=not args.no_normalize),
         "files": [path],
         "prediction_column": args.prediction_column,
         "reference_column": args.reference_column,
@@ -209,15 +268,21 @@ def compare(first: str, rows_a: list[dict], rows_b: list[dict], names, num_resam
 
 
 def format_file(label: str, report: dict) -> str:
-    """One line about a file: its rows, its empty predictions, the answers left out."""
+    """One line about a file: its rows, its empty predictions and references, the answers left out."""
     parts = [f"rows: {report['num_rows']}"]
-    if empty := report["empty"]:
-        more = f" and {len(empty) - MAX_LISTED} more" if len(empty) > MAX_LISTED else ""
-        lines = ", ".join(str(number) for number in empty[:MAX_LISTED])
-        parts.append(f"empty predictions: {len(empty)} (line {lines}{more})")
+    if report["empty"]:
+        parts.append(f"empty predictions: {format_lines(report['empty'])}")
+    if report["empty_references"]:
+        parts.append(f"empty references, which count as 0: {format_lines(report['empty_references'])}")
     if report["num_extra_predictions"]:
         parts.append(f"answers after the first of a row, not scored: {report['num_extra_predictions']}")
     return f"{label}: " + "; ".join(parts)
+
+
+def format_lines(numbers: list[int]) -> str:
+    """`3 (line 2, 5, 9)`: how many, and which."""
+    more = f" and {len(numbers) - MAX_LISTED} more" if len(numbers) > MAX_LISTED else ""
+    return f"{len(numbers)} (line {', '.join(map(str, numbers[:MAX_LISTED]))}{more})"
 
 
 def format_value(value: float | None, interval: list[float] | None) -> str:
@@ -261,6 +326,8 @@ def format_table(reports: list[dict]) -> str:
         lines.append(f"task: {reports[0]['task']}; primary metric: {reports[0]['primary']}")
     if num_resamples := reports[0]["bootstrap"]["num_resamples"]:
         lines.append(f"in brackets: {bootstrap.LEVEL} % interval, {num_resamples:,} resamples of the rows")
+    if not reports[0]["normalize"]:
+        lines.append("texts are compared as they are: full-width and ASCII marks differ")
     cells = [["metric", *(f"{header:>8}" for header in headers), "  definition"]]
     for name in reports[0]["metrics"]:
         if any(report["metrics"][name] is not None for report in reports):
@@ -326,11 +393,16 @@ def read_inputs(args) -> tuple[dict[str, Predictions], dict[Path, str]]:
         problems.append(problem("--bootstrap", str(args.bootstrap), rule, fix))
     for path in dict.fromkeys(args.predictions):
         try:
-            inputs[path] = read_predictions(path, args.prediction_column, args.reference_column)
+            inputs[path] = rows = read_predictions(path, args.prediction_column, args.reference_column)
+            if find_task(args.task).has_references and len(rows.empty_references) == len(rows.references):
+                rule = f"is empty in all {len(rows.references)} rows, so every answer would count as 0"
+                fix = "name the column of the references with --reference_column"
+                problems.append(problem(path, quote(args.reference_column), rule, fix))
         except ValueError as error:
             problems.append(error)
     try:
-        outputs = plan_outputs(list(inputs), args.output_path)
+        outputs = plan_outputs(list(inputs), args.output_path, args.task)
+        problems += filter(None, (overwrite_problem(output, path, args) for output, path in outputs.items()))
     except ValueError as error:
         problems.append(error)
     if problems:
@@ -346,7 +418,7 @@ def main(argv: list[str] | None = None) -> int:
 
     reports, scored = {}, {}
     for path, rows in inputs.items():
-        scored[path] = score_rows(rows.answers, rows.references, args.task)
+        scored[path] = score_rows(rows.answers, rows.references, args.task, normalize=not args.no_normalize)
         if scored[path][task.primary] is None:
             rule, fix = task.missing
             fail(str(problem("--task", f"{args.task}: {path}", rule, fix)), "score.py")
@@ -367,5 +439,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file name the terminal cannot show must not end the run
-    sys.exit(main())
+    entry.run(main)

@@ -9,6 +9,7 @@ class Task:
 
     metrics: names in metrics.METRICS, in the order of the table. primary: the one to choose a checkpoint by; more is
     better. all_answers: do all answers of a row count, or the first alone? confusion: is there a table of labels?
+    has_references: are answers compared with references, or with each other alone?
     missing: the rule and the fix to tell where the rows give no value for the primary metric.
     """
 
@@ -17,6 +18,7 @@ class Task:
     primary: str
     all_answers: bool = False
     confusion: bool = False
+    has_references: bool = True
     missing: tuple = ("no row gives a value for it", "choose another task")
 
 
@@ -53,6 +55,7 @@ TASKS = {
         metrics=QUESTIONS,
         primary="diversity",
         all_answers=True,
+        has_references=False,
         missing=(
             "every row has one answer, and one question cannot repeat another",
             "predict with --do_sample --num_return_sequences 5",

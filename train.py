@@ -4,18 +4,22 @@
         --mode glm3 --train_type lora --output_dir ./output-glm3
 """
 
+import entry  # noqa: F401, first: Ctrl-C is heard while the others are imported
+
 import math
 import sys
 import time
 
 from arguments import columns_of, folder_problems
+from bases import base_fingerprint
 from batches import Updates, collate, to_device
 from checkpoint import checkpoint_bytes, read_config, read_tokenizer, resolve_folder
-from data_set import show_row
+from data_set import read_row, show_row
 from ds_config import complete_config, offloads, read_ds_file, wanted_precision
 from evaluation import Evaluation, texts_of
 from folders import require_space
 from guard import check_skipped, explain_bad_loss, keep_going_at_low_scale
+from lengths import window_problem
 from modes import MODES
 from optimizer import build_optimizer, build_scheduler, choose_adam
 from progress import Progress
@@ -81,8 +85,7 @@ def main(argv, watch):
     complete_mode(args, folder)
     mode, train_type = MODES[args.mode], TRAIN_TYPES[args.train_type]
     config = read_config(folder, mode, train_type.config_changes(args))
-    window = getattr(config, "max_sequence_length", None) or config.seq_length
-    for flag, most in (("lora_dim", config.hidden_size), ("pre_seq_len", window)):
+    for flag, most in (("lora_dim", config.hidden_size), ("pre_seq_len", config.window)):
         if flag in train_type.flags and getattr(args, flag) > most:
             fail(f"--{flag} {getattr(args, flag)}: use at most {most} with this model")
     names = check_weights(folder, mode, config, new_prefix=train_type.weights == "prefix")
@@ -90,8 +93,11 @@ def main(argv, watch):
         fail(problems)
     tokenizer = read_tokenizer(folder, mode, config)
     is_compiled, optimizer_name = choose_adam(args.optimizer, offloads(ds_config), device)
-    if args.max_len > window:
-        fail(f"--max_len {args.max_len}: the model's window is {window} tokens: use at most {window}")
+    if args.max_len > config.window:
+        fail(f"--max_len {args.max_len}: the model's window is {config.window} tokens: use at most {config.window}")
+    answer_lengths = (args.max_src_len, args.eval_max_new_tokens, config, mode.prompt, "eval_max_new_tokens")
+    if args.eval_generate and (problem := window_problem(*answer_lengths)):
+        fail(problem)
 
     # Rows: the first process of a host encodes them where that was not done before, the others wait for it.
     def encoded(paths, what="rows"):
@@ -118,7 +124,7 @@ def main(argv, watch):
         rows = mix(rows, encoded(args.replay_path, "general rows"), args.replay_ratio, args.seed)
     if len(rows) < world:
         fail(f"--train_path: {len(rows)} rows for {world} processes: give at least one row to each, or start fewer")
-    print_rank_0(show_row(rows[0], tokenizer))
+    print_rank_0(show_row(rows[0], tokenizer, read_row(args.train_path, columns_of(args), rows.place(0))))
     updates = Updates(
         rows.lengths,
         rows.num_labels,
@@ -133,6 +139,7 @@ def main(argv, watch):
     num_steps = len(updates) * args.num_train_epochs
 
     # State: what a run is resumed from, if it is that of this run.
+    base = (folder, on_main(lambda: base_fingerprint(folder, mode, config)))
     identity = on_main(lambda: fingerprint(args, folder, rows.key, precision, optimizer_name, device, ds_config))
     split = [args.per_device_train_batch_size, args.gradient_accumulation_steps, world]
     state, info = on_main(lambda: choose_state(args, identity, split))
@@ -178,9 +185,7 @@ def main(argv, watch):
     if state:
         log.event(progress.step, "resumed", path=state)
 
-    run_folder = RunFolder(
-        args, folder, precision, engine, tokenizer, train_type, (trained, total), log, identity, split
-    )
+    run_folder = RunFolder(args, base, precision, engine, tokenizer, train_type, (trained, total), log, identity, split)
 
     def evaluate(step, epoch):
         """Evaluate, and keep the weights if they are the best. Have evaluations been worse for long enough to stop?"""

@@ -7,20 +7,24 @@ from arguments import (
     LEAST_SRC_LEN,
     OneLineParser,
     add_device_flags,
+    add_normalize_flag,
     add_row_flags,
     collect,
     columns_of,
     model_problems,
+    path,
     place_problem,
     range_problems,
     true_or_false,
 )
 from data_set import data_files
 from ds_config import conflicts, read_ds_file
+from folders import numbered
 from modes import MODES
+from resume import STATE
 from tasks import TASKS, find_task
 from tuning import TRAIN_TYPES
-from utils import fail, is_main, world_size
+from utils import fail, is_main, launcher_problem, world_size
 
 ATTENTION = {"sdpa": "sdpa", "flex": "flex_attention", "eager": "eager"}  # the library's names
 BEST_METRICS = ("loss", "rougeL", "bleu4", "f1", "accuracy")  # of --metric_for_best_model
@@ -31,7 +35,11 @@ def train_parser():
     parser = OneLineParser(prog="train.py", description="Fine-tune ChatGLM-6B, ChatGLM2-6B or ChatGLM3-6B.")
     data = parser.add_argument_group("data")
     data.add_argument(
-        "--train_path", nargs="+", required=True, help="JSON Lines or JSON array files, or folders of them (*.json[l])"
+        "--train_path",
+        type=path,
+        nargs="+",
+        required=True,
+        help="JSON Lines or JSON array files, or folders of them (*.json[l])",
     )
     data.add_argument("--max_len", type=int, default=1024, help="tokens of a row, question and answer; the rest is cut")
     data.add_argument("--max_src_len", type=int, default=256, help="tokens of the question; the rest is cut")
@@ -47,7 +55,10 @@ def train_parser():
         help="put several rows, which do not see each other, into a sequence of --max_len; off: pad a batch's rows",
     )
     data.add_argument(
-        "--replay_path", nargs="+", help="general rows that are mixed in, so that less is forgotten; left out: none"
+        "--replay_path",
+        type=path,
+        nargs="+",
+        help="general rows that are mixed in, so that less is forgotten; left out: none",
     )
     data.add_argument(
         "--replay_ratio", type=float, default=0.1, help="general rows for each row of --train_path, with --replay_path"
@@ -57,14 +68,20 @@ def train_parser():
 
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--model_name_or_path", required=True, help="checkpoint folder, or a hub name such as THUDM/chatglm3-6b"
+        "--model_name_or_path",
+        type=path,
+        required=True,
+        help="checkpoint folder, or a hub name such as THUDM/chatglm3-6b",
     )
     model.add_argument("--mode", choices=MODES, help="model family; left out: read from the checkpoint's config.json")
     model.add_argument("--train_type", choices=TRAIN_TYPES, default="lora", help="what trains")
 
     training = parser.add_argument_group("training")
     training.add_argument(
-        "--output_dir", required=True, help="new or empty folder for checkpoints and logs; with --resume auto the run's"
+        "--output_dir",
+        type=path,
+        required=True,
+        help="new or empty folder for checkpoints and logs; with --resume auto the run's",
     )
     training.add_argument(
         "--per_device_train_batch_size",
@@ -104,7 +121,7 @@ def train_parser():
     )
     training.add_argument("--seed", type=int, default=1234, help="of the row order, dropout and new weights")
     training.add_argument(
-        "--ds_file", default="ds_zero2_no_offload.json", help="DeepSpeed JSON: a path or a name in configs/"
+        "--ds_file", type=path, default="ds_zero2_no_offload.json", help="DeepSpeed JSON: a path or a name in configs/"
     )
     training.add_argument("--show_loss_step", type=int, default=10, help="updates between log lines")
     training.add_argument(
@@ -124,6 +141,7 @@ def train_parser():
     )
     training.add_argument(
         "--resume",
+        type=path,
         metavar="auto|PATH",
         help="go on with the newest whole state in --output_dir (auto: begin where there is none) or with this state",
     )
@@ -137,7 +155,7 @@ def train_parser():
 
     evaluation = parser.add_argument_group("evaluation while training")
     held_out = evaluation.add_mutually_exclusive_group()
-    held_out.add_argument("--eval_path", nargs="+", help="held-out rows; left out: no evaluation")
+    held_out.add_argument("--eval_path", type=path, nargs="+", help="held-out rows; left out: no evaluation")
     held_out.add_argument(
         "--eval_ratio", type=float, default=0.0, help="share of the training rows that is held out, by --seed; 0: off"
     )
@@ -150,6 +168,7 @@ def train_parser():
     evaluation.add_argument(
         "--task", choices=TASKS, help="metrics of the answers, with --eval_generate; left out: all but those of labels"
     )
+    add_normalize_flag(evaluation, ", with --eval_generate")
     evaluation.add_argument(
         "--eval_max_new_tokens", type=int, default=128, help="tokens of an answer at most, with --eval_generate"
     )
@@ -191,7 +210,7 @@ def parse_train(argv):
     """Checked flags of train.py; ends with exit code 2 and all problems at once. `args.mode` is filled in."""
     parser = train_parser()
     args = parser.parse_args(argv)
-    problems = train_problems(args, parser.typed(argv))
+    problems = [*filter(None, [launcher_problem()]), *train_problems(args, parser.typed(argv))]
     if problems:
         fail(problems, parser.prog)
     return args
@@ -227,7 +246,9 @@ def train_problems(args, typed):
     if is_main():  # it makes the folder, and may be ahead of the others
         problems += output_problems(args.output_dir, args.model_name_or_path, args.resume)
         if args.resume not in (None, "auto") and not os.path.isfile(os.path.join(args.resume, "state.json")):
-            problems.append(f"--resume {args.resume}: no state in it: name a state-step-N folder, or auto")
+            [name] = numbered(args.resume, STATE)[:1] or [None]
+            place = os.path.join(args.resume, name) if name else "a state-step-N folder"
+            problems.append(f"--resume {args.resume}: no state in it: name {place}, or auto")
     try:
         problems += conflicts(read_ds_file(args.ds_file), args, world_size())
     except ValueError as error:
@@ -239,7 +260,8 @@ def evaluation_problems(args, typed):
     """Flags of the evaluation and of general rows that mean nothing without others."""
     problems = []
     if not args.eval_path and not args.eval_ratio:
-        flags = "eval_step eval_generate task eval_max_new_tokens metric_for_best_model early_stopping_patience".split()
+        flags = "eval_step eval_generate task no_normalize eval_max_new_tokens metric_for_best_model"
+        flags = [*flags.split(), "early_stopping_patience"]
         problems += [
             f"--{name}: needs --eval_path or --eval_ratio: add one or remove it" for name in flags if name in typed
         ]
@@ -258,7 +280,7 @@ def evaluation_problems(args, typed):
         )
     problems += [
         f"--{name}: needs --eval_generate: add it or remove this flag"
-        for name in ("task", "eval_max_new_tokens")
+        for name in ("task", "no_normalize", "eval_max_new_tokens")
         if name in typed and not args.eval_generate
     ]
     if "replay_ratio" in typed and not args.replay_path:
@@ -307,6 +329,9 @@ def output_problems(output_dir, model_path, resume):
             output_dir
         )
         if os.listdir(output_dir) and resume != "auto" and not is_own:
+            if numbered(output_dir, STATE):
+                fix = "add --resume auto to go on with that run, or choose a new folder"
+                return [f"--output_dir {output_dir}: is not empty: {fix}"]
             return [f"--output_dir {output_dir}: is not empty: choose a new folder, so that no earlier run is lost"]
     problem = place_problem("--output_dir", output_dir)
     return [problem] if problem else []

@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 
+BLANKS = "\n\t\xa0\u3000"  # not printable, but no harm to a terminal
 EXIT_BAD_NUMBERS = 3  # a loss or gradients that are not finite
 EXIT_STALLED = 4  # --step_timeout
 EXIT_LEFT = 75  # asked to leave, and everything is saved: start again with --resume auto (EX_TEMPFAIL of sysexits.h)
@@ -17,19 +18,54 @@ class BadNumbers(Exception):
     """The run cannot go on, its numbers are not finite. The message is for the user."""
 
 
+def launched_number(name, alone):
+    """A number that the launcher gives each process; `alone` where there is one process, or no launcher.
+
+    Variables that an earlier launch left in the shell name no rank: see `launcher_problem`.
+    """
+    is_launched = os.environ.get("RANK") and os.environ.get("MASTER_ADDR") and launcher_problem() is None
+    return int(os.environ.get(name) or alone) if is_launched else alone
+
+
+def launcher_problem():
+    """What is wrong with the launcher's variables, or None: those of a launcher are there together, or none is."""
+    values = {name: os.environ[name] for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK") if os.environ.get(name)}
+    for name, value in values.items():
+        if not value.isdecimal():
+            return f"{name}={value}: is not a whole number: unset {name}, or start with the launcher"
+    world, rank = (int(values.get(name, alone)) for name, alone in (("WORLD_SIZE", 1), ("RANK", 0)))
+    missing = [name for name in ("RANK", "MASTER_ADDR") if not os.environ.get(name)]
+    if world > 1 and missing:
+        return f"WORLD_SIZE={world} is set but {missing[0]} is not: unset WORLD_SIZE, or start with the launcher"
+    if rank >= world:
+        size = f"WORLD_SIZE is {world}" if "WORLD_SIZE" in values else "WORLD_SIZE is not"
+        return f"RANK={rank} is set but {size}: unset RANK, or start with the launcher"
+    return None
+
+
+def rank():
+    """Number of this process over all hosts, 0 without a launcher."""
+    return launched_number("RANK", 0)
+
+
+def local_rank():
+    """Number of this process on its host, 0 without a launcher."""
+    return launched_number("LOCAL_RANK", 0)
+
+
 def is_main():
     """Is this the first process of all hosts? True without a launcher."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return rank() == 0
 
 
 def is_local_main():
     """Is this the first process of its host?"""
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+    return local_rank() == 0
 
 
 def world_size():
-    """Number of processes over all hosts."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Number of processes over all hosts, 1 without a launcher."""
+    return launched_number("WORLD_SIZE", 1)
 
 
 def peak_memory(device):
@@ -77,15 +113,19 @@ def fail(problems, prog=None, code=2):
     prog = prog or os.path.basename(sys.argv[0])
     if not is_main():
         time.sleep(5)
-        prog = f"{prog}: rank {os.environ['RANK']}"
+        prog = f"{prog}: rank {rank()}"
     for problem in [problems] if isinstance(problems, str) else problems:
         print(f"{prog}: error: {visible(problem)}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
-def visible(text):
-    """A text on one line, with the characters that a terminal would obey spelled out."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(str(text).splitlines()))
+def visible(text, as_lines=False):
+    """A text on one line, with the characters that a terminal would obey, or nobody would see, spelled out.
+
+    as_lines: keep the line ends, and the blanks that are harmless.
+    """
+    text, kept = (str(text), BLANKS) if as_lines else (" ".join(str(text).splitlines()), "")
+    return "".join(c if c.isprintable() or c in kept else repr(c)[1:-1] for c in text)
 
 
 def prepare_environment(device="auto"):
@@ -135,7 +175,7 @@ def choose_device(name):
     wants_cpu = name == "cpu" or (name == "auto" and os.environ.get("DS_ACCELERATOR") == "cpu")
     if wants_cpu or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", local_rank())
 
 
 def choose_precision(name, device):
@@ -163,9 +203,9 @@ def start_distributed(device):
     import deepspeed
     import torch
 
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", str(free_port()))
+    if world_size() == 1:
+        own = {"RANK": 0, "LOCAL_RANK": local_rank(), "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update({name: str(value) for name, value in {**own, "MASTER_PORT": free_port()}.items()})
     if device.type == "cpu":
         # DeepSpeed would compile a shared-memory all-reduce that only its inference uses.
         import deepspeed.ops
@@ -256,7 +296,7 @@ def set_seed(seed):
     import numpy
     import torch
 
-    rank = int(os.environ.get("RANK", "0"))
-    random.seed(seed + rank)
-    numpy.random.seed((seed + rank) % 2**32)
-    torch.manual_seed(seed + rank)
+    seed += rank()
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

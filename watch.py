@@ -16,11 +16,13 @@ import threading
 import time
 import traceback
 
-from utils import EXIT_BAD_NUMBERS, EXIT_LEFT, EXIT_STALLED, BadNumbers, LastingStream, fail, is_main, world_size
+from entry import listen, listen_as_before, prepare_streams
+from utils import EXIT_BAD_NUMBERS, EXIT_LEFT, EXIT_STALLED, BadNumbers, LastingStream, fail, is_main, rank, world_size
 
 LOOK_SECONDS = 1.0
 CONNECT_SECONDS = 60
 CLOSING, CLOSING_SECONDS = "closing", 30  # name of the thread that closes a state; how long it is waited for
+SAID = {signal.SIGINT: "Ctrl-C", signal.SIGHUP: "the terminal has gone (SIGHUP)"}  # of signals; others by their names
 # Seconds without a sign of life after which the system takes another host for dead.
 KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 
@@ -40,8 +42,6 @@ class Watch:
     def start(self, output_dir, step_timeout):
         """Watch from now on; the process group must be there. step_timeout: seconds, 0 is off. Collective."""
         self.output_dir, self.step_timeout = output_dir, step_timeout
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.on_signal)
         self.launchers = launchers()
         if world_size() > 1:
             self.connect()
@@ -76,12 +76,13 @@ class Watch:
             print(f"note: no connection to watch the processes of other hosts: {error}", file=sys.stderr, flush=True)
 
     def on_signal(self, number, frame):
-        """SIGTERM and SIGINT: leave when the step is done. More of them change nothing: launchers send several."""
-        name, is_news = signal.Signals(number).name, self.asked is None
+        """Leave when the step is done. More signals change nothing: launchers send several."""
+        is_news, name = self.asked is None, SAID.get(number) or signal.Signals(number).name
         self.asked = self.asked or name
         if is_news and is_main():
-            print(f"\n{name}: leaving after this step", file=sys.stderr, flush=True)
-        if not self.is_training:
+            what = "leaving after this step" if self.is_training else "left before the training began"
+            print(f"\n{name}: {what}", file=sys.stderr, flush=True)
+        if is_news and not self.is_training:
             sys.exit(EXIT_LEFT)
 
     def begin(self, step, rows, row_numbers):
@@ -157,7 +158,7 @@ class Watch:
     def stalled(self):
         """Write down what every process was doing, then end."""
         self.tell("stalled")
-        path = os.path.join(self.output_dir, f"stalled-rank-{os.environ.get('RANK', '0')}.txt")
+        path = os.path.join(self.output_dir, f"stalled-rank-{rank()}.txt")
         began, step, rows, numbers = self.work or (time.monotonic(), None, None, [])
         what = f"step {step}, rows {', '.join(map(rows.place, numbers)) or 'none'}" if step else "no step"
         with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
@@ -213,8 +214,10 @@ def together():
 
     Yields the watch, to be started when the process group is there.
     """
+    prepare_streams()
     sys.stdout, sys.stderr = LastingStream(sys.stdout), LastingStream(sys.stderr)
     watch = Watch()
+    before = listen(watch.on_signal)
     code = 0
     try:
         yield watch
@@ -232,6 +235,7 @@ def together():
     finally:
         watch.end(code)
         end_process_group(code)
+        listen_as_before(before)
 
 
 def end_process_group(code):

@@ -174,6 +174,8 @@ def check_weights(folder, mode, config, new_prefix=False):
     """
     found = weight_shapes(folder)
     found = {name: value for name, value in found.items() if not name.endswith("inv_freq")}
+    if found and all("prefix_encoder." in name for name in found):
+        raise ValueError(f"{folder}: holds a prefix encoder alone: name the base model that it was trained on")
     model = model_for(folder, mode, config, len(found))
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = set(model.all_tied_weights_keys)
@@ -411,14 +413,22 @@ def write_safetensors(state, path):
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})
 
 
+def write_bin(state, path):
+    """One .bin file of plain tensors, as released ones are."""
+    import torch
+
+    with disk_errors(), open(path, "wb") as file:
+        torch.save(dict(state), file)
+
+
 @contextmanager
 def disk_errors():
-    """safetensors' error for a full or broken disk as the OSError that it is."""
+    """safetensors' and torch's errors for a full or broken disk as the OSError that it is."""
     from safetensors import SafetensorError
 
     try:
         yield
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError) as error:
         raise OSError(0, str(error)) from None
 
 

@@ -18,8 +18,7 @@ from glm_common.loss import OutputLayer
 from glm_common.modeling import ChatGLMBackbone, ChatGLMCausalLM
 from glm_common.prefix import PrefixEncoder
 
-
-# The released code never tells its blocks how many layers there are: they scale by the default, that of 28.
+# Of a block's residuals. Every release has 28 here whatever num_layers is: the block's default is never overridden.
 RESIDUAL_FACTOR = math.sqrt(2 * 28)
 
 

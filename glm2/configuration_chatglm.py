@@ -52,9 +52,14 @@ class ChatGLMConfig(ChatGLMConfigBase):
             )
 
     @property
-    def rotary_rule(self):
-        """(base of the rotary angles, divisor of the positions): here rope_ratio divides the positions."""
-        return 10000.0, self.rope_ratio
+    def rotary_base(self):
+        """Base of the rotary frequencies; `rope_ratio` does not change it (released modeling_chatglm.py)."""
+        return 10000.0
+
+    @property
+    def position_divisor(self):
+        """What positions are divided by: ChatGLM2-6B-32k has a rope_ratio of 16."""
+        return self.rope_ratio
 
     @property
     def num_key_value_heads(self):

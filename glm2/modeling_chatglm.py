@@ -15,15 +15,12 @@ from glm_common.modeling import ChatGLMBackbone, ChatGLMCausalLM
 from glm_common.prefix import PrefixEncoder
 
 
-def rotary_angles(positions, rotary_size, rule, dtype):
-    """cos and sin (B, 1, L, rotary_size / 2) for positions (B, L); angles in float32.
-
-    rule: (base, divisor of the positions), the configuration's `rotary_rule`.
-    """
-    base, divisor = rule
+def rotary_angles(positions, config, dtype):
+    """cos and sin (B, 1, L, rotary size / 2) for positions (B, L); angles in float32, by the family's rotary rule."""
+    rotary_size = config.kv_channels // 2
     exponents = torch.arange(0, rotary_size, 2, device=positions.device, dtype=torch.float32) / rotary_size
-    inv_freq = 1.0 / base**exponents
-    angles = (positions[..., None].float() / divisor * inv_freq)[:, None]
+    inv_freq = 1.0 / config.rotary_base**exponents
+    angles = (positions[..., None].float() / config.position_divisor * inv_freq)[:, None]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -194,7 +191,7 @@ class ChatGLMModel(ChatGLMBackbone):
             mask = PackedRows(row_lengths, [None] * num_rows)
         elif attention_mask is not None:
             mask = visible_mask(length, num_past, num_prefix, attention_mask, None, hidden_states.device)
-        rotary = rotary_angles(position_ids, self.config.kv_channels // 2, self.config.rotary_rule, hidden_states.dtype)
+        rotary = rotary_angles(position_ids, self.config, hidden_states.dtype)
         return self.run_layers(
             self.encoder.layers,
             self.encoder.final_layernorm,

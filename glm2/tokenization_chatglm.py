@@ -8,6 +8,7 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}
     appended_tokens = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+    read_only_keys = ("bos_token", "eos_token", "unk_token", "pad_token")
 
     def __init__(self, vocab_file, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>", **kwargs):
         super().__init__(

@@ -9,6 +9,11 @@ class ChatGLMConfig(ChatGLM2Config):
     seq_length: int = 8192
 
     @property
-    def rotary_rule(self):
-        """(base of the rotary angles, divisor of the positions): here rope_ratio multiplies the base."""
-        return 10000.0 * self.rope_ratio, 1.0
+    def rotary_base(self):
+        """Base of the rotary frequencies, multiplied by `rope_ratio`, unlike glm2's (released modeling_chatglm.py)."""
+        return 10000.0 * self.rope_ratio
+
+    @property
+    def position_divisor(self):
+        """Positions are taken as they are."""
+        return 1.0

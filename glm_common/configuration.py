@@ -39,6 +39,21 @@ class ChatGLMConfigBase(PreTrainedConfig):
                 " here: use the fp16 release"
             )
 
+    @property
+    def window(self):
+        """Tokens of a text at most, question and answer: what the model was made for."""
+        return getattr(self, "max_sequence_length", None) or self.seq_length
+
+    @property
+    def network_numbers(self):
+        """{name: value} of the released numbers that decide what the network computes from its weights."""
+        families = [family for family in type(self).__mro__ if issubclass(family, ChatGLMConfigBase)]
+        names = {name for family in families for name in vars(family).get("__annotations__", {})}
+        released = {name for name in names if type(getattr(type(self), name, None)) in (bool, int, float)}
+        free = ("max_sequence_length", "seq_length", "use_cache", "prefix_projection")
+        kept = [name for name in released if name not in free and not name.endswith("_token_id")]
+        return {name: float(getattr(self, name)) for name in kept}
+
     def check_value(self, name, default):
         """ValueError for a value of another kind than the release has: an id, a size, a share, or true and false."""
         value = getattr(self, name)

@@ -8,6 +8,10 @@ import shutil
 import sentencepiece
 from transformers import PreTrainedTokenizer
 
+SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+RELEASED_MAP = {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]}
+NEW_KEYS = ("backend", "is_local", "local_files_only", "model_specific_special_tokens")  # of transformers 5 alone
+
 
 class SentencePieceTokenizer(PreTrainedTokenizer):
     """Base of the three tokenizers: text by sentencepiece, control tokens only by id.
@@ -19,6 +23,7 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
 
     model_input_names = ["input_ids", "attention_mask"]
     appended_tokens = ()
+    read_only_keys = ()  # settings that the released class cannot be given: it has properties without setters
 
     def __init__(self, vocab_file, padding_side="left", encode_special_tokens=False, **kwargs):
         # The base class asks for the vocabulary while it starts, so the model comes first.
@@ -139,16 +144,33 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
         return piece
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Write the released two files; what only this library version understands is left out of the JSON."""
-        files = super().save_pretrained(save_directory, **kwargs)
-        path = os.path.join(save_directory, "tokenizer_config.json")
-        with open(path, encoding="utf-8") as file:
-            config = json.load(file)
-        for key in ("added_tokens_decoder", "backend", "is_local", "local_files_only"):
-            config.pop(key, None)
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(config, file, ensure_ascii=False, indent=2)
-        return files
+        """Write the files as they lie in the folder that the tokenizer was read from; new ones have the released keys.
+
+        Keys that stop the released classes are left out of both.
+        """
+        source = os.path.dirname(self.vocab_file)
+        if not os.path.isfile(os.path.join(source, SETTINGS_FILES[0])):
+            super().save_pretrained(save_directory, **kwargs)
+            more = {"remove_space": False, "do_lower_case": False, "auto_map": RELEASED_MAP}
+            self.rewrite(save_directory, SETTINGS_FILES[0], ("added_tokens_decoder",), more)
+            return self.save_vocabulary(save_directory)
+        os.makedirs(save_directory, exist_ok=True)
+        for name in filter(lambda name: os.path.isfile(os.path.join(source, name)), SETTINGS_FILES):
+            shutil.copyfile(os.path.join(source, name), os.path.join(save_directory, name))
+            if name.endswith(".json"):
+                self.rewrite(save_directory, name)
+        return self.save_vocabulary(save_directory)
+
+    def rewrite(self, folder, name, less=(), more=None):
+        """Leave `less` and the keys that stop released classes out of a JSON file, and add `more` {key: value}."""
+        path = os.path.join(folder, name)
+        with open(path, encoding="utf-8-sig") as file:
+            before = json.load(file)
+        dropped = {*NEW_KEYS, *self.read_only_keys, *less}
+        after = {key: value for key, value in before.items() if key not in dropped} | (more or {})
+        if after != before:
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump(after, file, ensure_ascii=False, indent=2)
 
     def save_vocabulary(self, save_directory, filename_prefix=None):
         """Copy the sentencepiece model under its released name."""

@@ -9,38 +9,43 @@ questions about them. It has never seen the extraction task of data/spo_0.json: 
 same settings finds the checkpoint and returns at once.
 """
 
-import hashlib
-import io
-import json
-import math
 import os
-import random
-import re
-import shutil
 import sys
-import tempfile
-import time
-from pathlib import Path
 
-import sentencepiece
-import torch
-from tqdm import tqdm
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, os.path.join(ROOT, "scripts")]  # for a call from any folder
+import entry  # noqa: E402, I001  first: Ctrl-C is heard while the others are imported
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # for a call from any folder
+import hashlib  # noqa: E402
+import io  # noqa: E402
+import json  # noqa: E402
+import math  # noqa: E402
+import random  # noqa: E402
+import re  # noqa: E402
+import shutil  # noqa: E402
+import tempfile  # noqa: E402
+import time  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import sentencepiece  # noqa: E402
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
 import make_data  # noqa: E402
 from base_sources import base_sources  # noqa: E402
 
-from arguments import OneLineParser  # noqa: E402
+from arguments import OneLineParser, path  # noqa: E402
 from batches import collate  # noqa: E402
 from data_set import encode_row  # noqa: E402
 from modes import MODES, read_json  # noqa: E402
-from utils import fail, prepare_environment  # noqa: E402
+from released_files import save_config  # noqa: E402
+from utils import prepare_environment  # noqa: E402
+from weights import write_json, write_weights  # noqa: E402
 
 # Hidden size, layers, key/value heads (glm2 and glm3), inner sizes (gated: glm2 and glm3; plain: glm).
 SIZE = dict(hidden=192, layers=4, groups=2, gated=512, plain=768)
 HEAD_SIZE = 48
-ROPE_RATIO = {"glm2": 1, "glm3": 0.01}  # glm3: faster angles, because the rows are short
+ROPE_RATIO = {"glm2": 1, "glm3": 0.01}  # by the family's rule; glm3: faster angles, because the rows are short
 WEIGHT_STD = 0.06  # initial weights; the released 0.02 is meant for wide layers
 # What a block adds to its input starts and moves larger by this: glm's residual is scaled for 28 layers.
 OUTPUT_SCALE = {"glm": math.sqrt(28 / SIZE["layers"]), "glm2": 1.0, "glm3": 1.0}
@@ -197,14 +202,22 @@ def train_tokenizer(mode, folder, seed):
 
 # ---------------------------------------------------------------- model
 
+# Of the released config.json of glm2 and glm3; nothing here reads them, other programs do.
+RELEASED_KEYS = dict(
+    apply_query_key_layer_scaling=True, attention_softmax_in_fp32=True, bias_dropout_fusion=True, original_rope=True,
+    quantization_bit=0,
+)
+
+
 def make_model(mode, tokenizer):
     """A model with new weights and the keys of a released config.json."""
     s = SIZE
     vocab_size = -(-len(tokenizer) // 64) * 64
+    network = "modeling_chatglm.ChatGLMForConditionalGeneration"
     common = dict(
         num_layers=s["layers"], hidden_size=s["hidden"], num_attention_heads=s["hidden"] // HEAD_SIZE,
-        auto_map={"AutoConfig": "configuration_chatglm.ChatGLMConfig",
-                  "AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration"},
+        auto_map={"AutoConfig": "configuration_chatglm.ChatGLMConfig", "AutoModel": network,
+                  "AutoModelForCausalLM": network, "AutoModelForSeq2SeqLM": network},
     )
     if mode == "glm":
         ids = {f"{name}_token_id": tokenizer.get_command(token) for name, token in (
@@ -215,7 +228,7 @@ def make_model(mode, tokenizer):
     else:
         config = MODES[mode].config_class(
             padded_vocab_size=vocab_size, ffn_hidden_size=s["gated"], kv_channels=HEAD_SIZE,
-            multi_query_group_num=s["groups"], seq_length=2048, rope_ratio=ROPE_RATIO[mode], **common
+            multi_query_group_num=s["groups"], seq_length=2048, rope_ratio=ROPE_RATIO[mode], **RELEASED_KEYS, **common
         )
     model = MODES[mode].model_class(config)
     embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
@@ -342,11 +355,13 @@ def check_output(output_dir, settings):
     return read_json(marker) == settings
 
 
-def name_folder(folder, mode):
-    """Name the family in config.json as released ones do: glm2 and glm3 have the same keys otherwise."""
-    path = Path(folder, "config.json")
-    config = {**read_json(path), "_name_or_path": f"base-{MODES[mode].released_name}"}
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+def write_config(model, folder, mode):
+    """config.json with the release's name in it, by which programs tell ChatGLM3 from ChatGLM2: their keys are alike."""
+    model.config.architectures = [type(model).__name__]
+    save_config(model.config, folder, model.dtype)
+    path = os.path.join(folder, "config.json")
+    name = f"tiny base in the shape of THUDM/{MODES[mode].released_name.removesuffix('-6b')}-6b"
+    write_json({**read_json(path), "_name_or_path": name}, path)
 
 
 def put_in_place(folder, output_dir):
@@ -376,9 +391,10 @@ def make_base(args):
         num_tokens = train(model, args.mode, tokenizer, args.num_steps, args.seed + 1)
         right = accuracy(model, tokenizer, MODES[args.mode].prompt, args.seed + 2)
         folder = os.path.join(scratch, "whole")
-        model.save_pretrained(folder)
+        os.makedirs(folder)
+        write_weights({name: tensor.clone() for name, tensor in model.state_dict().items()}, folder)
         tokenizer.save_pretrained(folder)
-        name_folder(folder, args.mode)
+        write_config(model, folder, args.mode)
         Path(folder, "base.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         put_in_place(folder, output_dir)
     finally:
@@ -390,7 +406,9 @@ def make_base(args):
 def parse_args(argv=None):
     parser = OneLineParser(prog="make_base.py", description=__doc__.splitlines()[0])
     parser.add_argument("--mode", choices=tuple(MODES), default="glm3", help="family")
-    parser.add_argument("--output_dir", required=True, help="folder of the checkpoint; a base in it is replaced")
+    parser.add_argument(
+        "--output_dir", type=path, required=True, help="folder of the checkpoint; a base in it is replaced"
+    )
     parser.add_argument("--num_steps", type=int, default=NUM_STEPS, help="optimizer updates")
     parser.add_argument("--seed", type=int, default=1234, help="seed of rows and weights")
     args = parser.parse_args(argv)
@@ -400,7 +418,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        make_base(parse_args())
-    except ValueError as error:
-        fail(str(error))
+    entry.run(lambda argv: make_base(parse_args(argv)))

@@ -7,19 +7,24 @@ The vehicle fault reports are made by `make_report`, which other scripts may cal
 random generator; `forbidden=held_out_combinations()` keeps them clear of the held-out rows.
 """
 
-import argparse
-import itertools
-import json
-import random
-import re
+import os
 import sys
-from dataclasses import dataclass
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # for an import by file path
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, os.path.join(ROOT, "scripts")]  # for a call, or an import by file path, from any folder
+import entry  # noqa: E402, I001  first: Ctrl-C is heard while the others are imported
+
+import argparse  # noqa: E402
+import itertools  # noqa: E402
+import json  # noqa: E402
+import random  # noqa: E402
+import re  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+from pathlib import Path  # noqa: E402
+
 import data_words as words  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(ROOT)
 
 FAULT, SYMPTOM, COMPONENT, TOOL = "部件故障", "性能故障", "组成", "检测工具"
 RELATIONS = (SYMPTOM, FAULT, COMPONENT, TOOL)
@@ -414,9 +419,14 @@ def make_files():
     }
 
 
+def home(text):
+    """A path, `~` in it being the home folder."""
+    return Path(text).expanduser()
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "data", help="folder of the files (default: data/)")
+    parser.add_argument("--output_dir", type=home, default=ROOT / "data", help="folder of the files (default: data/)")
     parser.add_argument("--check", action="store_true",
                         help="write nothing; exit 1 if a file differs from what would be written")
     args = parser.parse_args(argv)
@@ -437,4 +447,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry.run(main)

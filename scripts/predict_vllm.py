@@ -7,33 +7,36 @@ vLLM lives in an environment of its own and does not know these tokenizers, so o
 are encoded and answers decoded here. scripts/predict_vllm.sh starts the server as well; docs/vllm.md says how.
 """
 
-import http.client
-import json
 import os
 import sys
-import threading
-import time
-import urllib.parse
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import entry  # noqa: E402, I001  first: Ctrl-C is heard while the others are imported
+
+import http.client  # noqa: E402
+import json  # noqa: E402
+import threading  # noqa: E402
+import time  # noqa: E402
+import urllib.parse  # noqa: E402
+from concurrent.futures import ThreadPoolExecutor  # noqa: E402
+
 from arguments import (  # noqa: E402
     OneLineParser,
-    add_row_flags,
+    add_answered_row_flags,
     add_sampling_flags,
     collect,
-    columns_of,
     model_label,
     model_problems,
     output_file_problems,
+    path,
     range_problems,
     sampling_problems,
 )
 from checkpoint import RUN_FILE, open_checkpoint, read_run  # noqa: E402
-from data_set import data_files, read_rows  # noqa: E402
+from data_set import data_files, read_to_answer  # noqa: E402
+from lengths import settle_columns, settle_lengths  # noqa: E402
 from modes import MODES, read_json  # noqa: E402
-from predict import output_row  # noqa: E402
+from predict import describe_cut_questions, output_row  # noqa: E402
 from utils import fail, prepare_environment  # noqa: E402
 
 VLLM_MODES = [name for name, mode in MODES.items() if mode.vllm_values is not None]
@@ -45,22 +48,23 @@ def parser():
     """Flags of predict_vllm.py: those of predict.py that a server obeys, and where it is."""
     parser = OneLineParser(prog="predict_vllm.py", description="Answer rows of a file with a vLLM server.")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="where the server is, without a path")
-    parser.add_argument("--model_path", required=True, help="released or merged folder, the one that the server has")
+    parser.add_argument(
+        "--model_path", type=path, required=True, help="released or merged folder, the one that the server has"
+    )
     parser.add_argument("--mode", choices=VLLM_MODES, help="model family; left out: read from the checkpoint")
     parser.add_argument(
-        "--test_path", nargs="+", required=True, help="rows to answer: JSON Lines or array files, or folders"
+        "--test_path", type=path, nargs="+", required=True, help="rows to answer: JSON Lines or array files, or folders"
     )
-    parser.add_argument("--output_path", help="JSON Lines to write; left out: predictions/MODEL/TEST.jsonl")
+    parser.add_argument("--output_path", type=path, help="JSON Lines to write; left out: predictions/MODEL/TEST.jsonl")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
     parser.add_argument("--num_requests", type=int, default=64, help="rows that the server has at a time")
-    parser.add_argument("--max_src_len", type=int, default=1024, help="tokens of the question; the rest is cut")
+    add_answered_row_flags(parser)
     parser.add_argument("--max_new_tokens", type=int, default=512, help="tokens of an answer at most")
     parser.add_argument(
         "--num_return_sequences", type=int, default=1, help="answers for each row; above 1 needs --do_sample"
     )
     add_sampling_flags(parser)
     parser.add_argument("--seed", type=int, default=1234, help="of the draws: row i has seed + i")
-    add_row_flags(parser)
     parser.add_argument(
         "--check", action="store_true", help="check the flags, the rows and the folder, print the folder and end"
     )
@@ -143,17 +147,23 @@ def folder_problems(args):
 def main(argv):
     """Answer all rows, or only check that they can be."""
     args = parse(argv)
-    rows = list(read_rows(args.test_path, columns_of(args), need_response=False))
+    columns, notes = settle_columns(args)
+    rows, said = read_to_answer(args.test_path, columns)
+    notes += [said] * bool(said)
     prepare_environment("cpu")
     opened = open_checkpoint(args.model_path, args.mode)
-    tokenizer = opened.tokenizer(opened.config())
+    config = opened.config()
+    tokenizer = opened.tokenizer(config)
+    notes += settle_lengths(args, config, opened.mode.prompt)
     if args.check:
         print(os.path.abspath(opened.folder))
         return
+    print(*notes, sep="\n", end="\n" * bool(notes), flush=True)
     started = time.time()
     lines = answer_rows(Client(args.url, tokenizer, opened.mode.prompt, args), rows, args.num_requests)
     write_whole(args.output_path, lines)
     print(f"{len(rows)} rows in {time.time() - started:.1f} s, {args.output_path}")
+    print(describe_cut_questions(lines, args.max_src_len))
 
 
 class Client:
@@ -280,9 +290,4 @@ def write_whole(path, lines):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        fail(" ".join(str(error).split()))
-    except KeyboardInterrupt:
-        os._exit(130)  # the usual way out would wait for the answers that are under way
+    entry.run(main)

@@ -15,8 +15,9 @@ fail() {
     exit 2
 }
 
-# The toolkit's environment: the active one, else .venv.
-if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -f .venv/bin/activate ]; then
+# The toolkit's environment: the active one, else .venv, as setup.sh has it.
+source scripts/environment.sh
+if ! has_environment && [ -f .venv/bin/activate ]; then
     source .venv/bin/activate
 fi
 command -v python >/dev/null \

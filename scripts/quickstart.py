@@ -2,22 +2,29 @@
 
     bash scripts/quickstart.sh
 
-Every step is a command that is printed before it runs; a step whose command, inputs and result are there already is
-not run again. Nothing here is special to the tiny model: put a real checkpoint into the commands that it prints.
+Every step is a command that is printed before it runs; a step whose command, inputs and result are there already, as
+it left them, is not run again. Nothing here is special to the tiny model: put a real checkpoint into the commands that
+it prints.
 """
 
-import argparse
-import json
 import os
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # for a call from any folder
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, os.path.join(ROOT, "scripts")]  # for a call from any folder
+import entry  # noqa: E402, I001  first: Ctrl-C is heard while the others are imported
+
+import json  # noqa: E402
+from pathlib import Path  # noqa: E402
+
 from base_sources import base_sources  # noqa: E402
+
+from arguments import OneLineParser  # noqa: E402
 from modes import MODES  # noqa: E402
+from score import read_predictions, score_rows  # noqa: E402
 from steps import Steps, newest_checkpoint  # noqa: E402
 from tuning import TRAIN_TYPES  # noqa: E402
+from utils import EXIT_LEFT  # noqa: E402
 
 # Learning rates, sizes and epochs that suit a base of some million weights; a 6B model wants the README's.
 FLAGS = {
@@ -27,18 +34,30 @@ FLAGS = {
     "freeze": "--freeze_module_name layers.2.,layers.3. --learning_rate 1e-3 --num_train_epochs 4",
     "all": "--learning_rate 5e-4 --num_train_epochs 4",
 }
+MAX_SRC_LEN = 192
 COMMON = (
-    "--max_len 256 --max_src_len 192 --per_device_train_batch_size 16 --gradient_accumulation_steps 1"
+    f"--max_len 256 --max_src_len {MAX_SRC_LEN} --per_device_train_batch_size 16 --gradient_accumulation_steps 1"
     " --warmup_ratio 0.1 --seed 1234 --show_loss_step 10 --ds_file ds_zero2_no_offload.json"
 )
 METRICS = ("f1", "rougeL", "bleu4")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mode", choices=MODES, default="glm3")
-    parser.add_argument("--train_type", choices=TRAIN_TYPES, default="lora")
-    args = parser.parse_args()
+def main(argv):
+    """Run the steps that are not done yet, and say what came out."""
+    parser = OneLineParser(prog="quickstart.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--mode", choices=MODES, default="glm3", help="model family")
+    parser.add_argument("--train_type", choices=TRAIN_TYPES, default="lora", help="what trains")
+    args = parser.parse_args(argv)
+    try:
+        run_all(args)
+    except SystemExit as stop:
+        if stop.code == EXIT_LEFT:
+            print("\nleft: the same command goes on from here", flush=True)
+        raise
+
+
+def run_all(args):
+    """The steps, from the base to the scores."""
 
     base = f"output/base-{args.mode}"
     folder = f"output/quickstart-{args.mode}-{args.train_type}"
@@ -49,10 +68,11 @@ def main():
     before = f"{folder}/before.jsonl"
     weights = [str(path) for path in sorted(Path(base).glob("*.safetensors"))]
     predict = f"python predict.py --test_path {held_out} --max_new_tokens 128 --batch_size 25 --overwrite"
+    predict += f" --max_src_len {MAX_SRC_LEN}"  # the base has no run.json to take it from
     steps.run("before", f"{predict} --model_path {base} --output_path {before}", [*weights, held_out], before)
 
     command = (
-        f"deepspeed --master_port 29500 train.py --train_path {rows} --model_name_or_path {base} --mode {args.mode}"
+        f"bash scripts/job.sh deepspeed --master_port 29500 train.py --train_path {rows} --model_name_or_path {base} --mode {args.mode}"
         f" --train_type {args.train_type} {COMMON} {FLAGS[args.train_type]} --output_dir {folder}/train"
     )
     steps.run("train", command, [*weights, rows], f"{folder}/train")
@@ -66,18 +86,20 @@ def main():
     inputs = [*map(str, sorted(Path(model).glob("*.safetensors"))), held_out]
     steps.run("after", f"{predict} --model_path {model} --output_path {after}", inputs, after)
     scores = f"{folder}/after.scores.json"
-    steps.run("score", f"python score.py --predictions {before} {after}", [before, after], scores)
+    steps.run("score", f"python score.py --predictions {before} {after} --overwrite", [before, after], scores)
 
-    summary = {name: read_metrics(f"{folder}/{name}.scores.json") for name in ("before", "after")}
+    # Of the answers: a file of scores is anybody's who scores them in another way.
+    summary = {name: scores_of(path) for name, path in (("before", before), ("after", after))}
     summary["seconds"] = round(steps.seconds, 1)
-    Path(folder, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    Path(folder, "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print_summary(args, folder, steps, summary)
 
 
-def read_metrics(path):
-    """The table's metrics out of a score file."""
-    metrics = json.loads(Path(path).read_text(encoding="utf-8"))["metrics"]
-    return {name: round(metrics[name], 2) for name in METRICS}
+def scores_of(path):
+    """The table's metrics of a file of answers."""
+    rows = read_predictions(path)
+    values = score_rows(rows.answers, rows.references)
+    return {name: round(values[name], 2) for name in METRICS}
 
 
 def print_summary(args, folder, steps, summary):
@@ -95,4 +117,4 @@ def print_summary(args, folder, steps, summary):
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

@@ -1,7 +1,9 @@
-# Sourced by the other scripts: a Python 3.10 or newer with the pinned packages, in .venv unless one is active.
+# Sourced by the other scripts: a Python 3.10 or newer with the pinned packages, in .venv unless a virtual
+# environment, or one of conda's other than base, is active.
 #   source scripts/setup.sh [requirements file]
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 requirements=${1:-requirements.txt}
+source scripts/environment.sh
 
 find_python() {
     local name
@@ -15,7 +17,7 @@ find_python() {
     return 1
 }
 
-if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
+if ! has_environment; then
     if [ ! -x .venv/bin/python ]; then
         python=$(find_python) || exit 2
         echo "making .venv with $("$python" --version)"
@@ -25,9 +27,14 @@ if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
 fi
 
 # Installed once for each state of the requirements files.
-stamp="$(python -c 'import sys; print(sys.prefix)')/.chatglm-$(cat requirements*.txt "$requirements" | cksum | cut -d' ' -f1)-$(basename "$requirements" .txt)"
+prefix=$(python -c 'import sys; print(sys.prefix)')
+stamp="$prefix/.chatglm-$(cat requirements*.txt "$requirements" | cksum | cut -d' ' -f1)-$(basename "$requirements" .txt)"
 if [ ! -e "$stamp" ]; then
-    echo "installing $requirements"
-    python -m pip install --quiet --disable-pip-version-check -r "$requirements" || exit 2
+    echo "installing $requirements into $prefix"
+    quiet=--quiet
+    if [ -t 1 ]; then quiet=; fi # pip shows its progress
+    python -m pip install $quiet --disable-pip-version-check -r "$requirements" || exit 2
     touch "$stamp"
+else
+    echo "environment: $prefix"
 fi

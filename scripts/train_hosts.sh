@@ -13,7 +13,8 @@ OUTPUT=${OUTPUT:-output-$MODE-$TRAIN_TYPE}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ -f "$HOSTFILE" ] || { echo "error: HOSTFILE=$HOSTFILE: no such file: write a line \"HOST slots=CARDS\" for each host" >&2; exit 2; }
 
-deepspeed --hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29500}" train.py \
+# Without the launcher's own lines, the last of which reads like a failure where a run leaves because it was asked to.
+deepspeed --hostfile "$HOSTFILE" --log_level critical --master_port "${MASTER_PORT:-29500}" train.py \
     --train_path "$TRAIN_PATH" --model_name_or_path "$MODEL" --mode "$MODE" --train_type "$TRAIN_TYPE" \
     --max_len 1560 --max_src_len 1024 \
     --per_device_train_batch_size 1 --gradient_accumulation_steps 4 --num_train_epochs 2 \

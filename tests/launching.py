@@ -1,16 +1,31 @@
-"""Helpers for tests that start real commands."""
+"""Helpers for tests that start real commands, and for those of scripts."""
 
+import importlib.util
 import os
+import signal
 import socket
 import subprocess
 
 from conftest import ROOT
 
 
+def load_script(name):
+    """A script of scripts/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def hears_ctrl_c():
+    """For `preexec_fn`: where the tests' own parent ignores SIGINT (a shell's background), a child would, too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run_command(command, folder, timeout=300, **environment):

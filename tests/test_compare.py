@@ -1,10 +1,12 @@
 """compare.py: what it refuses, what it runs and does not run again, and what the report says."""
 
 import ast
+import itertools
 import json
 import re
 import shlex
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import yaml
 from conftest import GOLDEN_FOLDERS, ROOT
 
 import compare
+import compare_plan
 import report
 import report_text
 import report_words
@@ -132,6 +135,43 @@ BAD = {
         method(grid={"lora_module_name": [",".join(f"layers.{n}.dense" for n in range(28)), "dense"]}),
         r"is a folder's name too, and longer than 200 bytes",
     ),
+    "a grid too large": (
+        method(grid={name: list(range(29)) for name in ("lora_dim", "max_len", "max_src_len", "seed", "x", "y")}),
+        r"c.yaml: methods: are 594,823,321 with the choices of their grids, and at most 200 can be compared: take",
+    ),
+    "methods": (
+        {"methods": [{"name": f"m{n}", "train_type": "all"} for n in range(201)]},
+        r"c.yaml: methods: are 201 with",
+    ),
+    "many seeds": ({"seeds": list(range(101))}, r"c.yaml: seeds: are 101: at most 100 can be compared: remove some"),
+    "a bomb": (
+        "a: &a [x, x, x, x, x, x, x, x, x]\n"
+        + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in itertools.pairwise("abcdefghijk")),
+        r"c.yaml:5: not YAML \(more than 20,000 values and keys, with every alias written out\): mend this line",
+    ),
+    "a bomb of merges": (
+        "a: &a {x: 1}\n"
+        + "".join(f"{b}: &{b} {{<<: [{', '.join([f'*{a}'] * 9)}]}}\n" for a, b in itertools.pairwise("abcdefghijk")),
+        r"c.yaml:5: not YAML \(more than 20,000 values",
+    ),
+    "values": (f"[{'a,' * 25_000}]", r"c.yaml:1: not YAML \(more than 20,000 values"),
+    "itself": ("a: &a [*a]", r"c.yaml:1: not YAML \(an alias inside of what it stands for\)"),
+    "nested": ("[" * 90_000, r"c.yaml:1: not YAML \(nested deeper than 20"),
+    "nested by aliases": (
+        "- &a0 [x]\n" + "".join(f"- &a{n} [*a{n - 1}]\n" for n in range(1, 99)),
+        r"c.yaml:20: not YAML \(nested deeper than 20",
+    ),
+    "a large file": ("#" * 100_001, r"c.yaml: is larger than 100,000 bytes: name the YAML file of a comparison"),
+    "a long number": (f"seeds: [0x{'f' * 9000}]", r"c.yaml:1: not YAML \(a number of more than 50 characters\)"),
+    "no date": ("\nbase: 2020-13-45", r"c.yaml:2: not YAML \(no value of tag.*month must be in 1..12\)\): mend this"),
+    "code": ("base: !!python/object/apply:os.system [x]", r"c.yaml:1: not YAML \(could not determine a constructor"),
+    "no character": (r'base: "\U99999999"', r"c.yaml: not YAML \(.*\): mend it"),
+    **{
+        f"hidden {char}": (f'base: "{char}"', r"c.yaml:1: not YAML \(the character \\.* in a text\): mend this line")
+        for char in (r"\e[2J", r"\0", r"\ud800", r"\x9b", "\u202e")
+    },
+    "no command": ({"base_command": "make 'it"}, r"c.yaml: base_command make 'it: is no command line \(No closing"),
+    "an empty command": ({"base_command": " "}, r"c.yaml: base_command ' ': is no command line \(it is empty\): mend"),
     "no mapping": ("- base", r"c.yaml: is a list: write keys with values"),
     "empty": ("", r"c.yaml: is empty: write keys with values"),
 }
@@ -139,12 +179,15 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_what_the_file_gets_wrong_is_one_line(name, here, capsys):
+    """Of the kind: a value, or the file itself, is wrong or asks for more than there is; within a short time."""
     changes, expected = BAD[name]
+    started = time.monotonic()
     if isinstance(changes, dict):
         changes = {key: value for key, value in {**GOOD, **changes}.items() if value is not None}
     write_config(changes)
     lines = refused(["c.yaml"], capsys)
     assert any(re.search(expected, line) for line in lines), lines
+    assert time.monotonic() - started < 10 and all(len(line) < 1000 for line in lines)
     assert not Path("output").exists()
 
 
@@ -166,6 +209,17 @@ def test_a_grid_is_expanded(here):
     assert plan.methods[1].flags == {"lora_dim": 2, "learning_rate": 0.003}
     write_config({**GOOD, **method(grid={"learning_rate": [0.1], "lora_dim": [1, 2]})})
     assert [m.name for m in read_plan("c.yaml")[0].methods] == [f"m,learning_rate=0.1,lora_dim={n}" for n in (1, 2)]
+
+
+def test_anchors_and_merges_of_a_usual_size(here):
+    """What is bounded is still taken; a key of its own may replace one that is merged in, also where that is merged."""
+    write_config(
+        "a: [[{deep: &b {<<: &a {lora_dim: 2, max_len: 64}, max_len: 32}}]]\nb: {<<: *b}\nc: [*a, *a]\nd: 你　好\n"
+    )
+    values = compare_plan.read_yaml("c.yaml")
+    assert values["b"] == {"lora_dim": 2, "max_len": 32} and values["c"] == [{"lora_dim": 2, "max_len": 64}] * 2
+    write_config({**GOOD, "methods": [{"name": f"m{n}", "train_type": "lora"} for n in range(200)]})
+    assert len(read_plan("c.yaml")[0].methods) == 200
 
 
 def test_the_quickstart_is_right(monkeypatch):
@@ -222,7 +276,7 @@ class FakeCommands:
         output.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
     def score(self, predictions, flags):
-        predictions.with_suffix(".scores.json").write_text("{}")
+        compare.scores_path(predictions, flags.get("--task")).write_text("{}")
 
     def forgetting(self, output, flags):
         assert ("--before" in flags) == ("runs" in str(output))
@@ -301,6 +355,56 @@ def test_figures_of_other_rows_are_not_shown(here):
     assert statuses() == ["done", "not run", "not run", "not run"]
 
 
+def test_texts_are_folded_unless_the_file_says_no(here):
+    """The figures of the report are scored as the command scores, with the same switch."""
+
+    class Folding(FakeCommands):
+        def predict(self, output, flags):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text('{"query": "", "output": "（a）_b_c", "prediction": "(a)_b_c"}\n')
+
+    for off, f1 in ((False, 100), (True, 0)):
+        write_config({**GOOD, "no_normalize": off})
+        assert compare.main(["c.yaml", "--only", "all"], run_words=Folding()) == 0
+        results = json.loads(Path("output/compare-c/report/results.json").read_text())
+        assert results["no_normalize"] == off and results["base"]["metrics"]["f1"] == f1
+    scored = [command for command in results["commands"] if "score.py" in command]
+    assert len(scored) == 3 and all(command.endswith("--no_normalize --overwrite") for command in scored)
+    assert "texts as they are (no_normalize)" in Path("output/compare-c/report/index.html").read_text()
+
+
+def test_answers_that_were_changed_since_are_not_shown(here, capsys):
+    """Kind: a step counts as done though its result is not what it left."""
+    assert compare.main(["c.yaml", "--only", "all"], run_words=FakeCommands()) == 0
+    path = Path("output/compare-c/runs/all/seed-1/predictions.jsonl")
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    assert compare.main(["c.yaml", "--report_only"], run_words=None) == 0
+    results = json.loads(Path("output/compare-c/report/results.json").read_text())
+    assert [entry["status"] for entry in (results["base"], results["methods"][2])] == ["done", "not run"]
+    commands = FakeCommands()
+    capsys.readouterr()
+    assert compare.main(["c.yaml", "--only", "all"], run_words=commands) == 0
+    assert commands.ran == [("predict", str(path))] and path.read_bytes() == content
+    assert f"\n{path}: is not what this step wrote: it is made again\n" in capsys.readouterr().out
+
+
+def test_a_report_of_another_file_is_replaced_with_a_word_and_other_files_are_not(here, capsys):
+    """Kind: an output that another command, or other settings, wrote is replaced without a word."""
+    assert compare.main(["c.yaml", "--only", "all"], run_words=FakeCommands()) == 0
+    assert compare.main(["c.yaml", "--report_only"], run_words=None) == 0
+    assert "replaces" not in capsys.readouterr().out
+    write_config(GOOD, "d.yaml")
+    assert compare.main(["d.yaml", "--report_only", "--output_dir", "output/compare-c"], run_words=None) == 0
+    again = "python compare.py c.yaml --output_dir output/compare-c --report_only"
+    assert f"replaces the report on c.yaml, which this makes again: {again}" in capsys.readouterr().out
+    Path("mine/report").mkdir(parents=True)
+    Path("mine/report/index.html").write_text("mine")
+    [line] = refused(["c.yaml", "--output_dir", "mine"], capsys)
+    assert line == "--output_dir: mine/report: the report goes there, and it holds something else: remove or rename it"
+    assert Path("mine/report/index.html").read_text() == "mine"
+
+
 def test_nothing_follows_from_one_row():
     rows = compare.score_rows([["a_b_c"], [""]], ["a_b_c", "a_b_c"], "extraction")["rows"]
     one, other = ({"runs": [{"status": "done", "rows": [row]}]} for row in rows)
@@ -341,7 +445,7 @@ def test_layers_that_the_base_does_not_have(here, capsys):
     assert "c.yaml: f: --freeze_module_name layers.99.: matches no weight" in line
 
 
-def test_the_base_is_made_where_it_is_absent(here):
+def test_the_base_is_made_where_it_is_absent(here, capsys):
     write_config({**GOOD, "base": "made", "base_command": "python make.py --output_dir made", **method()})
 
     class Makes(FakeCommands):
@@ -350,6 +454,8 @@ def test_the_base_is_made_where_it_is_absent(here):
 
     commands = Makes()
     assert compare.main(["c.yaml"], run_words=commands) == 0 and commands.ran[0] == ("make", "made")
+    said = "\nbase_command of c.yaml is run, whatever it is: python make.py --output_dir made\n"
+    assert said in capsys.readouterr().out.split("== make-base")[0]
     assert compare.main(["c.yaml"], run_words=None) == 0
 
 
@@ -360,7 +466,7 @@ def test_differences_are_those_of_the_scores(here):
     rows = {}
     for name in ("all", "lora,learning_rate=0.003"):
         path = f"output/compare-c/runs/{name}/seed-1/predictions.jsonl"
-        rows[name] = compare.scored(path, 0, "extraction")[0]
+        rows[name] = compare.scored(path, 0, "extraction", True)[0]
     expected = difference(rows["lora,learning_rate=0.003"], rows["all"], "f1")
     found = next(entry for entry in results["methods"] if entry["name"] == "all")["to_best"]
     assert found == pytest.approx(list(expected))
@@ -409,6 +515,7 @@ def entry(name, value, **values):
 EVIL = "<script>alert('坏')</script>\n```\n| a | b |"
 RESULTS = {
     "plan": "configs/<i>my</i>.yaml",
+    "no_normalize": False,
     "base_model": "ChatGLM3-6B",
     "task": "extraction",
     "primary": "f1",
@@ -454,7 +561,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
-        if tag not in ("meta", "img", "br"):
+        if tag not in ("meta", "img", "br", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -494,6 +601,46 @@ def test_the_report_has_all_numbers(written):
         assert "alert('坏')" in text and "f1 50" in text
     assert "[-48.00, -32.00] inside" not in page
     assert "81.75 [76.75, 86.75] not known" in page  # in the table of all metrics
+
+
+def evil(value, key=None):
+    """Results in which each text that is not this project's own is one that would do harm."""
+    if isinstance(value, dict):
+        return {f"{name}{HARM}" if key == "answers" else name: evil(one, name) for name, one in value.items()}
+    if isinstance(value, list):
+        return [evil(one, key) for one in value]
+    is_own = key in ("status", "primary", "language") or value == "base"
+    return f"{value}{HARM}" if isinstance(value, str) and not is_own else value
+
+
+HARM = EVIL + "\"'><img src=x onerror=alert(1)></title></style></pre>\x1b[2J\x9b\u202e\ud800\0&"
+
+
+def test_nothing_in_a_text_is_obeyed(written, tmp_path, monkeypatch):
+    """Of the kind: a text of rows, models, paths or flags in a page, in Markdown, in JSON; any of them may do harm."""
+    monkeypatch.setattr(report, "draw_pictures", lambda results, folder: {})
+    report.write_report(evil(RESULTS), str(tmp_path))
+    pages = [Page((folder / "index.html").read_text()) for folder in (written, tmp_path)]
+    tags = [{(tag, *attributes) for tag, attributes in page.tags} for page in pages]
+    assert tags[1] - {("wbr",)} <= tags[0] and pages[1].open == []
+    text = " ".join(pages[1].text)
+    assert text.count("onerror=alert(1)") > 20 and r"\x1b[2J\x9b\u202e\ud800\x00&" in text
+    for path in tmp_path.iterdir():
+        shown = path.read_text().replace("\n", "")
+        assert shown.isprintable() and "onerror" in shown
+    assert "default-src 'none'" in (tmp_path / "index.html").read_text()
+    markdown = re.sub(r"(?ms)^(`{3,})text$.*?^\1$", "", (tmp_path / "report.md").read_text())
+    assert not re.search(r"<\w", markdown) and r"\[2J" in markdown
+
+
+def test_what_a_command_line_shows_is_not_obeyed(tmp_path, capsys):
+    """Names and paths on the terminal; and a command that does not exist ends with a line, as a shell's does."""
+    runner = steps.Steps(tmp_path)
+    with pytest.raises(steps.StepFailed) as stop:
+        runner.run("n\x1b[2J", "'no\x1b[2J\u202e' command", [], tmp_path / "x")
+    shown = capsys.readouterr()
+    assert stop.value.code == 127 and "no\\x1b[2J\\u202e: cannot be started (No such file" in shown.err
+    assert (shown.out + shown.err).replace("\n", "").isprintable()
 
 
 def test_the_verdict():

@@ -209,7 +209,7 @@ def test_batches_stay_within_the_budget(tmp_path, budget, answers):
     lengths = [draw.randint(1, 100) for _ in range(50)]
     rows = [{"query": str(length), "answer": None} for length in lengths]
     args = SimpleNamespace(batch_size=8, batch_tokens=budget, max_new_tokens=20, output_path=str(tmp_path / "p.jsonl"))
-    vars(args).update({"num_return_sequences": 1, "num_beams": 1, "overwrite": False, **answers})
+    vars(args).update({"num_return_sequences": 1, "num_beams": 1, "overwrite": False, "max_src_len": 64, **answers})
     answerer = NotingAnswerer()
     predict.predict_file(answerer, rows, args, key="k")
 

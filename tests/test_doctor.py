@@ -354,6 +354,61 @@ def test_lines_are_short_and_plain(capsys):
     assert "\x1b" not in out and all(len(line) <= 100 for line in out.splitlines()[:-1])
 
 
+# Rows.
+
+
+def answers_of(here, *answers):
+    """A file of rows with these answers."""
+    lines = [json.dumps({"instruction": "问", "input": "", "output": text}, ensure_ascii=False) for text in answers]
+    return str(here.write("answers.json", "\n".join(lines)))
+
+
+def look_at_rows(mode, path):
+    """The lines on the rows, from a folder without weights."""
+    args = doctor.parse_doctor([str(mode), "--train_path", path])
+    return list(doctor.row_lines(args.folders[0], args))
+
+
+def test_answers_that_a_tokenizer_changes(here):
+    """Kind: a perfect model cannot write the reference, and nothing says so before the training."""
+    path = answers_of(here, "发动机组（汽油）", "很长的一句话在前面，这里有一个控制符\x02然后再说几句", "水泵漏水 \n", "水,泵")
+    folder = here.model("glm")
+    drop("pytorch_model*")(folder)  # weights are not read
+    lines = look_at_rows(folder, path)
+    assert [(mark, name) for mark, name, _ in lines] == [("note", "answers"), ("note", "example"), ("note", "example")]
+    assert lines[0][2] == (
+        "4 rows: 3 answers come back as another text; 1 of these differ after NFKC folding too, and no model can match "
+        "them exactly"
+    )
+    assert lines[1][2].startswith(f"{path}:2: '...") and "控制符\\x02然后" in lines[1][2] and "控制符然后" in lines[1][2]
+    assert lines[2][2] == f"{path}:1: '发动机组（汽油）' comes back as '发动机组(汽油)'"
+    assert look_at_rows(GOLDEN_FOLDERS["glm3"], path) == [
+        ("ok", "answers", "4 rows: every answer comes back from the tokenizer as it is")
+    ]
+    path = answers_of(here, "（甲）", "乙")
+    assert "as metrics compare texts, all of them are alike" in text_of(look_at_rows(folder, path), "answers")
+
+
+def test_rows_need_a_tokenizer(here, capsys):
+    for words, says in (
+        (["--train_path", "rows.json"], "--train_path rows.json: needs the tokenizer of a checkpoint: name its folder"),
+        ([str(GOLDEN_FOLDERS["glm"]), "--train_path", "no.json"], "--train_path no.json: no such file or folder"),
+        ([str(GOLDEN_FOLDERS["glm"]), "--response_column", "a"], "--response_column: belongs to --train_path: add it"),
+        (["x", "--train_path", "rows.json", "--response_column", "input"], "input: is part of the question: name"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            doctor.main(words)
+        [line] = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2 and says in line
+    (here.folder / "out").mkdir()
+    args = doctor.parse_doctor(["out", "--train_path", "rows.json"])
+    with pytest.raises(ValueError, match="out: has no tokenizer: name a checkpoint"):
+        list(doctor.row_lines("out", args))
+    put("rows.json", "{}")(here.folder)
+    with pytest.raises(ValueError, match="rows.json:1: no field 'instruction'"):
+        look_at_rows(GOLDEN_FOLDERS["glm"], "rows.json")
+
+
 # The command.
 
 
@@ -373,9 +428,11 @@ def test_help_needs_no_torch():
 def test_the_command(here):
     cut("pytorch_model-00001*")(here.model())
     command = [sys.executable, str(ROOT / "doctor.py"), str(GOLDEN_FOLDERS["glm"]), "model"]
+    command += ["--train_path", answers_of(here, "（甲）")]
     process = subprocess.run(command, capture_output=True, text=True)
     assert process.returncode == 1 and process.stderr == ""
     for title in ("versions", "machine", "cards", "compilers", "known to fail", "model", str(GOLDEN_FOLDERS["glm"])):
         assert f"\n{title}\n" in process.stdout
     assert "\n  BAD   weights         model/pytorch_model-00001-of-00002.bin: truncated" in process.stdout
     assert "\n  ok    torch " in process.stdout and "python predict.py --model_path" in process.stdout
+    assert "'（甲）' comes back as '(甲)'" in " ".join(process.stdout.split())

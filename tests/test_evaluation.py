@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -11,7 +12,12 @@ import torch
 from conftest import GOLDEN_FOLDERS, ROOT
 from safetensors.torch import load_file
 
+from bases import base_fingerprint
+from checkpoint import read_config
+from evaluation import Evaluation
 from folders import is_whole
+from modes import MODES
+from round_trip import come_back
 from row_sets import RowSet, hold_out, mix
 
 
@@ -64,6 +70,20 @@ def test_general_rows_are_mixed_in():
     assert len(mix(hold_out(rows, 0.2, 1)[0], others, 0.0, seed=1)) == 8
 
 
+@pytest.mark.parametrize("task, metric", [("classification", "accuracy"), ("extraction", "f1"), (None, "exact_match")])
+@pytest.mark.parametrize("mode", MODES)
+def test_perfect_answers_have_perfect_scores(mode, task, metric, tmp_path):
+    """Kind: exact metrics are 0 for a perfect model of a family whose tokenizer folds marks."""
+    tokenizer = MODES[mode].tokenizer_class.from_pretrained(GOLDEN_FOLDERS[mode])
+    texts = [{"query": "问", "answer": text} for text in ("发动机组（汽油）_部件故障_漏油：ＡＢ１２！", "水泵（前）_部件_开裂。")]
+    answers = [come_back(row["answer"], tokenizer, MODES[mode].prompt) for row in texts]
+    values = {}
+    for off in (False, True):
+        args = SimpleNamespace(output_dir=str(tmp_path), task=task, no_normalize=off)
+        values[off] = Evaluation(args, None, texts, tokenizer, None, None, None, False).score(1, answers)[metric]
+    assert values == {False: 100, True: 100 if mode != "glm" else 0}
+
+
 def train(folder, name, more, code=0, fault=None):
     """train.py on one process, with a fault of tests/faults/faulty_train.py; its output."""
     script = ROOT / ("tests/faults/faulty_train.py" if fault else "train.py")
@@ -102,6 +122,8 @@ def test_evaluation_changes_nothing(tmp_path):
     assert 1 < best < max(losses) == best + 4, losses
     run = json.loads((tmp_path / "stopped" / "best" / "run.json").read_text())
     assert run["step"] == best and run["scores"] == {"loss": losses[best]}
+    base = (str(GOLDEN_FOLDERS["glm3"]), MODES["glm3"])
+    assert run["base_fingerprint"] == base_fingerprint(*base, read_config(*base))
     assert f"done: {best + 4} updates" in text
     assert "done already" in train(tmp_path, "stopped", early)
 

@@ -262,6 +262,14 @@ def test_verdict_names_what_was_forgotten():
     assert forgetting.verdict(few) == "too few rows to tell forgetting from noise: loss +1.00, score +0.0"
 
 
+def test_answers_of_an_earlier_result_are_scored_as_those_of_now():
+    """An older version scored another way: the difference would be that of the versions. Full width counts nowhere."""
+    suite = [{"answer": "先关电源，再更换（水泵）", "accept": [], "check": "rougeL"}] * 3
+    rows = [{"score": 50.0, "prediction": "先关电源,再更换(水泵)"}, {"score": 7.0, "prediction": None}, {"loss": 1.0}]
+    forgetting.rescore(rows, suite)
+    assert rows[0]["score"] == 100 and rows[1:] == [{"score": 7.0, "prediction": None}, {"loss": 1.0}]
+
+
 def test_other_tokens_are_refused():
     other = made_rows(1.0)
     other[3]["num_tokens"] += 1
@@ -295,6 +303,7 @@ def test_result_of_the_command(base_result):
     result = json.loads(path.read_text(encoding="utf-8"))
     assert {"model", "mode", "precision", "suite", "max_new_tokens", "versions"} < set(result)
     assert result["difference"] is result["before"] is result["verdict"] is None
+    assert [len(digest) for digest in result["bases"]] == [64], "which models it may be compared with"
     assert [row["query"] for row in result["rows"]] == [row["query"] for row in SMALL]
     assert {"category", "output", "num_tokens", "loss", "score", "prediction", "stopped"} < set(result["rows"][0])
     part = [row for row in result["rows"] if row["category"] == "facts"]
@@ -441,7 +450,7 @@ def test_hash_is_of_the_questions_and_not_of_the_file(tmp_path):
     "change, says",
     [
         ({"category": " "}, "field 'category'"),
-        ({"category": 3}, "field 'category'"),
+        ({"category": ["facts"]}, "field 'category'"),
         ({"check": "guess"}, "field 'check': must be one of exact, contains"),
         ({"check": []}, "field 'check'"),
         ({"accept": "北京"}, "check contains takes a list of strings"),

@@ -1,9 +1,12 @@
 """The judge, against a stand-in for an OpenAI-compatible endpoint whose verdicts the tests know."""
 
+import contextlib
+import gzip
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -11,8 +14,10 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from launching import hears_ctrl_c
 
 import endpoint
 import judge
@@ -62,7 +67,7 @@ class Endpoint(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.answer = answer or (lambda request: completion(say(request["messages"][0]["content"])))
         self.faults = list(faults)
-        self.requests, self.times, self.keys = [], [], set()
+        self.requests, self.headers, self.times, self.keys = [], [], [], set()
         self.judged = Counter()  # prompt: how often it got a reply
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
@@ -76,11 +81,16 @@ class Handler(BaseHTTPRequestHandler):
         with server.lock:
             assert self.path == "/v1/chat/completions"
             server.requests.append(request)
+            server.headers.append(self.headers)
             server.times.append(time.monotonic())
             server.keys.add(self.headers["Authorization"])
             fault = server.faults.pop(0) if server.faults else server.answer
         result = fault(request) if callable(fault) else fault
         if result is None:
+            return
+        if callable(result):  # it writes what it likes
+            with contextlib.suppress(OSError):
+                result(self.wfile)
             return
         status, headers, body = result
         if status == 200:
@@ -260,7 +270,10 @@ def test_a_run_that_is_stopped(serve, here, how):
 
     server.answer = answer
     process = subprocess.Popen(
-        [sys.executable, ROOT / "judge.py", *here.flags(server.url)], stderr=subprocess.PIPE, text=True
+        [sys.executable, ROOT / "judge.py", *here.flags(server.url)],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hears_ctrl_c,
     )
     try:
         deadline = time.monotonic() + 60
@@ -293,18 +306,18 @@ def test_what_passes_is_tried_again(serve, here):
     assert waits[0] >= 1 and waits[2] > 0.3 and waits[3] > 0.6  # as asked for; half a second, then twice as long
 
 
-def test_time_out(serve, here, monkeypatch):
-    monkeypatch.setattr(endpoint, "TIMEOUT", 0.3)
+def test_time_out(serve, here):
     here.rows([("c 8", "b 6")])
 
     def late(request):
-        time.sleep(0.6)
+        time.sleep(1.5)
         return None
 
     server = serve(faults=[late])
-    here.fails("no answer within 0.3 s): is it up?", server.url, "--concurrency", "1", "--max_retries", "0")
+    more = ("--concurrency", "1", "--timeout", "1")
+    here.fails("no answer within 1 s): is it up?", server.url, *more, "--max_retries", "0")
     server.faults = [late]
-    report, _ = here.run(server.url, "--concurrency", "1")
+    report, _ = here.run(server.url, *more)
     assert report["wins"] == 1
 
 
@@ -434,6 +447,225 @@ def test_a_server_that_is_gone_is_one_line(serve, here):
     server.shutdown()
     server.server_close()
     here.fails("is it up? run the same command again", server.url, "--max_retries", "0")
+
+
+# An endpoint that means no good, or is broken: what it may cost is bounded, and what cannot be used is one line.
+
+
+def ask(server, timeout=1.0, max_retries=0, times=1):
+    """[(reply, usage), ...], asked as judge.py asks."""
+    args = SimpleNamespace(base_url=server.url, api_key_env="OPENAI_API_KEY", model=MODEL, timeout=timeout)
+    args.max_retries = max_retries
+    model = endpoint.Endpoint(args)
+    return [model.ask([{"role": "user", "content": "?"}], "rows.jsonl:1") for _ in range(times)]
+
+
+def raw(*parts, drip=b"", pause=0.05, seconds=5):
+    """A function that writes these bytes as they are, then `drip` again and again."""
+
+    def write(file):
+        for part in parts:
+            file.write(part)
+        end = time.monotonic() + seconds
+        while drip and time.monotonic() < end:
+            file.write(drip)
+            time.sleep(pause)
+
+    return lambda request: write
+
+
+def body(value, **headers):
+    """An answer with this JSON, or these bytes."""
+    return 200, headers, value
+
+
+def message(content):
+    return body({"choices": [{"message": {"content": content}}]})
+
+
+START = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+CHUNKED = START + b"Transfer-Encoding: chunked\r\n\r\n"
+NONE, LATE, LARGE = "is no chat completion (", "no answer within 0.4 s)", "the answer to rows.jsonl:1 is larger than 8 MB"
+HOSTILE = {
+    "nested": (body(b"[" * 200_000), NONE),
+    "nested objects": (body(b'{"choices":' * 100_000), NONE),
+    "a long number": (body(b"1" * 100_000), NONE),
+    "not a number": (body(b"NaN"), NONE),
+    "null": (body(None), NONE),
+    "a list": (body([1]), NONE),
+    "bytes": (body(b"\xff\x00\x1b[2J"), NONE),
+    "nothing": (body(b""), "is no chat completion (without a word)"),
+    "no choices": (body({}), NONE),
+    **{f"choices {value}": (body({"choices": value}), NONE) for value in ([], {}, None, "x", 7, [None], [[]], [{}])},
+    **{f"message {value}": (body({"choices": [{"message": value}]}), NONE) for value in (None, [], "x", {})},
+    **{f"content {value}": (message(value), NONE) for value in ([{"type": "text", "text": "x"}], {}, 0, False, 1e3)},
+    "ten megabytes": (message("x" * (10 << 20)), LARGE),
+    "a bomb": (body(gzip.compress(bytes(20 << 20)), Content_Encoding="gzip"), "is compressed (gzip), which was not a"),
+    "an unknown coding": (body({}, Content_Encoding="\x1b[2Jx"), "is compressed ("),
+    "without end": (raw(START, b"\r\n", drip=bytes(1 << 20), pause=0), LARGE),
+    "chunks without end": (raw(CHUNKED, drip=b"100000\r\n" + b" " * (1 << 20) + b"\r\n", pause=0), LARGE),
+    "dripping body": (raw(START, b"\r\n", drip=b" "), LATE),
+    "dripping chunks": (raw(CHUNKED, drip=b"1\r\n \r\n"), LATE),
+    "dripping headers": (raw(START, drip=b"a"), LATE),
+    "dripping status": (raw(b"HTTP/1.1 2", drip=b"0"), LATE),
+    "wait, wait": (raw(drip=b"HTTP/1.1 100 Continue\r\n\r\n"), LATE),
+    "an end at once": (raw(CHUNKED, b"5\r\n{"), "cannot be reached ("),
+    "headers without end": (raw(START, drip=b"a: b\r\n" * 10_000, pause=0), "cannot be reached ("),
+    "another protocol": (raw(b"\x1b[2J\x00 220 mail\r\n\r\n"), "cannot be reached ("),
+    "an error nested": ((500, {}, b"[" * 200_000), "answered 500 to rows.jsonl:1 ([["),
+    "an error without words": ((500, {}, {"error": {"message": {"a": 1e999}}}), "answered 500 to rows.jsonl:1 ("),
+    "an error without end": (
+        raw(START.replace(b"200 OK", b"503 No"), b"\r\n", drip=b"x" * (1 << 20), pause=0),
+        "answered 503 to rows.jsonl:1 (xxx",
+    ),
+    "an error's bomb": ((400, {"Content-Encoding": "gzip"}, gzip.compress(bytes(20 << 20))), "answered 400 to"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_an_answer_that_cannot_be_used_is_one_line(serve, name):
+    """Of the kind: the server decides how long it takes, how much it sends, and what stands in each field."""
+    answer, says = HOSTILE[name]
+    server, started = serve(lambda request: answer(request) if callable(answer) else answer), time.monotonic()
+    with pytest.raises(ValueError) as found:
+        ask(server, timeout=0.4)
+    line = str(found.value)
+    assert line.startswith(f"--base_url: {server.url}/: ") and says in line and "\n" not in line, line
+    assert time.monotonic() - started < 3 and len(server.requests) == 1 and len(line) < 600
+
+
+@pytest.mark.parametrize("is_error", [False, True])
+def test_bytes_that_are_kept_of_an_answer(is_error):
+    """What is taken from an endless answer, counted: the limit, and one part more at most."""
+    taken, part = [], bytes(1 << 16)
+
+    def parts():
+        while True:
+            taken.append(len(part))
+            yield part
+
+    response = SimpleNamespace(status_code=500 if is_error else 200, headers={}, iter_raw=parts)
+    if is_error:
+        assert len(endpoint.read_content(response)) == sum(taken) == endpoint.MOST_ERROR_BYTES
+        return
+    with pytest.raises(endpoint.Unusable, match="larger than 8 MB"):
+        endpoint.read_content(response)
+    assert sum(taken) == endpoint.MOST_BYTES + len(part)
+
+
+def test_time_is_that_of_each_try(serve):
+    """A time-out is tried again, a deadline that passed too; and an answer that comes in parts is waited for."""
+    good = json.dumps(completion("ok")[2]).encode()
+    slow = raw(START, b"\r\n" + good[:9], drip=good[9:], pause=0.3, seconds=0.1)
+    server = serve(faults=[raw(START, drip=b"a"), slow])
+    assert ask(server, timeout=0.8, max_retries=1) == [("ok", {"prompt_tokens": 100, "completion_tokens": 20})]
+    assert len(server.requests) == 2
+
+
+def test_a_connection_that_comes_too_late_ends_at_once():
+    """The time may be up while the connection is still being made."""
+    mine, other = socket.socketpair()
+    deadline = endpoint.Deadline(60)
+    deadline.end()
+    with mine, other, deadline:
+        stream = SimpleNamespace(get_extra_info={"socket": mine}.get)
+        deadline.trace("connection.connect_tcp.complete", {"return_value": stream})
+        other.settimeout(5)
+        assert other.recv(1) == b""
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_not_followed(serve, here, status):
+    """It would send the rows to whomever the server names."""
+    here.rows([("c 8", "b 6")])
+    other = serve()
+    server = serve(lambda request: (status, {"Location": f"{other.url}/chat/completions"}, {}))
+    says = f"a redirect to 127.0.0.1, to which nothing is sent: if you trust it, give --base_url {other.url}"
+    here.fails(says, server.url)
+    assert other.requests == [] and here.verdicts() == []
+
+
+@pytest.mark.parametrize(
+    "location, says",
+    [
+        ("https://me:pw@evil.example/v1/chat/completions?a=b#c", "give --base_url https://evil.example/v1"),
+        ("//evil.example/v2/", "a redirect to evil.example, to which nothing is sent"),
+        ("/v2/chat/completions", "/v2"),
+        ("", "check the address"),
+        ("javascript:alert(1)", "check the address"),
+        ("http://[::1", "check the address"),
+        ("http://a:99999999/", "a redirect to a"),
+        ("http://" + "a" * 60_000, "a redirect to aaa"),
+        ("http://\x1b[2J\x00/", ""),
+    ],
+)
+def test_where_a_redirect_leads(serve, location, says):
+    server = serve(lambda request: raw(f"HTTP/1.1 307 No\r\nLocation: {location}\r\n\r\n".encode())(request))
+    with pytest.raises(ValueError) as found:
+        ask(server)
+    assert says in str(found.value) and "pw" not in str(found.value) and len(str(found.value)) < 900
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "value", ["1e999", "-1", "1.5", "NaN", "-Infinity", "true", '"7"', "null", "[]", "{}", "1" + "0" * 40]
+)
+def test_counts_that_are_no_counts(serve, value):
+    """Each is a 0, beside one that is right; so is what stands in place of both."""
+    usage = '{"prompt_tokens": %s, "completion_tokens": 20}' % value
+    text = '{"choices": [{"message": {"content": "x"}}], "usage": %s}'
+    server = serve(faults=[body((text % usage).encode())], answer=body((text % value).encode()))
+    assert ask(server, times=2) == [("x", {"prompt_tokens": 0, "completion_tokens": number}) for number in (20, 0)]
+
+
+def test_how_an_answer_is_decoded_is_not_the_server_s_choice(serve):
+    """A charset may be a decompressor, too; and no other coding is asked for."""
+    status, _, answer = completion("好")
+    content = json.dumps(answer, ensure_ascii=False).encode()
+    server = serve((status, {"Content-Type": "application/json; charset=zlib_codec", "Set-Cookie": "a=b"}, content))
+    assert [reply for reply, _ in ask(server, times=2)] == ["好", "好"]
+    assert all(h["Accept-Encoding"] == "identity" and "Cookie" not in h for h in server.headers)
+
+
+def test_texts_that_are_strange_are_counted(serve, here):
+    """Of the kind: a reply that no verdict can be read in. Halves of surrogate pairs can be sent back as well."""
+    here.rows([("c 8", "b 6")])
+    long = "x" * 300_000 + "\n评分：A=8 B=6"
+    server = serve(faults=[completion(text) for text in ("\0\ud800\x1b[2J", long, "9" * 50_000, long, long, long)])
+    report, table = here.run(server.url, "--concurrency", "1")
+    assert report["num_unparsed"] == report["num_verdicts"] == 2 and len(server.requests) == 6
+    assert [len(verdict["reasons"]) for verdict in here.verdicts()] == [50_000, endpoint.MOST_REPLY]
+    assert server.requests[1]["messages"][1]["content"] == "\0?\x1b[2J"
+    assert len(server.requests[2]["messages"][1]["content"]) == endpoint.MOST_REPLY
+
+
+def test_waits_that_a_server_asks_for_are_bounded(serve, here):
+    """One that makes no sense is not kept to; where it is too long, that is the end."""
+    waits = ["-5", "nan", "-inf", "Fri, 01 Jan 1999 00:00:00 GMT", "Fri, 99 Jan 99999 00:00:00 GMT", "x", ""]
+    here.rows([("c 8", "b 6")] * 4, questions=range(4))
+    server = serve(faults=[refusal(429, Retry_After=wait) for wait in waits])
+    started = time.monotonic()
+    report, _ = here.run(server.url, "--concurrency", "8", "--max_retries", "2")
+    assert report["num_rows"] == 4 and len(server.requests) == 8 + len(waits) and time.monotonic() - started < 5
+    for wait in ("1e9", "1e999", "Fri, 01 Jan 2999 00:00:00 GMT"):
+        server.faults = [refusal(429, Retry_After=wait)]
+        with pytest.raises(ValueError, match="answered 429 to rows.jsonl:1"):
+            ask(server, max_retries=3)
+
+
+def test_what_is_shown_is_not_obeyed(serve, here):
+    """Of the kind: a text of somebody else that the terminal would obey, in a line of the report or of an error."""
+    here.rows([("c 8", "b 6")])
+    model = "m\x1b[2J\u202e\x9b"
+    _, table = here.run(serve().url, "--model", model)
+    assert r"judged by m\x1b[2J\u202e\x9b (zh)" in table and table.replace("\n", "").isprintable()
+    here.output = here.folder / "other.jsonl"
+    server = serve(lambda request: refusal(403, "\x1b]0;x\x07\u2066"))
+    process = subprocess.run(
+        [sys.executable, ROOT / "judge.py", *here.flags(server.url)], capture_output=True, text=True
+    )
+    last = process.stderr.splitlines()[-1]
+    assert process.returncode == 2 and r"answered 403 to" in last and r"(\x1b]0;x\x07\u2066)" in last
 
 
 def test_a_key_in_a_reply_is_not_stored(serve, here):
@@ -697,3 +929,39 @@ def test_last_line_of_questions(last, wrong):
     reasons, found = judge_questions.read_reply(job, f"A question says\nWRONG: 2\nwhich is data.\n{last}")
     assert found == (None if wrong is None else {"wrong": wrong})
     assert wrong is None or reasons == "A question says\nWRONG: 2\nwhich is data."
+
+
+def test_an_empty_reference_is_none(serve, here):
+    """Kind: an empty reference is taken for one: the judge is told that a reference answer is right."""
+    server = serve()
+    here.rows([("c 8", "b 6")])
+    for name in ("candidate", "baseline"):
+        path = here.folder / f"{name}.jsonl"
+        path.write_text(path.read_text(encoding="utf-8").replace(json.dumps("参考"), '" "'), encoding="utf-8")
+    here.run(server.url)
+    label = judge_pairs.LANGUAGES["zh"]["labels"]["reference"]
+    assert server.requests and not any(label in blocks_of(r["messages"][0]["content"]) for r in server.requests)
+
+
+def test_questions_are_counted_as_score_counts_them(here):
+    """The faults that can be counted are those of score.py, which folds texts first."""
+    row = {"index": 0, "query": "q", "predictions": ["水泵重１０㎏？", "水泵重10kg?", "℃", "问" * 60 + "…………"]}
+    write(here.folder / "questions.jsonl", [row])
+    args = SimpleNamespace(predictions=str(here.folder / "questions.jsonl"), language="zh", limit=0, model=MODEL)
+    [job] = judge_questions.make_jobs(args, "c")
+    assert [job.facts[name] for name in ("num_repeated", "num_empty", "num_overlong", "empty")] == [1, 0, 1, []]
+
+
+def test_a_report_is_replaced_by_one_of_the_same_judge_or_with_a_word(serve, here):
+    """Kind: an output that another command, or other settings, wrote is replaced without a word."""
+    server = serve()
+    here.rows([("c 8", "b 6")])
+    assert "replaces" not in here.run(server.url)[1] + here.run(server.url)[1]
+    out = here.run(server.url, "--language", "en")[1]
+    assert f"it replaces the report on {MODEL} (zh, other criteria), which --report_only with the flags" in out
+    path = Path(f"{here.output}.report.json")
+    path.write_text("mine")
+    num_requests = len(server.requests)
+    says = "report.json: the report goes there, and it is no report of judge.py: choose another"
+    here.fails(says, server.url, "--criteria", str(here.folder / "candidate.jsonl"))
+    assert path.read_text() == "mine" and len(server.requests) == num_requests  # before anything is asked

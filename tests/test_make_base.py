@@ -1,25 +1,14 @@
 """The tiny base: a checkpoint of its family that has not seen what the sample data tests."""
 
-import importlib.util
 import json
 import random
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from launching import load_script
 
 from modes import MODES, possible_modes
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 make_base = load_script("make_base")
 make_data = make_base.make_data

@@ -252,6 +252,7 @@ def test_a_rope_ratio_that_vllm_computes_as_released(tmp_path):
         (("--url", "http://127.0.0.1:x"), "--url http://127.0.0.1:x"),
         (("--url", "http://127.0.0.1:8000/v1"), "write it like http"),
         (("--num_requests", "0"), "--num_requests 0"),
+        (("--max_new_tokens", "8180"), "--max_new_tokens 8180: does not fit, with --max_src_len 64"),
         (("--top_p", "0.5"), "--top_p: needs --do_sample"),
         (("--num_return_sequences", "2"), "add --do_sample"),
         (("--num_beams", "2"), "--num_beams"),

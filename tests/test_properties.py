@@ -48,16 +48,16 @@ BAD_VALUES = [  # JSON, but no rows; what Python's json writes for them, so also
     *map(as_json, (1, -0.5, "a", "", True, None, [], {}, [{}], {"instruction": "a"}, math.nan, 10**400)),
     *(
         as_json(row(0, output=value))
-        for value in (3, None, True, [], {}, ["a"], {"a": "b"}, math.inf, "", " \n", "a\0")
+        for value in (None, True, [], {}, ["a"], {"a": "b"}, math.inf, "", " \n", "a\0")
     ),
-    *(as_json(row(0, input=value)) for value in (7, None, {}, "\0", "\ud800", "a\udfffb")),
+    *(as_json(row(0, input=value)) for value in (True, {}, "\0", "\ud800", "a\udfffb")),
     as_json(row(0, instruction=" ", input="\u3000")),
     *(ROW_BEGINS + rest for rest in (b'"output": "c"}', b'"more": {"a": 1, "a": 2}}')),
 ]
 BAD_LINES = [
-    *(b"x", b"\0", b"\xff", b"not JSON", GOOD[:-1], GOOD + GOOD, GOOD + b"\0", b"\xef\xbb\xbf" + GOOD),
+    *(b"x", b"\0", b"\xff", b"not JSON", GOOD[:-1], GOOD + b"x", GOOD + b"\0", b"\xef\xbb\xbf" + GOOD),
     *(GOOD.replace(b'""', b'"' + inside + b'"') for inside in (b"\0", b"\t", b"\xed\xa0\x80", b"\\u00", b'"', b"\xe9")),
-    *(b"{" * 2000, b"[" * 2000, b'{"a":' * 2000, ROW_BEGINS + b'"n": ' + b"1" * 5000 + b"}", "{}".encode("utf-16")),
+    *(b"{" * 2000, b"[" * 2000, b'{"a":' * 2000, ROW_BEGINS + b'"n": ' + b"-" * 5000 + b"}", "{}".encode("utf-16")),
 ]
 PIECES = [
     *(GOOD, GOOD[:-1], ROW_BEGINS, b"\xef\xbb\xbf", b"\r\n", b"\n", b" ", b"[", b"]", b",", b"{", b"}", b":", b'"'),
@@ -117,7 +117,7 @@ def test_any_file_holds_rows_or_one_error(tmp_path, content, need_response):
         check_message(str(error), f"{path}:")
     else:
         assert rows and all(row["query"].strip() for row in rows)
-        assert all(re.fullmatch(r":(row )?\d+", row["place"].removeprefix(path)) for row in rows)
+        assert all(re.fullmatch(r":(row )?\d+( \(object \d+\))?", row["place"].removeprefix(path)) for row in rows)
 
 
 @examples(300)

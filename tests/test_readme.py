@@ -3,10 +3,12 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 
 import pytest
-from conftest import ROOT
+from conftest import GOLDEN_FOLDERS, ROOT
+from launching import free_port
 
 import arguments
 import train_arguments
@@ -123,3 +125,44 @@ def test_help_texts_name_every_flag():
         code = f"import sys; import {script.removesuffix('.py')}; assert 'torch' not in sys.modules"
         process = subprocess.run(["python", "-c", code], cwd=ROOT, capture_output=True, text=True)
         assert process.returncode == 0, process.stderr
+
+
+# Run by tests of their own, or in need of a server.
+RUN_ELSEWHERE = ("scripts/quickstart.sh", "scripts/test.sh", "compare.py", "judge.py")
+
+
+@pytest.mark.launch
+def test_the_readme_runs_word_for_word_and_in_order_in_one_clone(tmp_path):
+    """Commands that are right one by one can stand in each other's way: two runs into one folder, a file that no
+    command makes. Only the rows are fewer here, and with them the number of the last update; the model is tiny."""
+    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    for name in filter(lambda name: (ROOT / name).is_file(), names.stdout.splitlines()):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    model = tmp_path / "ChatGLM3-6B"
+    shutil.copytree(GOLDEN_FOLDERS["glm3"], model, ignore=shutil.ignore_patterns("golden.*"))
+    for name in ("spo_0.json", "spo_1.json"):
+        rows = (ROOT / "data" / name).read_text(encoding="utf-8").splitlines(keepends=True)[:4]
+        (tmp_path / "data" / name).write_text("".join(rows), encoding="utf-8")
+    suite = tmp_path / "data" / "general" / "suite.jsonl"
+    suite.write_text("".join(suite.read_text(encoding="utf-8").splitlines(keepends=True)[::12]), encoding="utf-8")
+
+    ran = []
+    for words in commands("README.md"):
+        if any(name in words for name in RUN_ELSEWHERE):
+            continue
+        line = shlex.join(words).replace("step-720", "step-2").replace("--master_port 29500", f"--master_port {free_port()}")
+        line = re.sub(r"^(\w+=)'?([^' ]*)'?", r"\1\2", line)  # a variable in front of the command is not quoted
+        process = subprocess.run(
+            ["bash", "-c", line],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_SIZE": "1"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        ran.append(line)
+        is_done = process.returncode == 0 or ("doctor.py" in words and "0 BAD" in process.stdout)
+        assert is_done, f"{line}: exit code {process.returncode}\n{process.stdout[-2000:]}\n{process.stderr[-2000:]}"
+    assert len(ran) >= 10

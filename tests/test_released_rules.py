@@ -1,6 +1,6 @@
 """What the released code fixes and what it takes from config.json, in networks of other settings than the usual ones.
 
-Against numbers of the released code where there are some, and against the networks written out here in float64.
+Against the networks written out here in float64; test_network_rules.py has numbers of the released code.
 """
 
 import json
@@ -8,9 +8,7 @@ import math
 
 import pytest
 import torch
-from conftest import GOLDEN, Golden
-from safetensors import safe_open
-from safetensors.torch import load_file
+from conftest import GOLDEN
 
 from checkpoint import read_config
 from modes import MODES
@@ -162,30 +160,6 @@ def test_networks_of_other_settings(mode, changes):
     wanted = logits_of(mode, settings, model.state_dict(), IDS)
     found = model(torch.tensor([IDS])).logits[0]
     assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
-
-
-@pytest.mark.parametrize("mode", ["glm2", "glm3"])
-@torch.no_grad()
-def test_rope_ratio_of_the_released_code(mode):
-    """ChatGLM2-6B-32k divides positions (16), ChatGLM3-6B-32k multiplies the base (50); numbers of every 14th token."""
-    tensors = load_file(GOLDEN / "rope_ratio.safetensors")
-    model = Golden(mode).model(rope_ratio=tensors[f"{mode}.rope_ratio"].item())
-    logits = model(tensors[f"{mode}.input_ids"]).logits[:, 5::14]
-    assert (logits - tensors[f"{mode}.logits"]).abs().max() < 1e-4
-
-
-@torch.no_grad()
-def test_three_layers_of_the_released_code():
-    """ChatGLM-6B's residual factor does not know the number of layers; numbers of every 4th token."""
-    path = GOLDEN / "glm_3_layers.safetensors"
-    with safe_open(path, framework="pt") as file:
-        config = MODES["glm"].config_class(**json.loads(file.metadata()["config"]))
-    tensors = load_file(path)
-    ids, wanted = tensors.pop("input_ids"), tensors.pop("logits")
-    model = MODES["glm"].model_class(config).eval()
-    tensors["lm_head.weight"] = tensors["transformer.word_embeddings.weight"]
-    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    assert (model(ids).logits[:, 3::4] - wanted).abs().max() < 1e-4
 
 
 NEUTRAL = [  # how the released code computes, not what

@@ -131,6 +131,10 @@ def test_the_fingerprint_holds_what_decides_the_weights(tmp_path, golden):
     assert of() == of(folder=base) == of("--output_dir", "z", "--save_state_step", "5", "--num_proc", "3")
     for flags in (["--seed", "5"], ["--packing"], ["--num_train_epochs", "3"], ["--lora_dropout", "0"]):
         assert [line.split()[0] for line in resume.differences(of(), of(*flags))] == [flags[0]]
+    # A run that was begun before a switch was there goes on without it.
+    saved = {name: value for name, value in of().items() if name != "--no_normalize"}
+    assert resume.differences(saved, of()) == []
+    assert resume.differences(saved, of("--no_normalize")) == ["--no_normalize was None, now it is True"]
     assert resume.differences(of(), of(key="others")) == ["rows of --train_path was other contents"]
     [shard] = base.glob("*-00002-of-00002.bin")
     content = bytearray(shard.read_bytes())

@@ -17,7 +17,7 @@ from rouge_chinese import Rouge
 import metrics
 import score
 from arguments import score_parser
-from tasks import TRIPLES
+from tasks import TRIPLES, find_task
 
 REPO_ROOT = Path(score.__file__).resolve().parent
 
@@ -71,7 +71,7 @@ def predictions_path(tmp_path):
 
 @pytest.mark.parametrize("metric, name", [("rouge1", "rouge-1"), ("rouge2", "rouge-2"), ("rougeL", "rouge-l")])
 def test_rouge_is_that_of_the_library(metric, name):
-    result = score.score_rows(PREDICTIONS, REFERENCES)
+    result = score.score_rows(PREDICTIONS, REFERENCES, normalize=False)
     expected = [direct_rouge(prediction, reference, name) for prediction, reference in PAIRS]
     assert row_values(result, metric) == pytest.approx(expected, abs=1e-12)
     assert result[metric] == pytest.approx(sum(expected) / len(expected), abs=1e-12)
@@ -80,7 +80,7 @@ def test_rouge_is_that_of_the_library(metric, name):
 
 @pytest.mark.parametrize("metric, tokens", [("bleu4", list), ("bleu4_words", jieba.lcut)])
 def test_bleu4_is_that_of_the_library(metric, tokens):
-    result = score.score_rows(PREDICTIONS, REFERENCES)
+    result = score.score_rows(PREDICTIONS, REFERENCES, normalize=False)
     pairs = [[[token for token in tokens(text) if token not in " \n"] for text in pair] for pair in PAIRS]
     expected = [direct_bleu(prediction, reference) for prediction, reference in pairs]
     assert row_values(result, metric) == pytest.approx(expected, abs=1e-12)
@@ -276,7 +276,10 @@ def test_columns_can_be_named(tmp_path):
 
 def test_report_beside_the_predictions(predictions_path, tmp_path, capsys):
     output_path = tmp_path / "predictions.scores.json"
-    output_path.write_text("an older report")
+    assert score.main(["--predictions", predictions_path, "--bootstrap", "0"]) == 0
+    older = output_path.read_text().replace('"num_resamples": 0', '"num_resamples": 1000')
+    output_path.write_text(older)  # of the same settings: it is replaced
+    capsys.readouterr()
     assert score.main(["--predictions", predictions_path]) == 0
     report = json.loads(output_path.read_text(encoding="utf-8"))
     result = score.score_rows(PREDICTIONS, REFERENCES)
@@ -366,7 +369,9 @@ def test_the_same_file_twice_is_fine(predictions_path, tmp_path, monkeypatch, ca
 
 def test_a_failed_write_leaves_the_old_report(predictions_path, tmp_path, monkeypatch, capsys):
     output_path = tmp_path / "predictions.scores.json"
-    output_path.write_text("an older report")
+    assert score.main(["--predictions", predictions_path]) == 0
+    older = output_path.read_text()
+    capsys.readouterr()
 
     def refuse(source, target):
         assert json.loads(Path(source).read_text())["num_rows"] == len(PAIRS)  # complete before it is moved
@@ -375,8 +380,90 @@ def test_a_failed_write_leaves_the_old_report(predictions_path, tmp_path, monkey
     monkeypatch.setattr(score.os, "replace", refuse)
     assert exit_code(["--predictions", predictions_path]) == 2
     assert "cannot be written (No space left on device)" in capsys.readouterr().err
-    assert output_path.read_text() == "an older report"
+    assert output_path.read_text() == older
     assert len(list(tmp_path.iterdir())) == 2
+
+
+FOLDED = {  # task: (prediction, reference) that differ by what ChatGLM-6B's tokenizer folds
+    None: ("发动机组(汽油)...第1组", "发动机组（汽油）…第①组"),
+    "extraction": ("发动机组(汽油)_部件故障_漏油", "发动机组（汽油）_部件故障_漏油"),
+    "classification": ("底盘(前部)", "底盘（前部）。"),
+    "summary": ("水泵漏水,已经更换:10kg", "水泵漏水，已经更换：１０㎏"),
+}
+
+
+@pytest.mark.parametrize("task", FOLDED)
+def test_texts_are_compared_folded_on_both_sides(task):
+    """Kind: a perfect model whose tokenizer folds marks scored 0; every metric that compares texts folds both sides."""
+    prediction, reference = FOLDED[task]
+    for pair in ((prediction, reference), (reference, prediction)):
+        folded, plain = (score.score_rows([pair[0]], [pair[1]], task, normalize=on) for on in (True, False))
+        for name in find_task(task).metrics:
+            assert folded[name] in (None, pytest.approx(100, abs=1e-5)), name
+            assert folded[name] is None or plain[name] < 90, name
+
+
+def test_the_folding_is_said_beside_the_numbers_and_can_be_switched_off(tmp_path, capsys):
+    prediction, reference = FOLDED["extraction"]
+    path = write_lines(tmp_path / "p.jsonl", {"prediction": prediction, "output": reference})
+    reports = []
+    for more in ([], ["--no_normalize", "--output_path", str(tmp_path / "plain.json")]):
+        assert score.main(["--predictions", path, "--task", "extraction", *more]) == 0
+        reports.append(json.loads(Path(more[-1] if more else score.scores_path(path, "extraction")).read_text()))
+    assert [report["metrics"]["f1"] for report in reports] == [100, 0]
+    assert [report["normalize"] for report in reports] == [True, False]
+    assert all("NFKC" in text and "① 1" in text for text in reports[0]["definitions"].values())
+    assert all(text.endswith("(--no_normalize): （ and ( differ.") for text in reports[1]["definitions"].values())
+    assert capsys.readouterr().out.count("texts are compared as they are") == 1
+
+
+def test_empty_references_are_said(tmp_path, capsys):
+    """Kind: a score of 0 that says nothing of the model, because there is nothing to compare with."""
+    rows = [{"prediction": "好", "output": "好"}, {"prediction": "好", "output": ""}, {"prediction": "", "output": " \n"}]
+    path = write_lines(tmp_path / "p.jsonl", *rows)
+    assert score.main(["--predictions", path]) == 0
+    line = f"{path}: rows: 3; empty predictions: 1 (line 3); empty references, which count as 0: 2 (line 2, 3)"
+    assert capsys.readouterr().out.splitlines()[0] == line
+    assert json.loads((tmp_path / "p.scores.json").read_text())["empty_references"] == [2, 3]
+    empty = write_lines(tmp_path / "q.jsonl", *rows[1:])
+    for task in ([], ["--task", "classification"]):
+        assert exit_code(["--predictions", empty, *task]) == 2
+        rule = 'q.jsonl: "output": is empty in all 2 rows, so every answer would count as 0: name the column'
+        assert rule in capsys.readouterr().err
+    assert not (tmp_path / "q.scores.json").exists()
+
+
+def test_scores_of_other_settings_are_not_overwritten(tmp_path, capsys):
+    """Kind: an output that another command, or other settings, wrote is replaced without a word."""
+    path = write_lines(tmp_path / "p.jsonl", {"prediction": "a_b_c", "output": "a_b_c"})
+    other = write_lines(tmp_path / "q.jsonl", {"prediction": "a_b_c", "output": "a_b_c"})
+    assert score.main(["--predictions", path]) == 0 and score.main(["--predictions", path, "--task", "extraction"]) == 0
+    assert {p.name for p in tmp_path.glob("p.*.json")} == {"p.scores.json", "p.extraction.scores.json"}
+    scores = tmp_path / "p.scores.json"
+    (tmp_path / "rows.json").write_text("[1]")
+    (tmp_path / "p.json").write_text(Path(path).read_text())
+    for arguments, says in (
+        ([path, "--bootstrap", "0"], "--bootstrap was 1000, now it is 0"),
+        ([path, "--no_normalize"], "--no_normalize was false, now it is true"),
+        ([path, "--task", "summary", "--output_path", str(scores)], '--task was null, now it is "summary"'),
+        ([path, "--reference_column", "prediction", "--prediction_column", "output"], "--prediction_column was"),
+        ([other, "--output_path", str(scores)], f"p.scores.json: holds the scores of {path}"),
+        ([str(tmp_path / "p.json")], f"p.scores.json: holds the scores of {path}"),
+        ([path, "--output_path", str(tmp_path / "rows.json")], "rows.json: exists and holds no scores: add"),
+    ):
+        before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+        assert exit_code(["--predictions", *arguments]) == 2
+        err = capsys.readouterr().err
+        assert says in err and err.count("\n") == 1, err
+        assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+        assert score.main(["--predictions", *arguments, "--overwrite"]) == 0
+        for file, content in before.items():
+            file.write_bytes(content)
+    # A report of before there was a folding was not folded.
+    report = json.loads(scores.read_text())
+    report.pop("normalize")
+    scores.write_text(json.dumps(report))
+    assert exit_code(["--predictions", path]) == 2 and "--no_normalize was true" in capsys.readouterr().err
 
 
 GOOD = '{"prediction": "a", "output": "b"}\n'

@@ -15,12 +15,21 @@ from tuning import TRAIN_TYPES, count_parameters, matches
 # A file may import those of its own level and below.
 LEVELS = [
     {"glm_common", "glm1", "glm2", "glm3"},
-    {"utils", "modes", "tasks", "folders", "watch", "plots", "steps", "report_words"},
-    {"tuning", "data_set", "batches", "guard", "ds_config", "optimizer", "run_log", "weights", "metrics", "bootstrap"},
-    {"progress", "checkpoint", "resume", "run_folder", "row_cache", "row_sets", "report", "report_text"},
-    {"arguments", "train_arguments", "compare_plan"},
     {
-        *("train", "evaluation", "predict", "merge_lora", "score", "forgetting", "doctor", "compare"),
+        *("entry", "utils", "modes", "tasks", "folders", "watch", "plots", "steps", "report_words"),
+        *("file_kinds", "row_checks"),
+    },
+    {
+        *("tuning", "data_set", "batches", "guard", "ds_config", "optimizer", "run_log", "weights", "metrics"),
+        *("bootstrap", "bases"),
+    },
+    {
+        *("released_files", "progress", "checkpoint", "resume", "run_folder", "row_cache", "row_sets"),
+        *("report", "report_text", "round_trip"),
+    },
+    {"arguments", "train_arguments", "compare_plan", "lengths"},
+    {
+        *("train", "evaluation", "predict", "merge_lora", "score", "forgetting", "doctor", "compare", "talk"),
         *("judge", "judge_pairs", "judge_questions", "judge_rows", "endpoint"),
     },
 ]

@@ -162,7 +162,7 @@ def test_the_confusion_table_is_aligned_and_cut(tmp_path, capsys):
     ]
     ends = [score.display_width(line[: line.rindex(" ")]) for line in table]
     assert len(set(ends)) == 1  # the last column begins at one place of the terminal
-    report = json.loads((tmp_path / "p.scores.json").read_text(encoding="utf-8"))
+    report = json.loads((tmp_path / "p.classification.scores.json").read_text(encoding="utf-8"))
     assert report["confusion"]["counts"]["制动组"] == {"制动组": 2} and report["confusion"]["other"] == {"制动组": 1}
     assert list(report["metrics"]) == list(report["definitions"]) == list(report["intervals"]) == list(LABELS)
 
@@ -217,7 +217,8 @@ def test_all_answers_of_a_row_count_as_questions(tmp_path, capsys):
     assert score.main(["--predictions", path, "--task", "questions"]) == 0
     out = capsys.readouterr().out
     assert "not scored" not in out and "\ndiversity" in out
-    report = json.loads((tmp_path / "p.scores.json").read_text(encoding="utf-8"))
+    report = json.loads((tmp_path / "p.questions.scores.json").read_text(encoding="utf-8"))
+    assert report["empty_references"] == []  # nothing is compared with them
     assert report["metrics"]["diversity"] == 4.75 and "judge.py --task questions" in report["definitions"]["diversity"]
 
 
@@ -365,7 +366,7 @@ def test_files_over_the_same_rows_are_compared_with_the_first(tmp_path, capsys):
     assert re.search(r"\+1\.67 \[\+0\.00, \+\d\.\d\d\] inside the noise$", row), row
     assert "[4]: its references are not those of [1], so there is no difference" in lines
 
-    reports = {name: json.loads((tmp_path / f"{name}.scores.json").read_text(encoding="utf-8")) for name in paths}
+    reports = {name: json.loads(score.scores_path(path, "classification").read_text()) for name, path in paths.items()}
     rows = {name: score.score_rows(texts, ["好"] * 60, "classification")["rows"] for name, texts in answers.items()}
     for name, inside_noise in (("b", False), ("c", True)):
         found = reports[name]["difference"]
@@ -374,7 +375,7 @@ def test_files_over_the_same_rows_are_compared_with_the_first(tmp_path, capsys):
         assert found["metrics"]["accuracy"] == {"value": value, "interval": [low, high], "inside_noise": inside_noise}
     assert "difference" not in reports["a"] and reports["d"]["difference"] is None
 
-    assert score.main([*command, "--bootstrap", "0"]) == 0
+    assert score.main([*command, "--bootstrap", "0", "--overwrite"]) == 0
     out = capsys.readouterr().out
     assert "\naccuracy  +28.33   +1.67\n" in out and "noise" not in out and "in brackets" not in out
 

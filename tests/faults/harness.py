@@ -53,6 +53,7 @@ class Run:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # the tests' parent may ignore it
         )
         self.started = time.monotonic()
         threading.Thread(target=self.read, daemon=True).start()

@@ -59,14 +59,16 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path):
 
 
 def test_asked_to_leave(tmp_path):
-    """SIGTERM to scripts/job.sh: the step ends, a state is saved, exit code 75; then on one process, converted."""
+    """Ctrl-C to scripts/job.sh: the step ends, a state is saved, exit code 75, and nothing reads like a failure; then
+    on one process, converted, and SIGTERM."""
     folder = prepare(tmp_path)
     flags = FLAGS.format(type=TYPES["all"]).replace("--save_state_step 3", "").replace("epochs 4", "epochs 40")
     run = Run(folder, f"{flags} --resume auto", before=["bash", str(ROOT / "scripts" / "job.sh")])
     assert run.wait_for("saved out/epoch-1-step-3")
-    run.process.send_signal(signal.SIGTERM)
+    run.process.send_signal(signal.SIGINT)
     assert run.end(60) == 75, run.text[-3000:]
-    assert "SIGTERM: leaving after this step" in run.text and "the same command with --resume auto" in run.text
+    assert "Ctrl-C: leaving after this step" in run.text and "the same command with --resume auto" in run.text
+    assert not re.search(r"ERROR|launch\.py|Traceback|error:", run.text), run.text[-3000:]
     [state] = (folder / "out").glob("state-step-*")
     step = int(state.name.rpartition("-")[2])
     before = log_of(folder / "out")
@@ -81,6 +83,7 @@ def test_asked_to_leave(tmp_path):
     for process in run.ranks().values():
         process.terminate()
     assert run.end(60) == 75, run.text[-3000:]
+    assert "SIGTERM: leaving after this step" in run.text
     after = log_of(folder / "out")
     assert len(after) == max(after) > step and {s: after[s] for s in before} == before
     assert not list((folder / "out").glob("*.partial"))
