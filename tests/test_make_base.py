@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from conftest import ROOT
 from launching import load_script
 
 from modes import MODES, possible_modes
