@@ -22,9 +22,9 @@ OTHER_TYPES = {  # peft_type: what that is
     "LOHA": "LoHa, Hadamard products",
     "LOKR": "LoKr, Kronecker products",
     "OFT": "OFT, rotations of the weights",
-    "PREFIX_TUNING": "peft's own prefix tuning, which cannot be merged; --train_type ptuning trains one for these models",
-    "PROMPT_TUNING": "prompt tuning, which cannot be merged; --train_type ptuning is the like for these models",
-    "P_TUNING": "p-tuning of the input, which cannot be merged; --train_type ptuning is the like for these models",
+    "PREFIX_TUNING": "peft's own prefix tuning, which cannot be merged; train.py trains prefix encoders of its own",
+    "PROMPT_TUNING": "prompt tuning, which cannot be merged; train.py trains prefix encoders of its own",
+    "P_TUNING": "p-tuning of the input, which cannot be merged; train.py trains prefix encoders of its own",
     "VERA": "VeRA, vectors beside random matrices",
 }
 

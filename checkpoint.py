@@ -37,6 +37,7 @@ from weights import (
 RUN_FILE = "run.json"
 CHECKPOINT = r"epoch-\d+-step-(\d+)"
 MOST_NAMED = 4  # checkpoints that a message names
+BASE_FIX = "give its place with --model_name_or_path"  # of a base that is not where it was
 TOKENIZER_BYTES = 4 << 20  # room for what lies beside the weights
 
 
@@ -352,14 +353,13 @@ def resolve_base(name, said, is_given, mode_name=None):
     if not os.path.isdir(name) and (os.path.isabs(name) or os.path.exists(name)):
         if is_given:
             raise ValueError(f"{said}: no such folder: give the base model's folder")
-        raise ValueError(f"{said} is not there: give its place with --model_name_or_path")
+        raise ValueError(f"{said} is not there: {BASE_FIX}")
     try:
         folder = resolve_folder(name, said.removesuffix(f" {name}"))
     except ValueError as error:
         if is_given:
             raise
-        fix = "give its place with --model_name_or_path"
-        raise ValueError(f"{str(error).removesuffix('give a folder')}{fix}") from None
+        raise ValueError(f"{str(error).removesuffix('give a folder')}{BASE_FIX}") from None
     weight_files(folder)
     if not os.path.isfile(os.path.join(folder, "config.json")):
         raise ValueError(f"{folder}: no config.json in it: name the base model's folder")

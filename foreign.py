@@ -11,6 +11,7 @@ from trained_weights import PREFIX_ENCODER, TRAINED_FILES, stored_name
 from tuning import PREFIX_FILE, SETTINGS_FILE
 from weights import INDEX_FILES, WEIGHT_FILES, weight_shapes, weight_table
 
+NO_BASE_FIX = "name the base with --model_name_or_path"
 WHOLE = (*WEIGHT_FILES, *INDEX_FILES)
 
 
@@ -62,7 +63,7 @@ def named_base(folder, kind):
     path = os.path.join(folder, SETTINGS_FILE)
     name = read_json(path).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
-        raise ValueError(f"{path}: base_model_name_or_path is {name!r}: name the base with --model_name_or_path")
+        raise ValueError(f"{path}: base_model_name_or_path is {name!r}: {NO_BASE_FIX}")
     return os.path.expanduser(name)
 
 
@@ -70,11 +71,9 @@ def not_mergeable(flag, folder, kind):
     """Why what a folder holds is not merged, and what to do with it; None for an adapter."""
     if kind == "adapter":
         return None
-    use = f"python predict.py --model_path {folder}"
+    use = f"use it as it is (python predict.py --model_path {folder}"
     if kind == "whole":
-        return f"{flag} {folder}: holds a whole model, which needs no merging: use it as it is: {use}"
-    return (
-        f"{flag} {folder}: holds a prefix encoder, and there is no merging one: it goes in front of its base each time:"
-        f" {use} (with --model_name_or_path BASE where the folder does not name it)"
-    )
+        return f"{flag} {folder}: holds a whole model, which needs no merging: {use})"
+    base = "" if has(folder, "run.json") else " --model_name_or_path BASE"
+    return f"{flag} {folder}: holds a prefix encoder, which cannot be merged: {use}{base})"
 

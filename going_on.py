@@ -1,16 +1,23 @@
 """Training that goes on from an adapter or a prefix encoder: its settings taken over, its values put onto the base."""
 
+import contextlib
 import os
 
 from adapter_settings import MATRIX, read_settings, shown
-from checkpoint import RUN_FILE, open_checkpoint, read_run
+from bases import OTHER_BASE_FIX
+from checkpoint import BASE_FIX, RUN_FILE, check_opened, open_checkpoint, read_run
 from folders import file_entry
-from foreign import has, holds_adapter
+from foreign import NO_BASE_FIX, has, holds_adapter
 from modes import read_json
 from trained_weights import TRAINED_FILES, fill, settings_of, trained_shapes
 from tuning import LORA_TARGETS, SETTINGS_FILE, TRAIN_TYPES, add_lora, split_names
 
 NAMES = {"adapter": "an adapter", "prefix": "a prefix encoder"}
+FIXES = {  # of the commands that are told the base by --model_name_or_path: of train.py
+    BASE_FIX: "put it back there, or a link to it",
+    NO_BASE_FIX: "write its folder or hub name into that file",
+    OTHER_BASE_FIX: "put its own base there, or start anew from this one",
+}
 FREE_FLAG = "lora_dropout"  # of the training alone: the function of an adapter does not depend on it
 
 
@@ -102,7 +109,8 @@ def open_start(args):
     """
     if not getattr(args, "continued_from", None):
         return None
-    opened = open_checkpoint(args.model_name_or_path, args.mode, flag="--model_name_or_path")
+    with fixes_of_train():
+        opened = open_checkpoint(args.model_name_or_path, args.mode, flag="--model_name_or_path")
     args.mode, args.model_name_or_path = opened.mode.name, opened.base_name
     if opened.weights == "prefix":
         vars(args).update(opened.prefix_settings())
@@ -110,6 +118,25 @@ def open_start(args):
         modules = {match[1].split(".")[-1] for match in map(MATRIX.fullmatch, trained_shapes(opened)) if match}
         args.lora_module_name = ",".join(sorted(modules))
     return opened
+
+
+@contextlib.contextmanager
+def fixes_of_train():
+    """In train.py the flag of the base names what it goes on from: a ValueError gets a fix that is possible there."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        for usual, fix in FIXES.items():
+            text = text.replace(usual, fix)
+        raise ValueError(text) from None
+
+
+def check_start(start, config):
+    """`check_opened` for what a run goes on from; nothing where it begins with a base."""
+    if start:
+        with fixes_of_train():
+            check_opened(start, config)
 
 
 def put_start(model, start, args):

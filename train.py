@@ -13,12 +13,12 @@ import time
 from arguments import columns_of, folder_problems
 from bases import base_fingerprint
 from batches import Updates, collate, to_device
-from checkpoint import check_opened, checkpoint_bytes, read_config, read_tokenizer, resolve_folder
+from checkpoint import checkpoint_bytes, read_config, read_tokenizer, resolve_folder
 from data_set import read_row, show_row
 from ds_config import complete_config, offloads, read_ds_file, wanted_precision
 from evaluation import Evaluation, texts_of
 from folders import require_space
-from going_on import open_start, put_start
+from going_on import check_start, open_start, put_start
 from guard import check_skipped, explain_bad_loss, keep_going_at_low_scale
 from lengths import window_problem
 from modes import MODES
@@ -93,8 +93,7 @@ def main(argv, watch):
     names = check_weights(folder, mode, config, new_prefix=train_type.weights == "prefix")
     if problems := train_type.problems(names, args):
         fail(problems)
-    if start:
-        check_opened(start, config)
+    check_start(start, config)
     tokenizer = read_tokenizer(folder, mode, config)
     is_compiled, optimizer_name = choose_adam(args.optimizer, offloads(ds_config), device)
     if args.max_len > config.window:

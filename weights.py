@@ -212,8 +212,8 @@ def check_weights(folder, mode, config, new_prefix=False):
     found = {name: value for name, value in found.items() if not name.endswith("inv_freq")}
     if found and all("prefix_encoder." in name for name in found):
         raise ValueError(
-            f"{folder}: holds a prefix encoder alone: name the base model that it was trained on; predict.py takes both,"
-            " --model_path for the prefix encoder and --model_name_or_path for the base"
+            f"{folder}: holds a prefix encoder alone: name the base model that it was trained on; predict.py takes both"
+            f" (python predict.py --model_path {folder} --model_name_or_path BASE)"
         )
     model = model_for(folder, mode, config, len(found))
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
