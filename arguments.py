@@ -5,8 +5,9 @@ import math
 import os
 import re
 
-from checkpoint import CHECKPOINT, no_checkpoint_problem
+from checkpoint import CHECKPOINT, RUN_FILE, no_checkpoint_problem
 from data_set import Columns, data_files
+from foreign import has, holds_adapter
 from modes import MODES, possible_modes
 from report_words import LANGUAGES
 from tasks import TASKS
@@ -89,7 +90,8 @@ def add_base_flag(parser):
     parser.add_argument(
         "--model_name_or_path",
         type=path,
-        help="base checkpoint, if it has moved since the training; left out: read from run.json",
+        help="base checkpoint, if it has moved since the training or the folder does not name it; left out: read from"
+        " run.json or, of other tools' adapters, adapter_config.json",
     )
     parser.add_argument(
         "--allow_other_base",
@@ -149,10 +151,18 @@ def model_problems(args, flag, path):
     return folder_problems(args, flag, path)
 
 
+def opened_problems(args, flag, path):
+    """`model_problems` of what a command opens on top of a base, too: opening it says what is wrong with such a folder."""
+    if has(path, RUN_FILE):
+        return []
+    if os.path.isdir(path) and (args.model_name_or_path or holds_adapter(path)):
+        return list(filter(None, [no_checkpoint_problem(flag, path)]))
+    return model_problems(args, flag, path)
+
+
 def folder_problems(args, flag, path):
     """Problems of a local checkpoint folder."""
-    kind = "whole" if flag == "--model_name_or_path" else None  # nothing is trained on top of an adapter
-    if problem := no_checkpoint_problem(flag, path, kind):
+    if problem := no_checkpoint_problem(flag, path):
         return [problem]
     if not os.path.isfile(os.path.join(path, "config.json")):
         return [f"{flag} {path}: no config.json in it: name a folder with a whole checkpoint"]
@@ -201,8 +211,12 @@ def merge_parser():
     """Flags of merge_lora.py."""
     parser = OneLineParser(prog="merge_lora.py", description="Merge a LoRA adapter into its base: a plain checkpoint.")
     parser.add_argument(
-        "--model_dir", type=path, required=True, help="a folder that train.py saved with --train_type lora"
+        "--model_dir",
+        type=path,
+        required=True,
+        help="a folder that train.py saved with --train_type lora, or an adapter of another tool",
     )
+    parser.add_argument("--mode", choices=MODES, help="model family; left out: read from the run or the base")
     parser.add_argument("--output_dir", type=path, help="new folder; left out: MODEL_DIR-merged")
     add_base_flag(parser)
     add_device_flags(parser, precision="of the merged weights; auto: the base checkpoint's own")
@@ -317,8 +331,7 @@ def parse_predict(argv):
         ]
         if args.output_path is not None:
             problems.append(f"--output_path {args.output_path}: belongs to --test_path: remove it")
-    if not os.path.exists(os.path.join(args.model_path, "run.json")):
-        problems += model_problems(args, "--model_path", args.model_path)
+    problems += opened_problems(args, "--model_path", args.model_path)
     if problems:
         fail(problems, parser.prog)
     return args
@@ -512,6 +525,11 @@ def doctor_parser():
     )
     parser.add_argument("--mode", choices=MODES, help="model family of the folders; left out: read from each")
     parser.add_argument(
+        "--model_name_or_path",
+        type=path,
+        help="base of the folders, adapters or prefix encoders that do not name it; left out: read from each",
+    )
+    parser.add_argument(
         "--train_path",
         type=path,
         nargs="+",
@@ -541,6 +559,8 @@ def parse_doctor(argv):
         for name in ("prompt_column", "response_column")
         if name in parser.typed(argv) and not args.train_path
     ]
+    if args.model_name_or_path and not args.folders:
+        problems.append(f"--model_name_or_path {args.model_name_or_path}: is the base of folders: name one, or remove it")
     if args.response_column in columns_of(args).sources:
         problems.append(f"--response_column {args.response_column}: is part of the question: name the answer's field")
     if problems:

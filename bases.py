@@ -8,6 +8,7 @@ from weights import stored_tensors
 
 NUM_ROWS = 2  # of a matrix in the sample: each is a wait for the disk
 NUM_THREADS = 16
+OTHER_BASE_FIX = "give its own base with --model_name_or_path, or add --allow_other_base to take this one all the same"
 
 
 def base_name(name):
@@ -61,8 +62,7 @@ def require_own_base(opened, config):
     if said != base_fingerprint(opened.base_folder, opened.mode, config):
         raise ValueError(
             f"{opened.folder}: was trained on {opened.run['base_model']}, and {opened.base_folder} holds other weights,"
-            " another precision or another config.json: give its own base with --model_name_or_path, or add"
-            " --allow_other_base to take this one all the same"
+            f" another precision or another config.json: {OTHER_BASE_FIX}"
         )
 
 

@@ -7,7 +7,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 from bases import base_name, require_own_base
+from file_kinds import BROUGHT_ELSE, explain
 from folders import file_entry, last_named, new_folder, numbered, require_space
+from foreign import foreign_file, foreign_kind, named_base
 from modes import MODES, Mode, possible_modes, read_json
 from released_files import (
     COMPANIONS,
@@ -17,14 +19,13 @@ from released_files import (
     write_adapter_settings,
     write_prefix,
 )
-from tuning import ADAPTER_FILE, PREFIX_FILE, TRAIN_TYPES, adapter_settings, check_shapes, load_trained
+from trained_weights import TRAINED_FILES, check_trained, prefix_settings, put_trained, trained_shapes
+from tuning import SETTINGS_FILE, TRAIN_TYPES
 from utils import BadNumbers, is_main, on_main
 from weights import (
     bin_shapes,
-    check_dtypes,
     check_weights,
     disk_errors,
-    empty_model,
     finite_problem,
     load_base,
     safetensors_shapes,
@@ -36,6 +37,7 @@ from weights import (
 RUN_FILE = "run.json"
 CHECKPOINT = r"epoch-\d+-step-(\d+)"
 MOST_NAMED = 4  # checkpoints that a message names
+BASE_FIX = "give its place with --model_name_or_path"  # of a base that is not where it was
 TOKENIZER_BYTES = 4 << 20  # room for what lies beside the weights
 
 
@@ -78,6 +80,8 @@ def read_tokenizer(folder, mode, config):
     vocab_name = mode.tokenizer_class.vocab_files_names["vocab_file"]
     if not os.path.isfile(os.path.join(folder, vocab_name)):
         raise ValueError(f"{folder}/{vocab_name}: missing: copy it from the release (--mode {mode.name} needs it)")
+    if said := explain(os.path.join(folder, vocab_name), BROUGHT_ELSE):
+        raise ValueError(f"{folder}/{vocab_name}: {said}")
     try:
         tokenizer = mode.tokenizer_class.from_pretrained(folder)
     except (TypeError, AttributeError, KeyError) as error:  # the library does not look at types before it uses them
@@ -189,10 +193,11 @@ def describe_run(args, base_folder, precision, **progress):
         "train_type": args.train_type,
         "weights": TRAIN_TYPES[args.train_type].weights,
         "base_model": base_name(args.model_name_or_path),
+        **({"continued_from": args.continued_from} if getattr(args, "continued_from", None) else {}),
         "tokenizer_sha256": file_entry(vocabulary)["sha256"],
         "precision": precision,
         **progress,
-        "flags": {name: value for name, value in sorted(vars(args).items()) if name != "local_rank"},
+        "flags": {n: value for n, value in sorted(vars(args).items()) if n not in ("local_rank", "continued_from")},
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
 
@@ -202,33 +207,58 @@ def describe_run(args, base_folder, precision, **progress):
 
 @dataclass
 class Opened:
-    """A checkpoint folder understood: its family, where the base weights and its own lie, and its run.json."""
+    """A checkpoint folder understood: its family, where the base weights and its own lie, and its run.json.
+
+    run: {} where train.py did not save it. file: name of the file that holds an adapter or a prefix encoder. base_name:
+    the base as a run.json names it, a folder's whole path or a hub name.
+    """
 
     folder: str
-    mode: Mode
+    mode: Mode | None
     base_folder: str
     weights: str
     run: dict
+    file: str = ""
+    base_name: str = ""
+
+    @property
+    def modes(self):
+        """Names of the modes that it can be."""
+        return [self.run["mode"]] if self.run else possible_modes(self.base_folder)
+
+    @property
+    def trained_path(self):
+        """The file of an adapter or a prefix encoder."""
+        return os.path.join(self.folder, self.file)
 
     def config(self):
         """Configuration for the base weights with what was trained on top."""
-        changes = {}
-        if self.weights == "prefix":
-            path = os.path.join(self.folder, "config.json")
-            saved = read_json(path)
-            for key in ("pre_seq_len", "prefix_projection"):
-                if saved.get(key) is None:
-                    raise ValueError(f"{path}: has no {key}, which the prefix encoder needs: copy the folder again")
-                changes[key] = saved[key]
-            if type(changes["pre_seq_len"]) is not int or changes["pre_seq_len"] < 1:
-                raise ValueError(f"{path}: pre_seq_len = {changes['pre_seq_len']!r}: must be a whole number, 1 or more")
-            if type(changes["prefix_projection"]) is not bool:
-                raise ValueError(f"{path}: prefix_projection = {changes['prefix_projection']!r}: must be true or false")
+        changes = self.prefix_settings() if self.weights == "prefix" else {}
         return read_config(self.base_folder, self.mode, changes)
 
+    def prefix_settings(self):
+        """{"pre_seq_len", "prefix_projection"} of a prefix encoder: its config.json's, and of another tool's, which
+        may leave them out, else those that the weights have."""
+        path = os.path.join(self.folder, "config.json")
+        saved = read_json(path) if self.run or os.path.isfile(path) else {}
+        usual = {} if self.run else prefix_settings(trained_shapes(self))
+        changes = {}
+        for key in ("pre_seq_len", "prefix_projection"):
+            changes[key] = usual.get(key) if saved.get(key) is None else saved[key]
+            if changes[key] is None:
+                raise ValueError(f"{path}: has no {key}, which the prefix encoder needs: copy the folder again")
+        if type(changes["pre_seq_len"]) is not int or changes["pre_seq_len"] < 1:
+            raise ValueError(f"{path}: pre_seq_len = {changes['pre_seq_len']!r}: must be a whole number, 1 or more")
+        if type(changes["prefix_projection"]) is not bool:
+            raise ValueError(f"{path}: prefix_projection = {changes['prefix_projection']!r}: must be true or false")
+        return changes
+
     def tokenizer(self, config):
-        """The tokenizer saved beside the weights; ValueError where it is another than that of the training."""
-        tokenizer = read_tokenizer(self.folder, self.mode, config)
+        """The tokenizer saved beside the weights, of other tools' adapters and prefix encoders the base's.
+
+        ValueError where it is another than that of the training.
+        """
+        tokenizer = read_tokenizer(self.folder if self.run else self.base_folder, self.mode, config)
         said = self.run.get("tokenizer_sha256")
         if said not in (None, file_entry(tokenizer.vocab_file)["sha256"]):
             raise ValueError(
@@ -239,26 +269,39 @@ class Opened:
 
 
 def open_checkpoint(path, mode_name=None, base=None, flag="--model_path"):
-    """Understand any folder that we save, a released one, or a hub name; ValueError says what is wrong with it.
+    """Understand any folder that we save, a released one, one of another tool (foreign.py), or a hub name.
 
-    mode_name: the family where the files do not tell. base: where the base model is now, if it has moved.
+    ValueError says what is wrong with it. mode_name: the family where the files do not tell. base: where the base model
+    is now, if it has moved or the folder does not name it.
     """
-    run_path = os.path.join(path, RUN_FILE)
-    run = read_run(run_path) if os.path.isfile(run_path) else {}
-    folder = path if run else resolve_folder(path, flag)
-    weights = run.get("weights", "whole")
-    file = {"adapter": ADAPTER_FILE, "prefix": PREFIX_FILE}.get(weights)
-    if file and not os.path.isfile(os.path.join(folder, file)):
-        raise ValueError(f"{folder}/{file}: missing, but run.json says it is there: copy the folder again")
-    names = [run["mode"]] if run else possible_modes(folder)
+    opened = look_into(path, base, flag)
+    names = opened.modes
     if mode_name and mode_name not in names:
         raise ValueError(f"--mode {mode_name}: {path} is of {' or '.join(names) or 'no family known here'}: change it")
     if not mode_name and len(names) != 1:
         raise ValueError(f"--mode: {path} can be {' or '.join(names) or 'no family known here'}: give --mode")
-    if weights == "whole" and base:
-        raise ValueError(f"--model_name_or_path {base}: {path} holds whole weights, which need no base: remove it")
-    base_folder = folder if weights == "whole" else resolve_base(run, run_path, base)
-    return Opened(folder, MODES[mode_name or names[0]], base_folder, weights, run)
+    opened.mode = MODES[mode_name or names[0]]
+    return opened
+
+
+def look_into(path, base=None, flag="--model_path"):
+    """`open_checkpoint` before the family is known: what `Opened.modes` are, is still to be looked at."""
+    folder = resolve_folder(path, flag)
+    run_path = os.path.join(folder, RUN_FILE)
+    run = read_run(run_path) if os.path.isfile(run_path) else {}
+    weights = run["weights"] if run else foreign_kind(folder)
+    if weights == "whole":
+        if base:
+            raise ValueError(f"--model_name_or_path {base}: {path} holds whole weights, which need no base: remove it")
+        return Opened(folder, None, folder, weights, run)
+    file = TRAINED_FILES[weights][0] if run else foreign_file(folder, weights)
+    if not os.path.isfile(os.path.join(folder, file)):
+        raise ValueError(f"{folder}/{file}: missing, but run.json says it is there: copy the folder again")
+    name = base or (run["base_model"] if run else named_base(folder, weights))
+    said_by = run_path if run else os.path.join(folder, SETTINGS_FILE)
+    said = f"--model_name_or_path {name}" if base else f"{said_by}: base model {name}"
+    base_folder = resolve_base(name, said, base is not None, run.get("mode"))
+    return Opened(folder, None, base_folder, weights, run, file, base_name(name))
 
 
 def read_run(path):
@@ -302,22 +345,28 @@ def weights_kind(folder):
         return ""
 
 
-def resolve_base(run, run_path, given):
-    """Folder of the base model: the one given by flag, else the one that run.json names; of the run's family."""
-    name = given or run["base_model"]
-    said = f"--model_name_or_path {name}" if given else f"{run_path}: base model {name}"
+def resolve_base(name, said, is_given, mode_name=None):
+    """Folder of a base model, of the run's family.
+
+    said: where the name comes from, for messages. is_given: by a flag. mode_name: of the run; None: any.
+    """
     if not os.path.isdir(name) and (os.path.isabs(name) or os.path.exists(name)):
-        if given:
+        if is_given:
             raise ValueError(f"{said}: no such folder: give the base model's folder")
-        raise ValueError(f"{said} is not there: give its place with --model_name_or_path")
-    folder = resolve_folder(name)
+        raise ValueError(f"{said} is not there: {BASE_FIX}")
+    try:
+        folder = resolve_folder(name, said.removesuffix(f" {name}"))
+    except ValueError as error:
+        if is_given:
+            raise
+        raise ValueError(f"{str(error).removesuffix('give a folder')}{BASE_FIX}") from None
     weight_files(folder)
     if not os.path.isfile(os.path.join(folder, "config.json")):
         raise ValueError(f"{folder}: no config.json in it: name the base model's folder")
     modes = possible_modes(folder)
-    if run["mode"] not in modes:
+    if mode_name and mode_name not in modes:
         raise ValueError(
-            f"{said} is of {' or '.join(modes) or 'no family known here'}, but the run is of {run['mode']}:"
+            f"{said} is of {' or '.join(modes) or 'no family known here'}, but the run is of {mode_name}:"
             " give the model that was fine-tuned"
         )
     return folder
@@ -328,25 +377,17 @@ def load_base_and_trained(opened, config, dtype, device, allow_other_base=False)
 
     allow_other_base: take another base of the same shapes than that of the training, too.
     """
+    check_opened(opened, config, allow_other_base)
+    return put_trained(load_base(opened.base_folder, opened.mode, config, dtype, device), opened)
+
+
+def check_opened(opened, config, allow_other_base=False):
+    """Do the files of a checkpoint and of its base belong together and to the family? ValueError says what does not."""
     check_weights(opened.base_folder, opened.mode, config, new_prefix=opened.weights == "prefix")
     if not allow_other_base:
         require_own_base(opened, config)
-    trained_file = {"adapter": ADAPTER_FILE, "prefix": PREFIX_FILE}.get(opened.weights)
-    if opened.weights == "adapter" and not os.path.isfile(os.path.join(opened.folder, "adapter_config.json")):
-        raise ValueError(f"{opened.folder}/adapter_config.json: missing: copy the folder again")
-    shapes = {}
-    if trained_file:
-        path = os.path.join(opened.folder, trained_file)
-        found = safetensors_shapes(path)
-        check_dtypes(path, found)
-        shapes = {name: shape for name, (shape, _) in found.items()}
-    if opened.weights == "adapter":
-        adapter_settings(opened.folder, shapes)
-    elif opened.weights == "prefix":
-        names = empty_model(opened.mode, config).named_parameters()
-        check_shapes({n: tuple(p.shape) for n, p in names if "prefix_encoder." in n}, shapes, path)
-    model = load_base(opened.base_folder, opened.mode, config, dtype, device)
-    return load_trained(model, opened.folder, opened.weights, shapes)
+    if opened.weights != "whole":
+        check_trained(opened, config)
 
 
 def load_opened(opened, dtype, device, allow_other_base=False):

@@ -35,14 +35,15 @@ from dataclasses import dataclass, field
 import weights
 from arguments import columns_of, parse_doctor, place_problem
 from bases import require_own_base
-from checkpoint import RUN_FILE, open_checkpoint
+from checkpoint import RUN_FILE, look_into, open_checkpoint
 from data_set import read_rows
 from folders import MANIFEST, PARTIAL, REPLACED, size_text, verify
-from modes import possible_modes, read_json
+from modes import read_json
 from optimizer import cpu_adam_problem
 from round_trip import describe, send_through
 from row_cache import cache_folder
-from tuning import ADAPTER_FILE, PREFIX_FILE, adapter_settings, check_shapes
+from foreign import holds_adapter
+from trained_weights import check_trained, trained_tensors
 from utils import prepare_environment
 
 OK, NOTE, BAD = "ok", "note", "BAD"
@@ -54,7 +55,6 @@ IMPORTS = {
     "transformers": "transformers.modeling_utils",
     "safetensors": "safetensors.torch",
 }
-TRAINED_FILES = {"adapter": ADAPTER_FILE, "prefix": PREFIX_FILE}
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 DTYPES = {"F16": "fp16", "float16": "fp16", "BF16": "bf16", "bfloat16": "bf16", "F32": "fp32", "float32": "fp32"}
 STALE_SECONDS = 600  # no build of one op takes longer
@@ -385,7 +385,7 @@ def folder_lines(path, args, facts):
         text = "state to resume from, saved by {} processes"
         yield info if info[0] == BAD else (OK, "what", text.format(info[2].get("world_size")))
         yield from manifest_lines(path, args, is_needed=True)
-    elif {RUN_FILE, "config.json"} & set(names):
+    elif {RUN_FILE, "config.json"} & set(names) or holds_adapter(path) or (args.model_name_or_path and not runs):
         yield from checkpoint_lines(path, args, facts)
     elif not runs:
         rule = f"no config.json or {RUN_FILE} in it: name a checkpoint or training output folder"
@@ -411,25 +411,25 @@ def manifest_lines(path, args, is_needed=False):
     yield from [(BAD, "manifest", problem) for problem in problems]
 
 
-def open_folder(path, mode_name):
+def open_folder(path, args):
     """(opened checkpoint, its configuration, names of the modes that it can be)."""
-    is_told = mode_name or os.path.isfile(os.path.join(path, RUN_FILE))
-    names = [mode_name] if is_told else possible_modes(path)
+    found = look_into(path, args.model_name_or_path, flag="folder")
+    names = [args.mode] if args.mode else found.modes
     if not names:
-        raise ValueError(f"{path}/config.json: of no family known here: name a ChatGLM checkpoint")
-    opened = open_checkpoint(path, names[0], flag="folder")
+        raise ValueError(f"{found.base_folder}/config.json: of no family known here: name a ChatGLM checkpoint")
+    opened = open_checkpoint(path, names[0], args.model_name_or_path, flag="folder")
     return opened, opened.config(), names
 
 
 def checkpoint_lines(path, args, facts):
     """A checkpoint: what it is, whether its files are whole and fit the model."""
-    mark, name, found = attempt("what", open_folder, path, args.mode)
+    mark, name, found = attempt("what", open_folder, path, args)
     if mark == BAD:
         yield mark, name, found
         return
     opened, config, names = found
     run, counts, is_open = opened.run, [], len(names) > 1
-    of = f" on {opened.base_folder}" if opened.weights in TRAINED_FILES else ""
+    of = f" on {opened.base_folder}" if opened.weights != "whole" else ""
     by = f", --train_type {run.get('train_type')}, step {run.get('step')}{', merged' * ('merged_from' in run)}"
     text = f"{opened.mode.name}: {opened.weights} weights{of}{by if run else ', not saved by this toolkit'}"
     lines = [(OK, "what", text)]
@@ -440,7 +440,7 @@ def checkpoint_lines(path, args, facts):
         lines.append(saved_line(run.get("versions")))
     lines.append(attempt("tokenizer", lambda: f"{opened.tokenizer(config).vocab_size:,} ids fit the model"))
     lines.append(attempt("base" if of else "weights", base_text, opened, config, counts))
-    if of and "base_fingerprint" not in run:
+    if run and of and "base_fingerprint" not in run:
         text = "saved before run.json kept a fingerprint of its base: whether this is that one is not known"
         lines.append((NOTE, "base's weights", text))
     if of:
@@ -456,15 +456,17 @@ def checkpoint_lines(path, args, facts):
         free = max((card.free for card in facts.cards), default=min(memory()[1], memory_limit()))
         text = f"{size_text(needed)} to predict in {precision}, and the tokens; {size_text(free)} free"
         yield (NOTE, "memory", f"{text}: too little") if needed > free else (OK, "memory", text)
-        flag = f" --mode {names[0]}" if is_open or args.mode else ""
+        flag = f" --model_name_or_path {args.model_name_or_path}" if args.model_name_or_path else ""
+        flag += f" --mode {names[0]}" if is_open or args.mode else ""
         yield OK, "loads", f"python predict.py --model_path {path}{flag}"
 
 
 def row_lines(path, args):
     """How the answers of --train_path come back from a folder's tokenizer; reads no weights."""
-    if not {RUN_FILE, "config.json"} & set(os.listdir(path) if os.path.isdir(path) else []):
+    is_checkpoint = {RUN_FILE, "config.json"} & set(os.listdir(path) if os.path.isdir(path) else [])
+    if not is_checkpoint and not holds_adapter(path):
         raise ValueError(f"{path}: has no tokenizer: name a checkpoint for --train_path")
-    opened, config, _ = open_folder(path, args.mode)
+    opened, config, _ = open_folder(path, args)
     rows = read_rows(args.train_path, columns_of(args))
     found = send_through(rows, opened.tokenizer(config), opened.mode.prompt)
     for name, text in zip(["answers", *["example"] * len(found.examples)], describe(found)):
@@ -498,32 +500,16 @@ def base_text(opened, config, counts):
 
 def trained_text(opened, config, counts):
     """Names and shapes of an adapter or a prefix encoder against the model."""
-    path = os.path.join(opened.folder, TRAINED_FILES[opened.weights])
-    found = weights.safetensors_shapes(path)
-    model = weights.empty_model(opened.mode, config)
-    if opened.weights == "prefix":
-        wanted = {name: tensor for name, tensor in model.named_parameters() if "prefix_encoder." in name}
-    else:
-        import torch
-        from peft import get_peft_model, get_peft_model_state_dict
-
-        settings = adapter_settings(opened.folder, {name: shape for name, (shape, _) in found.items()})
-        with quiet(), torch.device("meta"):
-            wanted = get_peft_model_state_dict(get_peft_model(model, settings))
-    shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
-    check_shapes(shapes, {name: shape for name, (shape, _) in found.items()}, path)
-    return measured(found, shapes, [path], counts)
+    with quiet():
+        found = check_trained(opened, config)
+    return measured(found, found, [opened.trained_path], counts)
 
 
 def finite_text(opened):
     """Every value, read once; ValueError for one that is not finite."""
     problems = {opened.base_folder: base_problem(opened.base_folder)}
-    if opened.weights in TRAINED_FILES:
-        from safetensors import safe_open
-
-        with safe_open(os.path.join(opened.folder, TRAINED_FILES[opened.weights]), framework="pt") as file:
-            tensors = ((name, file.get_tensor(name)) for name in file.keys())
-            problems[opened.folder] = weights.finite_problem(tensors)
+    if opened.weights != "whole":
+        problems[opened.folder] = weights.finite_problem(trained_tensors(opened).items())
     for folder, problem in problems.items():
         if problem:
             raise ValueError(f"{folder}: {problem}: download it again, or use an earlier checkpoint")

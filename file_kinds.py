@@ -72,6 +72,7 @@ KINDS = {  # the first that fits
     ),
     "csv": Kind("a table with separators (CSV)", from_pandas("read_csv"), is_table, (".csv", ".tsv")),
 }
+BROUGHT_ELSE = ("lfs", "page", "zip", "gzip", "archive")  # what a download brings in place of a file, or around it
 
 
 def kind_of(path: str) -> str | None:

@@ -16,7 +16,7 @@ import math
 import os
 import re
 
-from arguments import collect, forgetting_parser, model_problems, output_file_problems, range_problems
+from arguments import collect, forgetting_parser, opened_problems, output_file_problems, range_problems
 from bases import known_bases
 from bootstrap import weighted_mean
 from checkpoint import load_opened, open_checkpoint
@@ -89,8 +89,7 @@ def parse_args(argv):
         problems += collect(lambda: before.update(read_before(args.before)), prefix="--before ")
     inputs = [path for path in (args.before, args.suite) if path]
     problems += output_file_problems(argparse.Namespace(**vars(args), test_path=inputs))
-    if not os.path.exists(os.path.join(args.model_path, "run.json")):
-        problems += model_problems(args, "--model_path", args.model_path)
+    problems += opened_problems(args, "--model_path", args.model_path)
     if problems:
         fail(problems, parser.prog)
     for line in notes.lines("suite"):

@@ -2,17 +2,19 @@
 
     python merge_lora.py --model_dir output-glm3/epoch-2-step-3900
 
-Base model, rank and mode are read from the run. The merged run.json names the base that was really used.
+Base model, rank and mode are read from the run, of other tools' adapters from adapter_config.json and the base (or
+--model_name_or_path and --mode). The merged run.json names the base that was really used.
 """
 
 import entry  # first: Ctrl-C is heard while the others are imported
 
 import os
 
-from arguments import merge_parser, place_problem
-from bases import base_fingerprint, base_name
-from checkpoint import load_base_and_trained, no_checkpoint_problem, open_checkpoint
+from arguments import merge_parser, model_problems, place_problem
+from bases import base_fingerprint
+from checkpoint import RUN_FILE, load_base_and_trained, no_checkpoint_problem, open_checkpoint, read_run
 from folders import last_named, new_folder
+from foreign import foreign_kind, not_mergeable
 from released_files import copy_companions, save_config
 from utils import choose_device, prepare_environment, torch_dtype
 from weights import saved_dtype, write_json, write_weights
@@ -26,9 +28,8 @@ def main(argv):
     args = merge_parser().parse_args(argv)
     prepare_environment(args.device)
     output_dir = args.output_dir or last_named(args.model_dir) + "-merged"
-    opened = open_checkpoint(check_arguments(args, output_dir), base=args.model_name_or_path, flag="--model_dir")
-    if opened.weights != "adapter":
-        raise ValueError(f"--model_dir {args.model_dir}: holds {opened.weights} weights: only LoRA adapters are merged")
+    check_arguments(args, output_dir)
+    opened = open_checkpoint(args.model_dir, args.mode, base=args.model_name_or_path, flag="--model_dir")
     config = opened.config()
     tokenizer = opened.tokenizer(config)
     dtype = saved_dtype(opened.base_folder) if args.precision == "auto" else torch_dtype(args.precision)
@@ -48,9 +49,8 @@ def main(argv):
         model = model.to(dtype).float()
         rounded_logits = model(input_ids=ids).logits
     check = compare(base_logits, adapter_logits, merged_logits, rounded_logits)
-    run = {**opened.run, "weights": "whole", "merged_from": os.path.abspath(opened.folder), "merge_check": check}
-    if args.model_name_or_path:
-        run["base_model"] = base_name(args.model_name_or_path)
+    run = {**opened.run, "mode": opened.mode.name, "weights": "whole", "base_model": opened.base_name}
+    run |= {"merged_from": os.path.abspath(opened.folder), "merge_check": check}
     run["base_fingerprint"] = base_fingerprint(opened.base_folder, opened.mode, config)
     write_merged(model.to(dtype), tokenizer, output_dir, run, dtype)
     print(
@@ -62,18 +62,26 @@ def main(argv):
 
 
 def check_arguments(args, output_dir):
-    """The adapter's folder, if the flags make sense."""
-    if not os.path.isfile(os.path.join(args.model_dir, "run.json")):
-        if problem := no_checkpoint_problem("--model_dir", args.model_dir, "adapter"):
+    """ValueError where --model_dir is no adapter, or the merged model cannot be written."""
+    folder = args.model_dir
+    run_path = os.path.join(folder, RUN_FILE)
+    if os.path.isfile(run_path):
+        kind = read_run(run_path)["weights"]
+    elif problem := no_checkpoint_problem("--model_dir", folder, "adapter"):
+        raise ValueError(problem)
+    elif os.path.isdir(folder):
+        kind = foreign_kind(folder)
+    else:
+        [problem] = model_problems(args, "--model_dir", folder) or [None]
+        if problem:
             raise ValueError(problem)
-        raise ValueError(
-            f"--model_dir {args.model_dir}: no run.json in it: name a checkpoint folder that train.py saved"
-        )
+        kind = "adapter"  # a hub name
+    if problem := not_mergeable("--model_dir", folder, kind):
+        raise ValueError(problem)
     if os.path.exists(output_dir):
         raise ValueError(f"--output_dir {output_dir}: exists: choose a new folder")
     if problem := place_problem("--output_dir", output_dir):
         raise ValueError(problem)
-    return args.model_dir
 
 
 def compare(base_logits, adapter_logits, merged_logits, rounded_logits):
@@ -98,7 +106,7 @@ def write_merged(model, tokenizer, output_dir, run, dtype):
         write_weights(state, scratch)
         copy_companions(model.config.name_or_path, scratch)
         tokenizer.save_pretrained(scratch)
-        write_json(run, os.path.join(scratch, "run.json"))
+        write_json(run, os.path.join(scratch, RUN_FILE))
 
 
 if __name__ == "__main__":

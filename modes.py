@@ -6,6 +6,8 @@ import os
 import re
 from dataclasses import dataclass
 
+from file_kinds import BROUGHT_ELSE, explain
+
 
 @dataclass(frozen=True)
 class Mode:
@@ -127,6 +129,8 @@ def read_json(path):
         with open(path, encoding="utf-8-sig") as file:
             value = json.load(file)
     except (OSError, ValueError, RecursionError) as error:
+        if os.path.isfile(path) and (said := explain(path, BROUGHT_ELSE)):
+            raise ValueError(f"{path}: {said}") from None
         raise ValueError(f"{path}: cannot be read as JSON ({error}): give a complete file") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: is a {type(value).__name__}, not a JSON object")

@@ -31,6 +31,7 @@ from folders import (
     require_space,
     verify,
 )
+from going_on import start_hashes
 from modes import read_json
 from progress import Progress
 from utils import BadNumbers, is_main, on_main, world_size
@@ -47,7 +48,7 @@ FREE_FLAGS = (
     "output_dir resume save_model_step save_state_step save_total_limit show_loss_step step_timeout local_rank num_proc"
     " train_path model_name_or_path ds_file device precision optimizer per_device_train_batch_size"
     " gradient_accumulation_steps eval_path eval_step eval_generate eval_max_new_tokens metric_for_best_model"
-    " early_stopping_patience replay_path task"
+    " early_stopping_patience replay_path task continued_from"
 ).split()
 
 
@@ -339,8 +340,10 @@ def fingerprint(args, base_folder, rows_key, precision, optimizer_name, device, 
     with ThreadPoolExecutor(4) as threads:
         hashes = list(threads.map(lambda name: file_entry(os.path.join(base_folder, name))["sha256"], names))
     flags = {f"--{name}": value for name, value in sorted(vars(args).items()) if name not in FREE_FLAGS}
+    start = getattr(args, "continued_from", None)
     return {
         **flags,
+        **({"weights it went on from": start_hashes(start)} if start else {}),
         "--precision": precision,
         "--device": device.type,
         "--optimizer": optimizer_name,

@@ -18,6 +18,7 @@ from data_set import read_row, show_row
 from ds_config import complete_config, offloads, read_ds_file, wanted_precision
 from evaluation import Evaluation, texts_of
 from folders import require_space
+from going_on import check_start, open_start, put_start
 from guard import check_skipped, explain_bad_loss, keep_going_at_low_scale
 from lengths import window_problem
 from modes import MODES
@@ -81,7 +82,8 @@ def main(argv, watch):
     set_seed(args.seed)
 
     # Checkpoint: names and shapes are checked before any weight is read.
-    folder = resolve_folder(args.model_name_or_path)
+    start = open_start(args)  # an adapter or a prefix encoder to go on from
+    folder = start.base_folder if start else resolve_folder(args.model_name_or_path)
     complete_mode(args, folder)
     mode, train_type = MODES[args.mode], TRAIN_TYPES[args.train_type]
     config = read_config(folder, mode, train_type.config_changes(args))
@@ -91,6 +93,7 @@ def main(argv, watch):
     names = check_weights(folder, mode, config, new_prefix=train_type.weights == "prefix")
     if problems := train_type.problems(names, args):
         fail(problems)
+    check_start(start, config)
     tokenizer = read_tokenizer(folder, mode, config)
     is_compiled, optimizer_name = choose_adam(args.optimizer, offloads(ds_config), device)
     if args.max_len > config.window:
@@ -154,7 +157,7 @@ def main(argv, watch):
     ds_config = complete_config(ds_config, args, world, precision, load_universal=info and info["world_size"] != world)
     zero3 = ds_config["zero_optimization"]["stage"] == 3
     model = load_base(folder, mode, config, dtype, device, ds_config, ATTENTION[args.attention])
-    model = train_type.prepare(model, args)
+    model = put_start(model, start, args) if start else train_type.prepare(model, args)
     if args.gradient_checkpointing:
         checkpoint_layers(model, args.gradient_checkpointing_interval)
     trained, total = count_parameters(model)

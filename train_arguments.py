@@ -20,6 +20,7 @@ from arguments import (
 from data_set import data_files
 from ds_config import conflicts, read_ds_file
 from folders import numbered
+from going_on import take_over
 from modes import MODES
 from resume import STATE
 from tasks import TASKS, find_task
@@ -71,7 +72,8 @@ def train_parser():
         "--model_name_or_path",
         type=path,
         required=True,
-        help="checkpoint folder, or a hub name such as THUDM/chatglm3-6b",
+        help="checkpoint folder, or a hub name such as THUDM/chatglm3-6b; the folder of an adapter (with --train_type"
+        " lora) or of a prefix encoder of ours (ptuning) is trained on from where it is",
     )
     model.add_argument("--mode", choices=MODES, help="model family; left out: read from the checkpoint's config.json")
     model.add_argument("--train_type", choices=TRAIN_TYPES, default="lora", help="what trains")
@@ -240,7 +242,8 @@ def train_problems(args, typed):
     if args.response_column in columns_of(args).sources:
         problems.append(f"--response_column {args.response_column}: is part of the question: name the answer's field")
     problems += collect(data_files, args.train_path, prefix="--train_path ")
-    problems += model_problems(args, "--model_name_or_path", args.model_name_or_path)
+    taken = take_over(args, typed)  # where it is an adapter or a prefix encoder
+    problems += model_problems(args, "--model_name_or_path", args.model_name_or_path) if taken is None else taken
     if args.mode is not None and min(args.max_len, args.max_src_len) >= 1:
         problems += length_problems(args)
     if is_main():  # it makes the folder, and may be ahead of the others

@@ -1,12 +1,8 @@
-"""The table of `--train_type`: which weights train, what is saved, how it is loaded again."""
+"""The table of `--train_type`: which weights train, and what of them is saved."""
 
-import math
-import os
 from dataclasses import dataclass
 from functools import partial
 from typing import Callable
-
-from modes import read_json
 
 PREFIX_FILE = "prefix_encoder.safetensors"
 ADAPTER_FILE, SETTINGS_FILE = "adapter_model.safetensors", "adapter_config.json"
@@ -92,11 +88,7 @@ def lora_problems(names, args):
 
 def lora_prepare(model, args):
     """Low-rank matrices beside the named linear layers (Hu et al. 2021, arXiv:2106.09685); the base is frozen."""
-    from peft import LoraConfig, get_peft_model
-    from peft.tuners.lora import LoraLayer
-    from torch.nn import ModuleDict
-
-    from glm_common.functions import SeededDropout
+    from peft import LoraConfig
 
     config = LoraConfig(
         r=args.lora_dim,
@@ -106,11 +98,22 @@ def lora_prepare(model, args):
         bias="none",
         task_type="CAUSAL_LM",
     )
+    return add_lora(model, config)
+
+
+def add_lora(model, config):
+    """The model with the matrices of a LoraConfig beside its layers."""
+    from peft import get_peft_model
+    from peft.tuners.lora import LoraLayer
+    from torch.nn import ModuleDict
+
+    from glm_common.functions import SeededDropout
+
     # The engine decides the precision; one rule for ZeRO-2 and ZeRO-3.
     model = get_peft_model(model, config, autocast_adapter_dtype=False)
     for module in model.modules():
-        if isinstance(module, LoraLayer) and args.lora_dropout:
-            module.lora_dropout = ModuleDict({name: SeededDropout(args.lora_dropout) for name in module.lora_dropout})
+        if isinstance(module, LoraLayer) and config.lora_dropout:
+            module.lora_dropout = ModuleDict({name: SeededDropout(config.lora_dropout) for name in module.lora_dropout})
     return model
 
 
@@ -194,76 +197,3 @@ def checkpoint_layers(model, interval=1):
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
             layer.gradient_checkpointing = flows and number % interval == 0
             number += flows
-
-
-ADAPTER_SETTINGS = {  # key of adapter_config.json: (is its value good, rule)
-    "peft_type": (lambda value: value == "LORA", "must be LORA"),
-    "r": (lambda value: type(value) is int and value >= 1, "must be a whole number of at least 1"),
-    "lora_alpha": (lambda v: type(v) in (int, float) and 0 <= v < math.inf, "must be a number of 0 or more"),
-    "target_modules": (
-        lambda value: isinstance(value, list) and value and set(map(str, value)) <= set(LORA_TARGETS),
-        f"must be names out of {', '.join(LORA_TARGETS)}",
-    ),
-}
-FREE_SETTINGS = ("lora_dropout", "task_type", "inference_mode", "base_model_name_or_path", "revision", "peft_version")
-
-
-def adapter_settings(folder, shapes):
-    """peft's LoraConfig of a saved adapter, from the settings that train.py gives and no others.
-
-    `shapes` {name: shape} of the saved weights. ValueError names a setting that is wrong, that another tool made
-    (peft has some that import modules or repeat layers), or that does not fit the weights.
-    """
-    from peft import LoraConfig
-
-    path = os.path.join(folder, SETTINGS_FILE)
-    usual = LoraConfig().to_dict()
-    values = {"lora_alpha": usual["lora_alpha"], **read_json(path)}
-    for key, (is_good, rule) in ADAPTER_SETTINGS.items():
-        if not is_good(values.get(key)):
-            raise ValueError(f"{path}: {key} = {values.get(key)!r}: {rule}: copy the folder again")
-    for key, value in values.items():
-        if key not in (*ADAPTER_SETTINGS, *FREE_SETTINGS) and value and value != usual.get(key):
-            raise ValueError(f"{path}: {key} = {value!r}: train.py saves no such adapter: copy the folder again")
-    for name, shape in shapes.items():
-        if name.endswith("lora_A.weight") and shape[0] != values["r"]:
-            raise ValueError(
-                f"{os.path.join(folder, ADAPTER_FILE)}: {name} has shape {shape}, its r is {values['r']}:"
-                " copy the folder again"
-            )
-    chosen = {key: values[key] for key in ("r", "lora_alpha", "target_modules")}
-    return LoraConfig(**chosen, bias="none", task_type="CAUSAL_LM", inference_mode=True)
-
-
-def load_trained(model, folder, weights, shapes):
-    """Put saved adapter or prefix weights onto a loaded base model; whole checkpoints are returned as they are.
-
-    `weights` is the table's kind, `shapes` {name: shape} of the saved file. ValueError names what is missing or does
-    not fit.
-    """
-    if weights == "adapter":
-        from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-        from safetensors.torch import load_file
-
-        # Where the base lies now is for the caller to say.
-        model = get_peft_model(model, adapter_settings(folder, shapes), autocast_adapter_dtype=False)
-        wanted = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
-        check_shapes(wanted, shapes, os.path.join(folder, ADAPTER_FILE))
-        set_peft_model_state_dict(model, load_file(os.path.join(folder, ADAPTER_FILE)))
-    elif weights == "prefix":
-        from safetensors.torch import load_file
-
-        wanted = {n: tuple(p.shape) for n, p in model.named_parameters() if "prefix_encoder." in n}
-        check_shapes(wanted, shapes, os.path.join(folder, PREFIX_FILE))
-        model.load_state_dict(load_file(os.path.join(folder, PREFIX_FILE)), strict=False)
-    return model
-
-
-def check_shapes(wanted, found, path):
-    """ValueError that names the first difference between {name: shape} tables."""
-    for name in [*wanted, *found]:
-        if wanted.get(name) != found.get(name):
-            raise ValueError(
-                f"{path}: {name} has shape {found.get(name, 'missing')}, the base model needs"
-                f" {wanted.get(name, 'no such weight')}: it is of another base model or of other settings"
-            )

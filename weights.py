@@ -8,6 +8,7 @@ import warnings
 import zipfile
 from contextlib import contextmanager, nullcontext
 
+from file_kinds import BROUGHT_ELSE, explain
 from modes import read_json
 from utils import is_main
 
@@ -15,6 +16,23 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}  # {name in safetensors: in torch} of what is read
 MAX_SHARD_SIZE = "5GB"
+# First parts of weights' names in the network inside `transformer.`, as it is stored where it was saved alone.
+INNER_PARTS = (
+    *("word_embeddings.", "layers.", "final_layernorm."),
+    *("embedding.word_embeddings.", "encoder.layers.", "encoder.final_layernorm.", "output_layer."),
+    *("rotary_pos_emb.", "prefix_encoder."),
+)
+HINTS = (  # part of a weight's name that no model has: what it tells
+    ("base_model.", "it was saved from a model with an adapter: merge it with the tool that made it"),
+    (".lora_", "it is an adapter's: merge it with the tool that made it"),
+    (".qweight", "it is quantised: use the fp16 release"),
+)
+
+
+def released_name(name):
+    """The released name of a stored weight: without `module.` in front (torch's DataParallel), with `transformer.`."""
+    name = name.removeprefix("module.")
+    return f"transformer.{name}" if name.startswith(INNER_PARTS) else name
 
 
 def weight_files(folder):
@@ -61,15 +79,15 @@ def weight_shapes(folder):
     """
     shapes, places, table = {}, {}, weight_table(folder)
     for file in table:
-        path = os.path.join(folder, file)
-        for name, value in (safetensors_shapes(path) if file.endswith(".safetensors") else bin_shapes(path)).items():
+        for stored, value in file_shapes(os.path.join(folder, file)).items():
+            name = released_name(stored)
             if name in shapes:
                 raise ValueError(
                     f"{folder}: {name} is in both {places[name]} and {file}: download the checkpoint again"
                 )
             shapes[name], places[name] = value, file
     for file, names in table.items():
-        for name in names:
+        for name in map(released_name, names):
             if places.get(name, file) != file:
                 raise ValueError(
                     f"{folder}: {name} is in {places[name]}, the index says {file}: the files do not belong together"
@@ -85,6 +103,26 @@ def saved_dtype(folder):
     return getattr(torch, found.pop()) if len(found) == 1 and found <= set(DTYPES.values()) else torch.float32
 
 
+def file_shapes(path):
+    """{name: (shape, dtype name)} of one file of weights, as its names are stored."""
+    return safetensors_shapes(path) if path.endswith(".safetensors") else bin_shapes(path)
+
+
+def file_tensors(path):
+    """{name: tensor} of one file of weights, as its names are stored."""
+    if not path.endswith(".safetensors"):
+        return read_bin(path)
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def not_weights(path, usual):
+    """The line for a file that cannot be read: what it is instead, if that shows in its first bytes, else `usual`."""
+    said = explain(path, BROUGHT_ELSE) if os.path.isfile(path) else None
+    return f"{path}: {said or usual}"
+
+
 def safetensors_shapes(path):
     """Names, shapes and dtypes in one .safetensors file."""
     from safetensors import SafetensorError, safe_open
@@ -95,7 +133,7 @@ def safetensors_shapes(path):
                 key: (tuple(file.get_slice(key).get_shape()), file.get_slice(key).get_dtype()) for key in file.keys()
             }
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: truncated or not safetensors ({error}): download it again") from None
+        raise ValueError(not_weights(path, f"truncated or not safetensors ({error}): download it again")) from None
 
 
 def bin_shapes(path):
@@ -119,13 +157,11 @@ def read_bin(path):
             warnings.simplefilter("ignore")  # torch's notes about kinds of tensors that are refused anyway
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except pickle.UnpicklingError:
-        raise ValueError(
-            f"{path}: holds more than tensors, or is no weight file: it is not read, since that could run code of"
-            " others: do not use it"
-        ) from None
+        usual = "holds more than tensors, or is no weight file: it is not read, since that could run code of others"
+        raise ValueError(not_weights(path, f"{usual}: do not use it")) from None
     except Exception as error:  # bytes that are no weights make the reader fail in many ways
         reason = f"{type(error).__name__} while reading"
-        raise ValueError(f"{path}: truncated or not a weight file ({reason}): download it again") from None
+        raise ValueError(not_weights(path, f"truncated or not a weight file ({reason}): download it again")) from None
     if not isinstance(state, dict) or not all(isinstance(n, str) and is_plain(t) for n, t in state.items()):
         raise ValueError(f"{path}: not a weight file (not a plain table of tensors): download it again")
     storages = {}
@@ -175,7 +211,10 @@ def check_weights(folder, mode, config, new_prefix=False):
     found = weight_shapes(folder)
     found = {name: value for name, value in found.items() if not name.endswith("inv_freq")}
     if found and all("prefix_encoder." in name for name in found):
-        raise ValueError(f"{folder}: holds a prefix encoder alone: name the base model that it was trained on")
+        raise ValueError(
+            f"{folder}: holds a prefix encoder alone: name the base model that it was trained on; predict.py takes both"
+            f" (python predict.py --model_path {folder} --model_name_or_path BASE)"
+        )
     model = model_for(folder, mode, config, len(found))
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = set(model.all_tied_weights_keys)
@@ -194,9 +233,17 @@ def check_weights(folder, mode, config, new_prefix=False):
     if missing:
         raise ValueError(f"{folder}: {missing[0]} is missing{and_others(missing)}: download the checkpoint again")
     if unexpected:
-        hint = "it is a prefix encoder's checkpoint" if "prefix_encoder." in unexpected[0] else "wrong --mode or files"
+        hint = hint_of(unexpected[0], found)
         raise ValueError(f"{folder}: {unexpected[0]} is not of --mode {mode.name}{and_others(unexpected)}: {hint}")
     return list(dict(model.named_parameters()))
+
+
+def hint_of(name, found):
+    """What a stored weight {name: (shape, dtype name)} tells that the model has no place for."""
+    if "prefix_encoder." in name:
+        rows = found.get("transformer.prefix_encoder.embedding.weight", ((0,), ""))[0][0]
+        return f"it is a prefix encoder's, and config.json has no pre_seq_len: set it to {rows}"
+    return next((hint for part, hint in HINTS if part in name), "wrong --mode or files")
 
 
 def check_dtypes(folder, found):
@@ -330,7 +377,7 @@ def new_prefix(model, is_split):
 
 
 def stored_tensors(folder):
-    """(name, shape, rows) of all stored tensors, file after file; rows[a:b] is the tensor of these rows.
+    """(released name, shape, rows) of all stored tensors, file after file; rows[a:b] is the tensor of these rows.
 
     rows[a:b] is part of the mapped file, which is not read before it is used: copy it and let it go. Only a .bin file
     in the format of before torch 1.6 is read whole.
@@ -343,12 +390,12 @@ def stored_tensors(folder):
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():
                     rows = file.get_slice(name)
-                    yield name, tuple(rows.get_shape()), rows
+                    yield released_name(name), tuple(rows.get_shape()), rows
         else:
             state = read_bin(path)
             for name in list(state):
                 rows = state.pop(name)  # so that nothing of this file is held while the next one is read
-                yield name, tuple(rows.shape), rows
+                yield released_name(name), tuple(rows.shape), rows
 
 
 def put_whole(parameter, rows):

@@ -34,6 +34,7 @@ from arguments import (  # noqa: E402
 )
 from checkpoint import RUN_FILE, open_checkpoint, read_run  # noqa: E402
 from data_set import data_files, read_to_answer  # noqa: E402
+from foreign import foreign_kind, holds_adapter  # noqa: E402
 from lengths import settle_columns, settle_lengths  # noqa: E402
 from modes import MODES, read_json  # noqa: E402
 from predict import describe_cut_questions, output_row  # noqa: E402
@@ -119,10 +120,15 @@ def folder_problems(args):
             run = read_run(os.path.join(path, RUN_FILE))
         except ValueError as error:
             return [f"--model_path {error}"]
-    elif problems := model_problems(args, "--model_path", path):  # it also fills in args.mode
+    elif not holds_adapter(path) and (problems := model_problems(args, "--model_path", path)):  # fills in args.mode
         return problems
     mode = run.get("mode", args.mode)
-    if mode not in VLLM_MODES:
+    if not run:
+        try:
+            run = {"weights": foreign_kind(path)}
+        except ValueError as error:
+            return [f"--model_path {error}"]
+    if mode and mode not in VLLM_MODES:
         return [f"--model_path {path}: is of {mode}, and vLLM knows {' and '.join(VLLM_MODES)} only: use predict.py"]
     if run.get("weights") == "adapter":
         return [

@@ -31,9 +31,10 @@ SMI = "NVIDIA-SMI 550.1  Driver Version: 550.1  CUDA Version: 12.4"
 ZEROS = "base_model.model.transformer.encoder.layers.0.self_attention.query_key_value.lora_A.weight"
 
 
-def look(path, mode=None, full=False, facts=None):
+def look(path, mode=None, full=False, facts=None, base=None):
     """The lines of a folder."""
-    return list(doctor.folder_lines(str(path), argparse.Namespace(mode=mode, full=full), facts or doctor.Facts()))
+    args = argparse.Namespace(mode=mode, full=full, model_name_or_path=base)
+    return list(doctor.folder_lines(str(path), args, facts or doctor.Facts()))
 
 
 def text_of(lines, name):
@@ -127,8 +128,8 @@ def test_an_adapter(here):
     assert spoilt(look(folder, full=True), "lora_A", "not finite")
     save_file({**state, ZEROS: torch.zeros(1, 1)}, folder / "adapter_model.safetensors")
     assert spoilt(look(folder), "lora_A.weight has shape (1, 1), its r is 4")
-    change_json("adapter_config.json", use_rslora=True)(folder)
-    assert spoilt(look(folder), "use_rslora = True: train.py saves no such adapter")
+    change_json("adapter_config.json", use_dora=True)(folder)
+    assert spoilt(look(folder), "use_dora = True: DoRA also rescales the base's weights: copy the folder again")
     change_json("run.json", base_model="/gone/base")(folder)
     assert spoilt(look(folder), "base model /gone/base is not there")
     change_json("run.json", base_model="THUDM/chatglm3-6b", versions=["x"])(folder)

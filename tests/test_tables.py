@@ -21,11 +21,11 @@ LEVELS = [
     },
     {
         *("tuning", "data_set", "batches", "guard", "ds_config", "optimizer", "run_log", "weights", "metrics"),
-        *("bootstrap", "bases"),
+        *("bootstrap", "bases", "adapter_settings", "trained_weights", "foreign"),
     },
     {
         *("released_files", "progress", "checkpoint", "resume", "run_folder", "row_cache", "row_sets"),
-        *("report", "report_text", "round_trip"),
+        *("report", "report_text", "round_trip", "going_on"),
     },
     {"arguments", "train_arguments", "compare_plan", "lengths"},
     {
