@@ -1,6 +1,5 @@
 """What was trained on top of a base: weights of adapters and prefix encoders, read, checked and put onto the model."""
 
-import os
 import re
 
 from adapter_settings import PREFIX, lora_config

@@ -28,7 +28,7 @@ from compare_plan import read_plan
 from folders import last_named
 from talk import talk
 from test_readme import PARSERS
-from train_arguments import parse_train, train_parser
+from train_arguments import train_parser
 
 SCRIPTS = ("make_base", "make_data", "predict_vllm", "quickstart")
 COMMANDS = [*sorted(PARSERS), *(f"scripts/{name}.py" for name in SCRIPTS)]

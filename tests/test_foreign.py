@@ -52,7 +52,7 @@ def adapted(golden, folder, name="plain", change=None):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
     model.save_pretrained(folder)
-    change_json("adapter_config.json", base_model_name_or_path=golden.folder, **(change or {}))(folder)
+    change_json("adapter_config.json", **{"base_model_name_or_path": golden.folder, **(change or {})})(folder)
     return model
 
 

@@ -12,7 +12,7 @@ from conftest import GOLDEN_FOLDERS, ROOT, Golden
 from launching import check_done, free_port, run_command
 from refusing import change_json, drop, here  # noqa: F401, a fixture
 from safetensors.torch import load_file, save_file
-from test_foreign import CPU, adapted, official
+from test_foreign import CPU, adapted
 
 import resume
 from batches import collate
