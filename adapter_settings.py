@@ -8,6 +8,7 @@ import math
 import os
 import re
 
+from exits import UserError
 from modes import read_json
 from tuning import LORA_TARGETS, SETTINGS_FILE
 
@@ -103,27 +104,27 @@ def shown(value):
 
 
 def read_settings(folder, is_own=True):
-    """Values of a folder's adapter_config.json as far as they are plain; ValueError names what cannot be obeyed.
+    """Values of a folder's adapter_config.json as far as they are plain; UserError names what cannot be obeyed.
 
     Needs no library. is_own: train.py saved it, which decides what a message advises.
     """
     path, advice = os.path.join(folder, SETTINGS_FILE), OWN_ADVICE if is_own else ADVICE
     if not os.path.isfile(path):
-        raise ValueError(f"{path}: missing: {advice}")
+        raise UserError(f"{path}: missing: {advice}")
     values = {"r": 8, "lora_alpha": 8, **read_json(path)}
     kind = values.get("peft_type")
     if kind != "LORA":
         what = OTHER_TYPES.get(kind, "no kind of adapter that is known here") if isinstance(kind, str) else "no name"
         end = f": {advice}" if "merged" not in what else ""
-        raise ValueError(f"{path}: peft_type = {shown(kind)}: must be LORA; this is {what}{end}")
+        raise UserError(f"{path}: peft_type = {shown(kind)}: must be LORA; this is {what}{end}")
     for key, (is_good, rule) in OBEYED.items():
         if not is_good(values.get(key)):
-            raise ValueError(f"{path}: {key} = {shown(values.get(key))}: {rule}: {advice}")
+            raise UserError(f"{path}: {key} = {shown(values.get(key))}: {rule}: {advice}")
     return values
 
 
 def lora_config(folder, shapes, is_own=True, **changes):
-    """peft's LoraConfig of a saved adapter; ValueError names a setting, or a weight that does not fit the settings.
+    """peft's LoraConfig of a saved adapter; UserError names a setting, or a weight that does not fit the settings.
 
     shapes: {name: shape} of its weights, named as `stored_name` does. changes: other values than the file has.
     """
@@ -134,7 +135,7 @@ def lora_config(folder, shapes, is_own=True, **changes):
     for key, value in values.items():
         if key not in (*OBEYED, *FREE, "peft_type") and value and value != usual.get(key):
             reason = REASONS.get(key, "is not known here")
-            raise ValueError(f"{path}: {key} = {shown(value)}: {reason}: {advice}")
+            raise UserError(f"{path}: {key} = {shown(value)}: {reason}: {advice}")
     ranks = module_ranks(folder, shapes, values, advice)
     patterns, excluded = values.get("layers_pattern") or [], values.get("exclude_modules") or []
     patterns = [patterns] if isinstance(patterns, str) else patterns
@@ -160,19 +161,19 @@ def lora_config(folder, shapes, is_own=True, **changes):
 
 
 def module_ranks(folder, shapes, values, advice):
-    """{module: rank} by the weights; ValueError for a weight that is no matrix of a linear layer, or of another rank."""
+    """{module: rank} by the weights; UserError for a weight that is no matrix of a linear layer, or of another rank."""
     ranks, allowed = {}, {values["r"], *(values.get("rank_pattern") or {}).values()}
     for name, shape in shapes.items():
         match, said = MATRIX.fullmatch(name), f"{folder}: {name}"
         if not match or match[1].split(".")[-1] not in LORA_TARGETS:
             what = "an embedding" if "lora_embedding" in name else "a layer that adapters do not change here"
-            raise ValueError(f"{said} is of {what}: {advice}")
+            raise UserError(f"{said} is of {what}: {advice}")
         if 0 in shape:
-            raise ValueError(f"{said} is empty: it was saved under ZeRO-3 without its values: save it again there")
+            raise UserError(f"{said} is empty: it was saved under ZeRO-3 without its values: save it again there")
         if match[2] == "A":
             ranks[match[1]] = shape[0]
             if shape[0] not in allowed:
-                raise ValueError(f"{said} has shape {shape}, its r is {values['r']}: {advice}")
+                raise UserError(f"{said} has shape {shape}, its r is {values['r']}: {advice}")
     if not ranks:
-        raise ValueError(f"{folder}: no matrices of an adapter in it: {advice}")
+        raise UserError(f"{folder}: no matrices of an adapter in it: {advice}")
     return ranks

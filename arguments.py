@@ -7,6 +7,7 @@ import re
 
 from checkpoint import CHECKPOINT, RUN_FILE, no_checkpoint_problem
 from data_set import Columns, data_files
+from exits import UserError
 from foreign import has, holds_adapter
 from modes import MODES, possible_modes
 from report_words import LANGUAGES
@@ -114,7 +115,7 @@ def collect(function, *values, prefix=""):
     """The problem that a call raises, as a list."""
     try:
         function(*values)
-    except ValueError as error:
+    except UserError as error:
         return [f"{prefix}{error}"]
     return []
 
@@ -173,7 +174,7 @@ def folder_problems(args, flag, path):
         ]
     try:
         names = possible_modes(path)
-    except ValueError as error:
+    except UserError as error:
         return [f"{flag} {error}"]
     if args.mode is None:
         if len(names) != 1:

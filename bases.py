@@ -4,6 +4,7 @@ import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 
+from exits import UserError
 from weights import stored_tensors
 
 NUM_ROWS = 2  # of a matrix in the sample: each is a wait for the disk
@@ -52,7 +53,7 @@ def hash_of(parts):
 
 
 def require_own_base(opened, config):
-    """ValueError where the base under an adapter or a prefix encoder is not the one that it was trained on.
+    """UserError where the base under an adapter or a prefix encoder is not the one that it was trained on.
 
     opened: an `Opened` checkpoint. A run.json of before there were fingerprints does not tell.
     """
@@ -60,7 +61,7 @@ def require_own_base(opened, config):
     if opened.weights == "whole" or said is None:
         return
     if said != base_fingerprint(opened.base_folder, opened.mode, config):
-        raise ValueError(
+        raise UserError(
             f"{opened.folder}: was trained on {opened.run['base_model']}, and {opened.base_folder} holds other weights,"
             f" another precision or another config.json: {OTHER_BASE_FIX}"
         )

@@ -5,6 +5,7 @@ middle 95 % of these values. Two prediction sets over the same rows are compared
 row easy or hard for both cancels out.
 """
 
+from exits import UserError
 from metrics import columns_of, sums_of, values_of
 
 LEVEL = 95  # per cent of the resamples inside an interval
@@ -65,7 +66,7 @@ def differences(
     None stands for what has no value; `intervals` says where.
     """
     if len(rows_a) != len(rows_b):
-        raise ValueError(
+        raise UserError(
             f"rows_a and rows_b: {len(rows_a)} and {len(rows_b)}: a paired difference is of predictions for the same "
             "rows: pass two lists of the same length"
         )

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 from bases import base_name, require_own_base
+from exits import BadNumbers, UserError
 from file_kinds import BROUGHT_ELSE, explain
 from folders import file_entry, last_named, new_folder, numbered, require_space
 from foreign import foreign_file, foreign_kind, named_base
@@ -21,7 +22,7 @@ from released_files import (
 )
 from trained_weights import TRAINED_FILES, check_trained, prefix_settings, put_trained, trained_shapes
 from tuning import SETTINGS_FILE, TRAIN_TYPES
-from utils import BadNumbers, is_main, on_main
+from utils import is_main, on_main
 from weights import (
     bin_shapes,
     check_weights,
@@ -60,41 +61,41 @@ def resolve_folder(name, flag="--model_name_or_path"):
         return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{flag} {name}: cannot be fetched from the hub ({reason}): give a folder") from None
+        raise UserError(f"{flag} {name}: cannot be fetched from the hub ({reason}): give a folder") from None
 
 
 def read_config(folder, mode, changes=None):
-    """The family's configuration with changed settings; ValueError that names the file for values not supported."""
+    """The family's configuration with changed settings; UserError that names the file for values not supported."""
     if not os.path.isfile(os.path.join(folder, "config.json")):
-        raise ValueError(f"{folder}: no config.json in it: name a folder with a whole checkpoint")
+        raise UserError(f"{folder}: no config.json in it: name a folder with a whole checkpoint")
     try:
         return mode.config_class.from_pretrained(folder, **(changes or {}))
     except (TypeError, AttributeError, OSError) as error:
-        raise ValueError(f"{folder}/config.json: {error}") from None
+        raise UserError(f"{folder}/config.json: {error}") from None
     except ValueError as error:
-        raise ValueError(f"{folder}/{str(error).removeprefix('/')}") from None
+        raise UserError(f"{folder}/{str(error).removeprefix('/')}") from None
 
 
 def read_tokenizer(folder, mode, config):
-    """The family's tokenizer; ValueError where it is absent or has other ids than the configuration says."""
+    """The family's tokenizer; UserError where it is absent or has other ids than the configuration says."""
     vocab_name = mode.tokenizer_class.vocab_files_names["vocab_file"]
     if not os.path.isfile(os.path.join(folder, vocab_name)):
-        raise ValueError(f"{folder}/{vocab_name}: missing: copy it from the release (--mode {mode.name} needs it)")
+        raise UserError(f"{folder}/{vocab_name}: missing: copy it from the release (--mode {mode.name} needs it)")
     if said := explain(os.path.join(folder, vocab_name), BROUGHT_ELSE):
-        raise ValueError(f"{folder}/{vocab_name}: {said}")
+        raise UserError(f"{folder}/{vocab_name}: {said}")
     try:
         tokenizer = mode.tokenizer_class.from_pretrained(folder)
     except (TypeError, AttributeError, KeyError) as error:  # the library does not look at types before it uses them
-        raise ValueError(f"{folder}/tokenizer_config.json: {error}: copy it from the release") from None
+        raise UserError(f"{folder}/tokenizer_config.json: {error}: copy it from the release") from None
     if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{folder}: {vocab_name} has {tokenizer.vocab_size} ids but the model only {config.vocab_size}:"
             " the files are of different releases"
         )
     for name in ("bos_token_id", "eos_token_id", "gmask_token_id", "mask_token_id", "pad_token_id"):
         in_config, in_tokenizer = getattr(config, name, None), getattr(tokenizer, name, None)
         if None not in (in_config, in_tokenizer) and in_config != in_tokenizer:
-            raise ValueError(
+            raise UserError(
                 f"{folder}: {name} is {in_config} in config.json but {in_tokenizer} in {vocab_name}:"
                 " the files are of different releases (v1.0 and v1.1 of ChatGLM-6B have shifted ids)"
             )
@@ -147,7 +148,7 @@ def save_checkpoint(model, tokenizer, folder, train_type, run, zero3):
         if bad := on_main(lambda: finite_problem(state.items())):
             raise BadNumbers(f"{bad}: {folder} was not saved")
         on_main(lambda: write_checkpoint(model, tokenizer, folder, train_type, run, state))
-    except ValueError as error:  # the same on all ranks
+    except UserError as error:  # the same on all ranks
         return str(error)
     return None
 
@@ -246,22 +247,22 @@ class Opened:
         for key in ("pre_seq_len", "prefix_projection"):
             changes[key] = usual.get(key) if saved.get(key) is None else saved[key]
             if changes[key] is None:
-                raise ValueError(f"{path}: has no {key}, which the prefix encoder needs: copy the folder again")
+                raise UserError(f"{path}: has no {key}, which the prefix encoder needs: copy the folder again")
         if type(changes["pre_seq_len"]) is not int or changes["pre_seq_len"] < 1:
-            raise ValueError(f"{path}: pre_seq_len = {changes['pre_seq_len']!r}: must be a whole number, 1 or more")
+            raise UserError(f"{path}: pre_seq_len = {changes['pre_seq_len']!r}: must be a whole number, 1 or more")
         if type(changes["prefix_projection"]) is not bool:
-            raise ValueError(f"{path}: prefix_projection = {changes['prefix_projection']!r}: must be true or false")
+            raise UserError(f"{path}: prefix_projection = {changes['prefix_projection']!r}: must be true or false")
         return changes
 
     def tokenizer(self, config):
         """The tokenizer saved beside the weights, of other tools' adapters and prefix encoders the base's.
 
-        ValueError where it is another than that of the training.
+        UserError where it is another than that of the training.
         """
         tokenizer = read_tokenizer(self.folder if self.run else self.base_folder, self.mode, config)
         said = self.run.get("tokenizer_sha256")
         if said not in (None, file_entry(tokenizer.vocab_file)["sha256"]):
-            raise ValueError(
+            raise UserError(
                 f"{tokenizer.vocab_file}: is not the one that the run had (SHA-256), so its ids may mean other words:"
                 " copy the folder again"
             )
@@ -271,15 +272,15 @@ class Opened:
 def open_checkpoint(path, mode_name=None, base=None, flag="--model_path"):
     """Understand any folder that we save, a released one, one of another tool (foreign.py), or a hub name.
 
-    ValueError says what is wrong with it. mode_name: the family where the files do not tell. base: where the base model
+    UserError says what is wrong with it. mode_name: the family where the files do not tell. base: where the base model
     is now, if it has moved or the folder does not name it.
     """
     opened = look_into(path, base, flag)
     names = opened.modes
     if mode_name and mode_name not in names:
-        raise ValueError(f"--mode {mode_name}: {path} is of {' or '.join(names) or 'no family known here'}: change it")
+        raise UserError(f"--mode {mode_name}: {path} is of {' or '.join(names) or 'no family known here'}: change it")
     if not mode_name and len(names) != 1:
-        raise ValueError(f"--mode: {path} can be {' or '.join(names) or 'no family known here'}: give --mode")
+        raise UserError(f"--mode: {path} can be {' or '.join(names) or 'no family known here'}: give --mode")
     opened.mode = MODES[mode_name or names[0]]
     return opened
 
@@ -292,11 +293,11 @@ def look_into(path, base=None, flag="--model_path"):
     weights = run["weights"] if run else foreign_kind(folder)
     if weights == "whole":
         if base:
-            raise ValueError(f"--model_name_or_path {base}: {path} holds whole weights, which need no base: remove it")
+            raise UserError(f"--model_name_or_path {base}: {path} holds whole weights, which need no base: remove it")
         return Opened(folder, None, folder, weights, run)
     file = TRAINED_FILES[weights][0] if run else foreign_file(folder, weights)
     if not os.path.isfile(os.path.join(folder, file)):
-        raise ValueError(f"{folder}/{file}: missing, but run.json says it is there: copy the folder again")
+        raise UserError(f"{folder}/{file}: missing, but run.json says it is there: copy the folder again")
     name = base or (run["base_model"] if run else named_base(folder, weights))
     said_by = run_path if run else os.path.join(folder, SETTINGS_FILE)
     said = f"--model_name_or_path {name}" if base else f"{said_by}: base model {name}"
@@ -305,14 +306,14 @@ def look_into(path, base=None, flag="--model_path"):
 
 
 def read_run(path):
-    """A run.json with what loading needs; ValueError names what is not in it."""
+    """A run.json with what loading needs; UserError names what is not in it."""
     run = read_json(path)
     known = {"mode": list(MODES), "weights": sorted({train_type.weights for train_type in TRAIN_TYPES.values()})}
     for key, choices in known.items():
         if run.get(key) not in choices:
-            raise ValueError(f"{path}: {key} is {run.get(key)!r}: it must be one of {', '.join(choices)}")
+            raise UserError(f"{path}: {key} is {run.get(key)!r}: it must be one of {', '.join(choices)}")
     if run["weights"] != "whole" and not isinstance(run.get("base_model"), str):
-        raise ValueError(f"{path}: base_model is {run.get('base_model')!r}: it must name the base checkpoint")
+        raise UserError(f"{path}: base_model is {run.get('base_model')!r}: it must name the base checkpoint")
     return run
 
 
@@ -341,7 +342,7 @@ def weights_kind(folder):
     """What a checkpoint's run.json calls its weights; '' where it cannot be read."""
     try:
         return read_run(os.path.join(folder, RUN_FILE))["weights"]
-    except ValueError:
+    except UserError:
         return ""
 
 
@@ -352,20 +353,20 @@ def resolve_base(name, said, is_given, mode_name=None):
     """
     if not os.path.isdir(name) and (os.path.isabs(name) or os.path.exists(name)):
         if is_given:
-            raise ValueError(f"{said}: no such folder: give the base model's folder")
-        raise ValueError(f"{said} is not there: {BASE_FIX}")
+            raise UserError(f"{said}: no such folder: give the base model's folder")
+        raise UserError(f"{said} is not there: {BASE_FIX}")
     try:
         folder = resolve_folder(name, said.removesuffix(f" {name}"))
-    except ValueError as error:
+    except UserError as error:
         if is_given:
             raise
-        raise ValueError(f"{str(error).removesuffix('give a folder')}{BASE_FIX}") from None
+        raise UserError(f"{str(error).removesuffix('give a folder')}{BASE_FIX}") from None
     weight_files(folder)
     if not os.path.isfile(os.path.join(folder, "config.json")):
-        raise ValueError(f"{folder}: no config.json in it: name the base model's folder")
+        raise UserError(f"{folder}: no config.json in it: name the base model's folder")
     modes = possible_modes(folder)
     if mode_name and mode_name not in modes:
-        raise ValueError(
+        raise UserError(
             f"{said} is of {' or '.join(modes) or 'no family known here'}, but the run is of {mode_name}:"
             " give the model that was fine-tuned"
         )
@@ -382,7 +383,7 @@ def load_base_and_trained(opened, config, dtype, device, allow_other_base=False)
 
 
 def check_opened(opened, config, allow_other_base=False):
-    """Do the files of a checkpoint and of its base belong together and to the family? ValueError says what does not."""
+    """Do the files of a checkpoint and of its base belong together and to the family? UserError says what does not."""
     check_weights(opened.base_folder, opened.mode, config, new_prefix=opened.weights == "prefix")
     if not allow_other_base:
         require_own_base(opened, config)

@@ -41,6 +41,7 @@ from compare_plan import (
 from data_set import data_files
 from doctor import memory, output_of
 from ds_config import find_ds_file, is_own_file
+from exits import EXIT_LEFT, UserError
 from folders import numbered
 from lengths import window_problem
 from metrics import METRICS, metrics_of
@@ -53,7 +54,7 @@ from steps import StepFailed, Steps, newest_checkpoint, run_words
 from tasks import find_task
 from train_arguments import train_parser
 from tuning import TRAIN_TYPES
-from utils import EXIT_LEFT, fail, visible
+from utils import fail, visible
 from weights import check_weights
 
 ROOT = Path(__file__).resolve().parent
@@ -79,7 +80,7 @@ def main(argv, run_words=run_words):
     plan, problems = None, []
     try:
         plan, problems = read_plan(args.config)
-    except ValueError as error:
+    except UserError as error:
         problems = [str(error)]
     if plan:
         names = {name for method in plan.methods for name in (method.name, method.family)}

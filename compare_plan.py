@@ -12,6 +12,7 @@ import yaml
 
 from arguments import MAX_NAME, path, predict_parser, sampling_problems
 from data_set import data_files
+from exits import UserError
 from lengths import RUN_FLAGS
 from modes import MODES
 from tasks import TASKS
@@ -158,24 +159,24 @@ def refused(rule, mark):
 
 
 def read_yaml(path):
-    """The mapping in a YAML file; ValueError that names the line otherwise."""
+    """The mapping in a YAML file; UserError that names the line otherwise."""
     try:
         with open(path, "rb") as file:
             content = file.read(MOST_BYTES + 1)
         text = content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}): name a YAML file") from None
+        raise UserError(f"{path}: cannot be read ({error}): name a YAML file") from None
     if len(content) > MOST_BYTES:
-        raise ValueError(f"{path}: is larger than {MOST_BYTES:,} bytes: name the YAML file of a comparison")
+        raise UserError(f"{path}: is larger than {MOST_BYTES:,} bytes: name the YAML file of a comparison")
     try:
         values = yaml.load(text, Loader)
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ValueError(f"{path}{line}: not YAML ({show(error.problem, 200)}): mend this line") from None
+        raise UserError(f"{path}{line}: not YAML ({show(error.problem, 200)}): mend this line") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two: an escape of no character
-        raise ValueError(f"{path}: not YAML ({show(error, 200)}): mend it") from None
+        raise UserError(f"{path}: not YAML ({show(error, 200)}): mend it") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: is {name_type(values)}: write keys with values, such as base: ChatGLM3-6B")
+        raise UserError(f"{path}: is {name_type(values)}: write keys with values, such as base: ChatGLM3-6B")
     return values
 
 
@@ -245,13 +246,13 @@ def value_problems(values):
         try:
             paths = as_list(values[key])
             if not all(isinstance(path, str) for path in paths):
-                raise ValueError("a path is no text: put it in quotes")
+                raise UserError("a path is no text: put it in quotes")
             data_files(paths)
-        except ValueError as error:
+        except UserError as error:
             problems.append(f"{key} {error}")
     try:
         if "base_command" in values and not shlex.split(values["base_command"]):
-            raise ValueError("it is empty")
+            raise UserError("it is empty")
     except ValueError as error:  # quotes that are not closed, too
         problems.append(f"base_command {show(values['base_command'])}: is no command line ({error}): mend it")
     seeds = values.get("seeds", [0])
@@ -341,14 +342,14 @@ def train_flag_problems(plan, method):
     """What train.py would say of a method's command line before it reads a weight."""
     try:
         found = train_problems(*train_args(plan, method))
-    except ValueError as error:
+    except UserError as error:
         return [str(error)]
     # A base that a command will make cannot be looked at yet.
     return [p for p in found if not (plan.base_command and not has_base(plan) and p.startswith("--model_name_or_path"))]
 
 
 def train_args(plan, method):
-    """(args of train.py for a method, names of the flags that are given); ValueError for a flag that it refuses."""
+    """(args of train.py for a method, names of the flags that are given); UserError for a flag that it refuses."""
     parser = strict(train_parser())
     words = train_words(plan, method, plan.seeds[0], os.path.join("output", "not-there-yet"))
     return parser.parse_args(words), parser.typed(words)
@@ -358,7 +359,7 @@ def predict_flag_problems(plan):
     """What predict.py would say of its command line; the ranges of numbers it says itself, at the base's rows."""
     try:
         return sampling_problems(*predict_args(plan, plan.train_flags))
-    except ValueError as error:
+    except UserError as error:
         return [str(error)]
 
 
@@ -370,10 +371,10 @@ def predict_args(plan, train_flags):
 
 
 def strict(parser):
-    """The parser, raising ValueError where it would end the program."""
+    """The parser, raising UserError where it would end the program."""
 
     def error(message):
-        raise ValueError(f"{message}: see python {parser.prog} --help")
+        raise UserError(f"{message}: see python {parser.prog} --help")
 
     parser.error = error
     return parser
@@ -411,18 +412,18 @@ def answer_flags(plan, train_flags):
 
 
 def flag_words(parser, flags):
-    """{flag: value} as words: true and false switch a flag that takes no value; ValueError where it is neither."""
+    """{flag: value} as words: true and false switch a flag that takes no value; UserError where it is neither."""
     actions = {action.dest: action for action in parser._actions}
     words = []
     for flag, value in flags.items():
         if actions[flag].nargs == 0:
             if not isinstance(value, bool):
-                raise ValueError(f"--{flag} {show(value)}: is on or off: give true or false")
+                raise UserError(f"--{flag} {show(value)}: is on or off: give true or false")
             words += [f"--{flag}"] if value else []
         elif isinstance(value, dict) or value is None or any(isinstance(part, (dict, list)) for part in as_list(value)):
-            raise ValueError(f"--{flag} {show(value)}: is {name_type(value)}: give a text or a number")
+            raise UserError(f"--{flag} {show(value)}: is {name_type(value)}: give a text or a number")
         elif isinstance(value, list) and actions[flag].nargs is None:
-            raise ValueError(f"--{flag} {show(value)}: takes one value: give one, or write the list as a grid")
+            raise UserError(f"--{flag} {show(value)}: takes one value: give one, or write the list as a grid")
         else:
             words += [f"--{flag}", *map(as_text, as_list(value))]
     return words

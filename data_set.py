@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import file_kinds
+from exits import UserError
 from row_checks import Columns, Notes, Number, check_row, wrapped  # noqa: F401, Columns belong to reading
 
 BOM = b"\xef\xbb\xbf"
@@ -35,12 +36,12 @@ def data_files(paths):
             inside = [file for file in inside if os.path.isfile(file)]
             if not inside:
                 found = "; ".join(files_left([path])) or "put rows there or name a file"
-                raise ValueError(f"{path}: no *.json or *.jsonl file in this folder: {found}")
+                raise UserError(f"{path}: no *.json or *.jsonl file in this folder: {found}")
             files += inside
         elif os.path.isfile(path):
             files.append(path)
         else:
-            raise ValueError(f"{path}: no such file or folder: check the path")
+            raise UserError(f"{path}: no such file or folder: check the path")
     return files
 
 
@@ -69,7 +70,7 @@ class Part(NamedTuple):
 
     path: str
     is_array: bool
-    items: Iterable  # (number, bytes); the last may be (0, the ValueError that ended the reading)
+    items: Iterable  # (number, bytes); the last may be (0, the UserError that ended the reading)
 
 
 def place_of(path, is_array, number):
@@ -93,7 +94,7 @@ def read_file(path):
     with open_rows(path) as file:
         head = file.read(4096).removeprefix(BOM).lstrip()
     if what := file_kinds.explain(path):
-        raise ValueError(f"{path}: {what}")
+        raise UserError(f"{path}: {what}")
     if head.startswith(b"["):
         return Part(path, True, read_array(path))
     return Part(path, False, read_objects(path) if spans_lines(path) else read_lines(path))
@@ -133,11 +134,11 @@ def read_lines(path):
 
 
 def open_rows(path):
-    """The file's bytes; ValueError where it may not be read."""
+    """The file's bytes; UserError where it may not be read."""
     try:
         return open(path, "rb")
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}): check its permissions") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}): check its permissions") from None
 
 
 class KeyTwice(ValueError):
@@ -169,7 +170,7 @@ def parse_line(text, place):
         reason, at = f"Extra data at column {end + 1}", end
     except KeyTwice as error:
         key = repr(str(error)[:60])
-        raise ValueError(f"{place}: field {key} stands twice: a row has a field once: remove one of them") from None
+        raise UserError(f"{place}: field {key} stands twice: a row has a field once: remove one of them") from None
     except json.JSONDecodeError as error:
         reason, at = f"{error.msg.removesuffix(' at')} at column {error.colno}", error.pos
     except (ValueError, RecursionError) as error:  # thousands of brackets
@@ -177,7 +178,7 @@ def parse_line(text, place):
     fix = advice(text, at) or "mend or remove it"
     if at >= len(text.rstrip()):
         fix = "mend it, or write each row in one line (jq -c . FILE > rows.jsonl)"
-    raise ValueError(f"{place}: {text.strip()[:60]!r}: not a JSON object ({reason}): {fix}")
+    raise UserError(f"{place}: {text.strip()[:60]!r}: not a JSON object ({reason}): {fix}")
 
 
 def advice(text, at):
@@ -269,7 +270,7 @@ class JsonText:
             except (ValueError, RecursionError) as caught:
                 where = f"in the value that begins at line {self.line_of(self.at)}"
                 reason = f"not a JSON {self.what} ({caught} {where}): give rows of plain strings"
-                raise ValueError(f"{self.path}: {reason}") from None
+                raise UserError(f"{self.path}: {reason}") from None
             # Where the piece ends inside a value, the value looks broken: read on and look again, each time at twice
             # as much, so that a long row is not looked at too often.
             rest = len(self.text) - self.at
@@ -292,7 +293,7 @@ class JsonText:
     def error(self, message, position):
         """The error for a character that JSON does not allow where it stands."""
         fix = advice(self.text, position) or "mend this line"
-        return ValueError(f"{self.path}:{self.line_of(position)}: not a JSON {self.what} ({message}): {fix}")
+        return UserError(f"{self.path}:{self.line_of(position)}: not a JSON {self.what} ({message}): {fix}")
 
     def not_utf_8(self):
         """The error for bytes that are not UTF-8; the file is read again, in pieces, to find their line."""
@@ -311,7 +312,7 @@ class JsonText:
 
 
 def decode_line(line, place):
-    """UTF-8 text of bytes; ValueError with the place otherwise."""
+    """UTF-8 text of bytes; UserError with the place otherwise."""
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -321,11 +322,11 @@ def decode_line(line, place):
 def not_utf_8(place, error, column=0):
     """The error for bytes that are not UTF-8; `column` is the place in the line of the first that were decoded."""
     reason = f"{error.reason} at byte {column + error.start} of the line"
-    return ValueError(f"{place}: not UTF-8 ({reason}): save the file as UTF-8")
+    return UserError(f"{place}: not UTF-8 ({reason}): save the file as UTF-8")
 
 
 def read_rows(paths, columns, need_response=True, bad_rows=None, notes=None):
-    """Yield {"query", "answer", "place", "joint"} of every row, see `check_row`; ValueError for the first that is bad.
+    """Yield {"query", "answer", "place", "joint"} of every row, see `check_row`; UserError for the first that is bad.
 
     A row is an object with string fields; the answer must not be empty where it is needed. bad_rows: a list for the
     messages of what is not a row, which is then left out. notes: Notes that are filled while rows are read.
@@ -354,7 +355,7 @@ def read_row(paths, columns, place):
 
 def no_row(paths):
     """The error for files without rows."""
-    return ValueError(f"{' '.join(paths)}: no row in it: give at least one")
+    return UserError(f"{' '.join(paths)}: no row in it: give at least one")
 
 
 def check_items(part, columns, need_response=True, bad_rows=None, notes=None):
@@ -371,18 +372,18 @@ def check_items(part, columns, need_response=True, bad_rows=None, notes=None):
         bad_rows.append(str(error))
 
     for number, item in part.items:
-        if isinstance(item, ValueError):
+        if isinstance(item, UserError):
             raise item
         try:
             values = parse_item(item, place_of(part.path, part.is_array, number))
-        except ValueError as error:
+        except UserError as error:
             leave_out(error)
             continue
         for position, value in enumerate(values):
             place = place_of(part.path, part.is_array, number_of(number, position))
             try:
                 row = check_row(value, place, columns, need_response, notes)
-            except ValueError as error:
+            except UserError as error:
                 leave_out(error)
                 continue
             yield number_of(number, position), row
@@ -393,7 +394,7 @@ def parse_item(item, place):
     if len(item) > MAX_ROW:
         if key := wrapping_key(item[:4096].decode("utf-8", "ignore")):
             raise wrapped(place, key)
-        raise ValueError(
+        raise UserError(
             f"{place}: a row of more than {MAX_ROW:,} bytes: give each row a line of its own, or shorten it"
         )
     text = decode_line(item, place)

@@ -37,6 +37,7 @@ from arguments import columns_of, parse_doctor, place_problem
 from bases import require_own_base
 from checkpoint import RUN_FILE, look_into, open_checkpoint
 from data_set import read_rows
+from exits import UserError
 from folders import MANIFEST, PARTIAL, REPLACED, size_text, verify
 from modes import read_json
 from optimizer import cpu_adam_problem
@@ -66,8 +67,8 @@ def attempt(name, function, *values):
         return OK, name, function(*values)
     except Exception as error:  # broken files and libraries fail in many ways, and telling is what we are here for
         text = " ".join(str(error).split())[:400]
-        # Our own messages are ValueErrors written for users.
-        return BAD, name, text if type(error) is ValueError else f"{type(error).__name__}: {text}"
+        # Our own messages are UserErrors written for users.
+        return BAD, name, text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 
 @contextlib.contextmanager
@@ -416,7 +417,7 @@ def open_folder(path, args):
     found = look_into(path, args.model_name_or_path, flag="folder")
     names = [args.mode] if args.mode else found.modes
     if not names:
-        raise ValueError(f"{found.base_folder}/config.json: of no family known here: name a ChatGLM checkpoint")
+        raise UserError(f"{found.base_folder}/config.json: of no family known here: name a ChatGLM checkpoint")
     opened = open_checkpoint(path, names[0], args.model_name_or_path, flag="folder")
     return opened, opened.config(), names
 
@@ -465,7 +466,7 @@ def row_lines(path, args):
     """How the answers of --train_path come back from a folder's tokenizer; reads no weights."""
     is_checkpoint = {RUN_FILE, "config.json"} & set(os.listdir(path) if os.path.isdir(path) else [])
     if not is_checkpoint and not holds_adapter(path):
-        raise ValueError(f"{path}: has no tokenizer: name a checkpoint for --train_path")
+        raise UserError(f"{path}: has no tokenizer: name a checkpoint for --train_path")
     opened, config, _ = open_folder(path, args)
     rows = read_rows(args.train_path, columns_of(args))
     found = send_through(rows, opened.tokenizer(config), opened.mode.prompt)
@@ -506,13 +507,13 @@ def trained_text(opened, config, counts):
 
 
 def finite_text(opened):
-    """Every value, read once; ValueError for one that is not finite."""
+    """Every value, read once; UserError for one that is not finite."""
     problems = {opened.base_folder: base_problem(opened.base_folder)}
     if opened.weights != "whole":
         problems[opened.folder] = weights.finite_problem(trained_tensors(opened).items())
     for folder, problem in problems.items():
         if problem:
-            raise ValueError(f"{folder}: {problem}: download it again, or use an earlier checkpoint")
+            raise UserError(f"{folder}: {problem}: download it again, or use an earlier checkpoint")
     return "all are finite"
 
 

@@ -4,6 +4,7 @@ import difflib
 import json
 import os
 
+from exits import UserError
 from modes import read_json
 from optimizer import ADAM
 
@@ -22,12 +23,12 @@ CONFIG_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config
 
 
 def find_ds_file(name):
-    """Path of `--ds_file`: as given, or inside configs/. ValueError where neither exists."""
+    """Path of `--ds_file`: as given, or inside configs/. UserError where neither exists."""
     for path in (name, os.path.join(CONFIG_FOLDER, name)):
         if os.path.isfile(path):
             return path
     known = ", ".join(sorted(name for name in os.listdir(CONFIG_FOLDER) if name.startswith("ds_")))
-    raise ValueError(f"--ds_file {name}: no such file here or in configs/: use one of {known} or give a path")
+    raise UserError(f"--ds_file {name}: no such file here or in configs/: use one of {known} or give a path")
 
 
 def is_own_file(path):
@@ -41,29 +42,29 @@ def what_counts(config):
 
 
 def read_ds_file(name):
-    """The JSON object of `--ds_file`; ValueError that names file and fault."""
+    """The JSON object of `--ds_file`; UserError that names file and fault."""
     config = read_json(find_ds_file(name))
     for key in config:
         if key not in NAMES and not key.startswith("_"):  # a comment
             near = difflib.get_close_matches(key, NAMES, 1)
             fix = f"use {INSTEAD[key]}" if key in INSTEAD else f"did you mean {near[0]}?" if near else "remove it"
-            raise ValueError(f"--ds_file {name}: {key}: does nothing in this training: {fix}")
+            raise UserError(f"--ds_file {name}: {key}: does nothing in this training: {fix}")
     for path in (
         "zero_optimization",
         "zero_optimization.offload_optimizer",
         "zero_optimization.offload_param",
     ) + SECTIONS:
         if not isinstance(value_at(config, path, {}), dict):
-            raise ValueError(f"--ds_file {name}: {path} is {value_at(config, path)!r}: it must be a section {{...}}")
+            raise UserError(f"--ds_file {name}: {path} is {value_at(config, path)!r}: it must be a section {{...}}")
     for path in ("bf16.enabled", "fp16.enabled"):
         if value_at(config, path) not in (True, False, "auto"):
-            raise ValueError(f'--ds_file {name}: {path} is {value_at(config, path)!r}: use true, false or "auto"')
+            raise UserError(f'--ds_file {name}: {path} is {value_at(config, path)!r}: use true, false or "auto"')
     steps = config.get("steps_per_print", 1)
     if type(steps) is not int or steps < 1:
-        raise ValueError(f"--ds_file {name}: steps_per_print is {steps!r}: it must be a whole number of at least 1")
+        raise UserError(f"--ds_file {name}: steps_per_print is {steps!r}: it must be a whole number of at least 1")
     stage = config.get("zero_optimization", {}).get("stage")
     if stage not in (2, 3):
-        raise ValueError(f"--ds_file {name}: zero_optimization.stage is {stage}: use 2 or 3")
+        raise UserError(f"--ds_file {name}: zero_optimization.stage is {stage}: use 2 or 3")
     return config
 
 

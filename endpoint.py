@@ -12,6 +12,7 @@ import threading
 from urllib.parse import urljoin, urlsplit
 
 from arguments import API_KEY_ENV
+from exits import UserError
 from score import problem
 
 USAGE = ("prompt_tokens", "completion_tokens")
@@ -121,7 +122,7 @@ def read_content(response) -> bytes:
 
 
 class Endpoint:
-    """Asks the model of --model at --base_url; ValueError, one line, for what does not pass."""
+    """Asks the model of --model at --base_url; UserError, one line, for what does not pass."""
 
     def __init__(self, args):
         import openai
@@ -160,7 +161,7 @@ class Endpoint:
         return reasons, found, usage
 
     def ask(self, messages: list[dict], place: str) -> tuple[str, dict]:
-        """(text, usage) of the model's reply; ValueError if there is none."""
+        """(text, usage) of the model's reply; UserError if there is none."""
         create, settings = self.client.chat.completions.with_raw_response.create, self.settings
         try:
             content = create(model=self.args.model, messages=messages, **settings).text
@@ -179,7 +180,7 @@ class Endpoint:
             rule = f"the answer to {place} is no chat completion ({self.cut(content)})"
             raise problem("--base_url", self.url, rule, "the address usually ends in /v1") from None
 
-    def explain(self, error, place: str) -> ValueError:
+    def explain(self, error, place: str) -> UserError:
         """The line for an error of the endpoint or of the way to it."""
         status = getattr(error, "status_code", None)
         if status is None:
@@ -197,7 +198,7 @@ class Endpoint:
         fix = {404: f"check the address and --model {self.args.model}", 400: "change what it does not take"}
         return problem("--base_url", self.url, rule, fix.get(status, LATER))
 
-    def explain_redirect(self, status: int, location: str, place: str) -> ValueError:
+    def explain_redirect(self, status: int, location: str, place: str) -> UserError:
         """The line for an answer that sends the rows elsewhere. location: the header, "" without one."""
         try:
             parts = urlsplit(urljoin(f"{self.url.rstrip('/')}{PATH}", location))

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 
-EXIT_STOPPED, EXIT_UNREAD = 130, 141  # Ctrl-C, and a pipe whose reader has gone, as shells count them
+from exits import EXIT_STOPPED, EXIT_UNREAD, UserError
 
 
 def program():
@@ -71,7 +71,7 @@ def listen_as_before(handlers):
 
 
 def run(main):
-    """Run `main(argv)` and end with the exit code that it returns; ValueError is the user's error."""
+    """Run `main(argv)` and end with the exit code that it returns; UserError is the user's error."""
     prepare_streams()
     try:
         try:
@@ -84,7 +84,7 @@ def run(main):
         sys.exit(EXIT_UNREAD)
     except KeyboardInterrupt as interrupt:
         stopped(interrupt)
-    except ValueError as error:
+    except UserError as error:
         from utils import fail
 
         fail(" ".join(str(error).split()))

@@ -11,6 +11,8 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+from exits import UserError
+
 MANIFEST = "manifest.json"
 PARTIAL, REPLACED = ".partial", ".replaced"  # endings of a folder that is being written, and of one on its way out
 HASH_THREADS = 4
@@ -148,7 +150,7 @@ def is_whole(folder, full=True):
 def hold(folder):
     """Keep a folder for this process until it ends; one that is not there needs no lock.
 
-    ValueError where another process holds it, HOLD_SECONDS long. Does nothing on file systems without locks of folders.
+    UserError where another process holds it, HOLD_SECONDS long. Does nothing on file systems without locks of folders.
     """
     folder = os.path.realpath(folder)
     if folder in held or not os.path.isdir(folder):
@@ -160,7 +162,7 @@ def hold(folder):
         except BlockingIOError:
             if time.monotonic() > end:
                 os.close(handle)
-                raise ValueError(
+                raise UserError(
                     f"--output_dir {folder}: another run writes into it: choose another folder, or end that run first"
                 ) from None
             if not told:
@@ -223,14 +225,14 @@ def keep_newest(saved, pattern, limit):
 
 
 def require_space(path, num_bytes, what):
-    """ValueError where `num_bytes` more do not fit on the disk of `path`, which need not exist yet."""
+    """UserError where `num_bytes` more do not fit on the disk of `path`, which need not exist yet."""
     place = os.path.abspath(path)
     while not os.path.exists(place):
         place = os.path.dirname(place)
     free = shutil.disk_usage(place).free
     if free < num_bytes:
         need, have = size_text(num_bytes), size_text(free)
-        raise ValueError(f"{path}: {what} takes about {need}, {have} are free: make room or use another disk")
+        raise UserError(f"{path}: {what} takes about {need}, {have} are free: make room or use another disk")
 
 
 def size_text(num_bytes):

@@ -6,6 +6,7 @@ They have no run.json. Of the files in them only those named here are opened, so
 import os
 
 from adapter_settings import read_settings
+from exits import UserError
 from modes import read_json
 from trained_weights import PREFIX_ENCODER, TRAINED_FILES, stored_name
 from tuning import PREFIX_FILE, SETTINGS_FILE
@@ -26,10 +27,10 @@ def holds_adapter(folder):
 
 
 def foreign_kind(folder):
-    """"adapter", "prefix" or "whole": what a folder without a run.json holds. ValueError where it could be two."""
+    """"adapter", "prefix" or "whole": what a folder without a run.json holds. UserError where it could be two."""
     if holds_adapter(folder):
         if has(folder, *WHOLE):
-            raise ValueError(
+            raise UserError(
                 f"{folder}: holds an adapter ({SETTINGS_FILE}) and whole weights: move one of them to a folder of its own"
             )
         return "adapter"
@@ -47,23 +48,23 @@ def foreign_file(folder, kind):
     for name in TRAINED_FILES[kind]:
         if has(folder, name):
             return name
-    raise ValueError(f"{folder}: no weights in it (none of {', '.join(TRAINED_FILES[kind])}): copy the folder again")
+    raise UserError(f"{folder}: no weights in it (none of {', '.join(TRAINED_FILES[kind])}): copy the folder again")
 
 
 def named_base(folder, kind):
-    """What a folder says its base is: a folder, taken from where the command runs, or a hub name. ValueError without.
+    """What a folder says its base is: a folder, taken from where the command runs, or a hub name. UserError without.
 
     Settings that cannot be obeyed are said first: no base helps there.
     """
     if kind == "prefix":
-        raise ValueError(
+        raise UserError(
             f"{folder}: holds a prefix encoder, which does not say what its base is: name it with --model_name_or_path"
         )
     read_settings(folder, is_own=False)
     path = os.path.join(folder, SETTINGS_FILE)
     name = read_json(path).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
-        raise ValueError(f"{path}: base_model_name_or_path is {name!r}: {NO_BASE_FIX}")
+        raise UserError(f"{path}: base_model_name_or_path is {name!r}: {NO_BASE_FIX}")
     return os.path.expanduser(name)
 
 

@@ -21,6 +21,7 @@ from bases import known_bases
 from bootstrap import weighted_mean
 from checkpoint import load_opened, open_checkpoint
 from data_set import Columns, Notes, check_items, data_files, encode_row, read_file
+from exits import UserError
 from metrics import fold
 from modes import read_json
 from predict import Answerer, make_batches
@@ -40,7 +41,7 @@ def main(argv):
     prepare_environment(args.device)
     opened = open_checkpoint(args.model_path, args.mode, base=args.model_name_or_path)
     if args.allow_other_base and opened.weights == "whole" and not args.before:
-        raise ValueError(f"--allow_other_base: {args.model_path} holds whole weights, which need no base: remove it")
+        raise UserError(f"--allow_other_base: {args.model_path} holds whole weights, which need no base: remove it")
     config = opened.config()
     require_room(suite, opened.tokenizer(config), opened.mode.prompt, config, args)
     device = choose_device(args.device)
@@ -113,7 +114,7 @@ def read_suite(path, notes=None):
         for _, row in check_items(read_file(file), SUITE_COLUMNS, notes=notes):
             rows.append({**row, **check_scoring(row, row["place"])})
     if not rows:
-        raise ValueError(f"{path}: no row in it: give at least one")
+        raise UserError(f"{path}: no row in it: give at least one")
     return rows
 
 
@@ -121,16 +122,16 @@ def check_scoring(row, place):
     """The fields of a row that say how its answer is scored, checked."""
     category, check, accept = row.get("category"), row.get("check"), row.get("accept", [])
     if not isinstance(category, str) or not category.strip():
-        raise ValueError(f"{place}: field 'category': must be a string that is not empty")
+        raise UserError(f"{place}: field 'category': must be a string that is not empty")
     if check not in list(CHECKS):
-        raise ValueError(f"{place}: field 'check': must be one of {', '.join(CHECKS)}")
+        raise UserError(f"{place}: field 'check': must be one of {', '.join(CHECKS)}")
     lists = accept if check == "all" else [accept]
     is_right = isinstance(lists, list) and all(is_list_of_texts(texts) for texts in lists)
     if not is_right or (check in ("all", "contains") and not (lists and all(lists))):
         kind = "lists of strings" if check == "all" else "strings"
-        raise ValueError(f"{place}: field 'accept': check {check} takes a list of {kind}, none of them empty")
+        raise UserError(f"{place}: field 'accept': check {check} takes a list of {kind}, none of them empty")
     if check == "number" and last_number(row["answer"]) is None:
-        raise ValueError(f"{place}: field 'output' holds no number, which check number needs: add one")
+        raise UserError(f"{place}: field 'output' holds no number, which check number needs: add one")
     return {"category": category, "check": check, "accept": accept}
 
 
@@ -216,7 +217,7 @@ def measure_losses(model, tokenizer, prompt, suite, args):
         for n, (loss_sum, num_tokens) in zip(numbers, row_losses(model, batch)):
             row = suite[n]
             if not math.isfinite(loss_sum):
-                raise ValueError(
+                raise UserError(
                     f"{args.model_path}: the loss of {row['place']} is {loss_sum}: python doctor.py --full"
                 )
             rows[n] = {"index": n, "category": row["category"], "query": row["query"], "output": row["answer"]}
@@ -225,7 +226,7 @@ def measure_losses(model, tokenizer, prompt, suite, args):
 
 
 def require_room(suite, tokenizer, prompt, config, args):
-    """ValueError for a row that does not fit the model's window with its reference or with an answer.
+    """UserError for a row that does not fit the model's window with its reference or with an answer.
 
     Questions are never cut, whatever the training did: models that cut in different places could not be compared.
     """
@@ -235,7 +236,7 @@ def require_room(suite, tokenizer, prompt, config, args):
         lengths |= {} if args.no_generate else {"--max_new_tokens": args.max_new_tokens}
         what = max(lengths, key=lengths.get)
         if length + lengths[what] > config.window:
-            raise ValueError(
+            raise UserError(
                 f"{row['place']}: {length} tokens of the question and {lengths[what]} of {what}: the model's window is"
                 f" {config.window} tokens, and no question is cut here: shorten the row or its answer"
             )
@@ -301,7 +302,7 @@ def differences(after, before, path):
     for new, old in zip(after, before, strict=True):
         if new["num_tokens"] != old["num_tokens"]:
             counts = f"row {new['index']} has {old['num_tokens']} supervised tokens there, {new['num_tokens']} here"
-            raise ValueError(f"--before {path}: {counts}: compare models that have the same tokenizer")
+            raise UserError(f"--before {path}: {counts}: compare models that have the same tokenizer")
 
     def compare(pairs):
         loss = paired_difference([pair["loss"] for pair in pairs], [pair["num_tokens"] for pair in pairs])
@@ -318,7 +319,7 @@ def differences(after, before, path):
 
 
 def read_before(path):
-    """A result of an earlier run; ValueError where it is not one."""
+    """A result of an earlier run; UserError where it is not one."""
     result = read_json(path)
     try:
         summary(result["rows"])
@@ -326,7 +327,7 @@ def read_before(path):
     except (KeyError, TypeError, IndexError, ZeroDivisionError):
         is_result = False
     if not is_result:
-        raise ValueError(f"{path}: is not a result of forgetting.py: name what its --output_path wrote")
+        raise UserError(f"{path}: is not a result of forgetting.py: name what its --output_path wrote")
     return result
 
 
@@ -338,20 +339,20 @@ def rescore(rows, suite):
 
 
 def require_comparable(before, now, path):
-    """ValueError where a difference could come from something else than the weights."""
+    """UserError where a difference could come from something else than the weights."""
     if before["suite"]["sha256"] != now["suite"]["sha256"]:
-        raise ValueError(f"--before {path}: is of another suite than {now['suite']['path']}: measure that model again")
+        raise UserError(f"--before {path}: is of another suite than {now['suite']['path']}: measure that model again")
     for key in ("mode", "precision", "max_new_tokens"):
         is_off = key == "max_new_tokens" and None in (before[key], now[key])  # then only losses are compared
         if before[key] != now[key] and not is_off:
-            raise ValueError(f"--before {path}: {key} is {before[key]} there, {now[key]} here: use the same for both")
+            raise UserError(f"--before {path}: {key} is {before[key]} there, {now[key]} here: use the same for both")
 
 
 def require_same_base(before, trained_from, args):
-    """ValueError where the model was trained from another one than that of --before, as far as both are known."""
+    """UserError where the model was trained from another one than that of --before, as far as both are known."""
     bases = before.get("bases")
     if trained_from and isinstance(bases, list) and trained_from not in bases:
-        raise ValueError(
+        raise UserError(
             f"--before {args.before}: is of {before['model']}, and {args.model_path} was trained from another base"
             " (other weights, another precision or another config.json): measure its own, or add --allow_other_base"
         )
@@ -400,7 +401,7 @@ def save(result, path):
         write_json(result, path + ".partial")
         os.replace(path + ".partial", path)
     except OSError as error:
-        raise ValueError(f"--output_path {path}: cannot be written ({error.strerror}): choose another place") from None
+        raise UserError(f"--output_path {path}: cannot be written ({error.strerror}): choose another place") from None
     finally:
         if os.path.exists(path + ".partial"):
             os.remove(path + ".partial")

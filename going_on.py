@@ -6,6 +6,7 @@ import os
 from adapter_settings import MATRIX, read_settings, shown
 from bases import OTHER_BASE_FIX
 from checkpoint import BASE_FIX, RUN_FILE, check_opened, open_checkpoint, read_run
+from exits import UserError
 from folders import file_entry
 from foreign import NO_BASE_FIX, has, holds_adapter
 from modes import read_json
@@ -22,7 +23,7 @@ FREE_FLAG = "lora_dropout"  # of the training alone: the function of an adapter 
 
 
 def kind_to_go_on_from(path):
-    """"adapter" or "prefix" where --model_name_or_path is the folder of one, else None. ValueError for a bad run.json."""
+    """"adapter" or "prefix" where --model_name_or_path is the folder of one, else None. UserError for a bad run.json."""
     if has(path, RUN_FILE):
         weights = read_run(os.path.join(path, RUN_FILE))["weights"]
         return weights if weights in NAMES else None
@@ -46,7 +47,7 @@ def take_over(args, typed):
         if args.train_type not in fitting:
             return [wrong_type(args, kind, fitting)]
         values = adapter_flags(path, bool(run)) if kind == "adapter" else prefix_flags(path)
-    except ValueError as error:
+    except UserError as error:
         return [f"--model_name_or_path {error}"]
     problems = []
     for flag, value in values.items():
@@ -84,7 +85,7 @@ def adapter_flags(folder, is_own):
     values = read_settings(folder, is_own)
     dropout, targets = values.get("lora_dropout") or 0.0, values["target_modules"]
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
-        raise ValueError(f"{folder}/{SETTINGS_FILE}: lora_dropout = {dropout!r}: must be 0 or more and below 1")
+        raise UserError(f"{folder}/{SETTINGS_FILE}: lora_dropout = {dropout!r}: must be 0 or more and below 1")
     names = LORA_TARGETS if targets == "all-linear" else targets
     names = shown(names) if isinstance(names, str) else ",".join(sorted({name.split(".")[-1] for name in names}))
     return {
@@ -104,7 +105,7 @@ def prefix_flags(folder):
 def open_start(args):
     """The adapter or the prefix encoder that the run goes on from, opened; None where it begins with a base.
 
-    From here on --model_name_or_path is the base, in run.json too, and flags say what the weights are. ValueError as
+    From here on --model_name_or_path is the base, in run.json too, and flags say what the weights are. UserError as
     `open_checkpoint`.
     """
     if not getattr(args, "continued_from", None):
@@ -122,14 +123,14 @@ def open_start(args):
 
 @contextlib.contextmanager
 def fixes_of_train():
-    """In train.py the flag of the base names what it goes on from: a ValueError gets a fix that is possible there."""
+    """In train.py the flag of the base names what it goes on from: a UserError gets a fix that is possible there."""
     try:
         yield
-    except ValueError as error:
+    except UserError as error:
         text = str(error)
         for usual, fix in FIXES.items():
             text = text.replace(usual, fix)
-        raise ValueError(text) from None
+        raise UserError(text) from None
 
 
 def check_start(start, config):

@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 
 from batches import collate, to_device
-from utils import BadNumbers, world_size
+from exits import BadNumbers
+from utils import world_size
 
 MAX_SKIPPED = 16  # updates left out one after another; fp16's loss scale has gone from 2**16 to 1 by then
 SPIKE_AFTER = 20  # updates before the usual loss is known

@@ -176,7 +176,7 @@ def report_path(output_path: str) -> Path:
 
 
 def read_report(output_path: str) -> dict:
-    """The report that the next one will replace, {} where there is none; ValueError for a file of another kind."""
+    """The report that the next one will replace, {} where there is none; UserError for a file of another kind."""
     path = report_path(output_path)
     if not os.path.lexists(path):
         return {}

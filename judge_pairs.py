@@ -86,7 +86,7 @@ DEFINITIONS = {
 
 
 def read_pairs(candidate_path: str, baseline_path: str) -> dict[int, tuple[Answer, Answer]]:
-    """(candidate, baseline) of each row; ValueError where the two files do not answer the same questions."""
+    """(candidate, baseline) of each row; UserError where the two files do not answer the same questions."""
     candidate, baseline = read_answers("--predictions", candidate_path), read_answers("--baseline", baseline_path)
     fix = "predict both files from the same rows"
     for mine, other, path in ((candidate, baseline, baseline_path), (baseline, candidate, candidate_path)):

@@ -41,7 +41,7 @@ def digest(*values) -> str:
 
 
 def read_bytes(flag: str, path: str) -> bytes:
-    """A whole file; ValueError where it cannot be read."""
+    """A whole file; UserError where it cannot be read."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -49,7 +49,7 @@ def read_bytes(flag: str, path: str) -> bytes:
 
 
 def read_answers(flag: str, path: str) -> dict[int, Answer]:
-    """The rows of a prediction file by "index", or by their place where they have none; ValueError for a bad row."""
+    """The rows of a prediction file by "index", or by their place where they have none; UserError for a bad row."""
     answers, fix = {}, "write the file with predict.py"
     for number, line in enumerate(read_bytes(flag, path).removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():

@@ -4,6 +4,7 @@ import os
 
 from arguments import LEAST_SRC_LEN, columns_of
 from checkpoint import RUN_FILE, read_run
+from exits import UserError
 
 # {flag: (its value where neither the command line nor the run gives one, is a run's value good, rule)}
 RUN_FLAGS = {
@@ -20,7 +21,7 @@ RUN_FLAGS = {
 def take_from_run(args, names):
     """Fill in the flags of these names that were left out: the run's own, else the usual ones.
 
-    Returns lines that say what of the run's is not the usual. ValueError for a run.json with values that cannot be.
+    Returns lines that say what of the run's is not the usual. UserError for a run.json with values that cannot be.
     """
     path, notes = os.path.join(args.model_path, RUN_FILE), []
     flags = read_run(path).get("flags") if os.path.isfile(path) else None
@@ -30,7 +31,7 @@ def take_from_run(args, names):
         usual, is_good, rule = RUN_FLAGS[name]
         value = flags.get(name, usual) if isinstance(flags, dict) else usual
         if not is_good(value):
-            raise ValueError(f"{path}: flags.{name} is {value!r}: {rule}: give --{name}")
+            raise UserError(f"{path}: flags.{name} is {value!r}: {rule}: give --{name}")
         setattr(args, name, value)
         if value != usual:
             notes.append(f"--{name} {value}, from run.json of the model")
@@ -46,7 +47,7 @@ def settle_columns(args):
 def settle_lengths(args, config, prompt):
     """Fill in --max_src_len: the run's own, else the usual one, lowered where the window is too small for it.
 
-    Returns lines that say so. ValueError where --max_src_len was given and does not fit with --max_new_tokens, or where
+    Returns lines that say so. UserError where --max_src_len was given and does not fit with --max_new_tokens, or where
     these leave nothing of a question.
     """
     is_given = args.max_src_len is not None
@@ -56,7 +57,7 @@ def settle_lengths(args, config, prompt):
         return notes
     room = config.window - prompt.RESERVED - args.max_new_tokens
     if is_given or room < LEAST_SRC_LEN:
-        raise ValueError(problem)
+        raise UserError(problem)
     args.max_src_len = room
     return [f"--max_src_len {room}: more does not fit, with --max_new_tokens, the model's window of {config.window}"]
 

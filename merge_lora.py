@@ -13,6 +13,7 @@ import os
 from arguments import merge_parser, model_problems, place_problem
 from bases import base_fingerprint
 from checkpoint import RUN_FILE, load_base_and_trained, no_checkpoint_problem, open_checkpoint, read_run
+from exits import UserError
 from folders import last_named, new_folder
 from foreign import foreign_kind, not_mergeable
 from released_files import copy_companions, save_config
@@ -62,30 +63,30 @@ def main(argv):
 
 
 def check_arguments(args, output_dir):
-    """ValueError where --model_dir is no adapter, or the merged model cannot be written."""
+    """UserError where --model_dir is no adapter, or the merged model cannot be written."""
     folder = args.model_dir
     run_path = os.path.join(folder, RUN_FILE)
     if os.path.isfile(run_path):
         kind = read_run(run_path)["weights"]
     elif problem := no_checkpoint_problem("--model_dir", folder, "adapter"):
-        raise ValueError(problem)
+        raise UserError(problem)
     elif os.path.isdir(folder):
         kind = foreign_kind(folder)
     else:
         [problem] = model_problems(args, "--model_dir", folder) or [None]
         if problem:
-            raise ValueError(problem)
+            raise UserError(problem)
         kind = "adapter"  # a hub name
     if problem := not_mergeable("--model_dir", folder, kind):
-        raise ValueError(problem)
+        raise UserError(problem)
     if os.path.exists(output_dir):
-        raise ValueError(f"--output_dir {output_dir}: exists: choose a new folder")
+        raise UserError(f"--output_dir {output_dir}: exists: choose a new folder")
     if problem := place_problem("--output_dir", output_dir):
-        raise ValueError(problem)
+        raise UserError(problem)
 
 
 def compare(base_logits, adapter_logits, merged_logits, rounded_logits):
-    """Largest differences of logits on the sample; ValueError where the merged model answers differently."""
+    """Largest differences of logits on the sample; UserError where the merged model answers differently."""
     check = {
         "max_difference": (merged_logits - adapter_logits).abs().max().item(),
         "max_difference_saved": (rounded_logits - adapter_logits).abs().max().item(),
@@ -94,7 +95,7 @@ def compare(base_logits, adapter_logits, merged_logits, rounded_logits):
         "sample": SAMPLE,
     }
     if not check["max_difference"] <= TOLERANCE * max(1.0, check["max_logit"]):
-        raise ValueError(f"merged logits differ from the adapter's by {check['max_difference']}: nothing was saved")
+        raise UserError(f"merged logits differ from the adapter's by {check['max_difference']}: nothing was saved")
     return check
 
 

@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 
+from exits import UserError
 from file_kinds import BROUGHT_ELSE, explain
 
 
@@ -102,12 +103,12 @@ def possible_modes(folder):
     """Names of the modes that a checkpoint folder can be, the likeliest alone where its files name it.
 
     ChatGLM2 and ChatGLM3 have the same weights and keys; then the released name inside the files decides, and without
-    one both are possible. ValueError for a family that is known and not supported.
+    one both are possible. UserError for a family that is known and not supported.
     """
     config_path = os.path.join(folder, "config.json")
     config = read_json(config_path)
     if other := other_family(folder, config):
-        raise ValueError(
+        raise UserError(
             f"{config_path}: is of {other}, which is not supported by this toolkit: use ChatGLM-6B, ChatGLM2-6B or"
             " ChatGLM3-6B"
         )
@@ -124,14 +125,14 @@ def possible_modes(folder):
 
 
 def read_json(path):
-    """A JSON object from a file; ValueError that names the file otherwise."""
+    """A JSON object from a file; UserError that names the file otherwise."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             value = json.load(file)
     except (OSError, ValueError, RecursionError) as error:
         if os.path.isfile(path) and (said := explain(path, BROUGHT_ELSE)):
-            raise ValueError(f"{path}: {said}") from None
-        raise ValueError(f"{path}: cannot be read as JSON ({error}): give a complete file") from None
+            raise UserError(f"{path}: {said}") from None
+        raise UserError(f"{path}: cannot be read as JSON ({error}): give a complete file") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: is a {type(value).__name__}, not a JSON object")
+        raise UserError(f"{path}: is a {type(value).__name__}, not a JSON object")
     return value

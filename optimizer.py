@@ -3,6 +3,8 @@
 import math
 import shutil
 
+from exits import UserError
+
 ADAM = {"betas": [0.9, 0.95], "eps": 1e-8}  # what no flag changes
 
 
@@ -43,7 +45,7 @@ def choose_adam(wanted, offload, device):
         if problem is None:
             return True, "DeepSpeed CPU AdamW"
         if wanted == "deepspeed_cpu":
-            raise ValueError(f"--optimizer deepspeed_cpu: {problem}: use --optimizer torch")
+            raise UserError(f"--optimizer deepspeed_cpu: {problem}: use --optimizer torch")
         return False, f"torch AdamW on the CPU, slower than DeepSpeed's ({problem})"
     return False, "torch AdamW"
 

@@ -20,6 +20,7 @@ import time
 from arguments import parse_predict
 from checkpoint import load_opened, open_checkpoint
 from data_set import read_to_answer
+from exits import UserError
 from lengths import settle_columns, settle_lengths
 from talk import talk
 from utils import (
@@ -50,7 +51,7 @@ def main(argv):
     prepare_environment(args.device)
     opened = open_checkpoint(args.model_path, args.mode, base=args.model_name_or_path)
     if args.allow_other_base and opened.weights == "whole":
-        raise ValueError(f"--allow_other_base: {args.model_path} holds whole weights, which need no base: remove it")
+        raise UserError(f"--allow_other_base: {args.model_path} holds whole weights, which need no base: remove it")
     notes += settle_lengths(args, opened.config(), opened.mode.prompt)
     device = choose_device(args.device)
     precision = choose_precision(args.precision, device)
@@ -220,7 +221,7 @@ def take_up(path, key, overwrite):
     keys, lines = read_parts(path)
     others = [part for part, found in keys.items() if found not in (None, key)]
     if others and not overwrite:
-        raise ValueError(
+        raise UserError(
             f"{others[0]}: answers of an interrupted run with another model, rows, flags or precision: give"
             " --overwrite to drop them, or another --output_path"
         )

@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 
+from exits import UserError
 from plots import can_draw, draw_cost, draw_losses, draw_quality
 from report_text import facts, main_table, metrics_table, notes, ranked, title_of, verdict, words_of
 from report_words import ENGLISH
@@ -73,7 +74,7 @@ dt { color: #5b6570; max-width: 14rem; overflow-wrap: anywhere; } dd { margin: 0
 
 
 def read_results(folder):
-    """The figures of the report in a folder, {} where there is none; ValueError for a folder with something else."""
+    """The figures of the report in a folder, {} where there is none; UserError for a folder with something else."""
     if not os.path.isdir(folder) or not os.listdir(folder):
         return {}
     try:
@@ -82,7 +83,7 @@ def read_results(folder):
             return results
     except (OSError, ValueError, AttributeError, RecursionError):
         pass
-    raise ValueError(f"{folder}: the report goes there, and it holds something else: remove or rename it")
+    raise UserError(f"{folder}: the report goes there, and it holds something else: remove or rename it")
 
 
 def write_report(results, folder):

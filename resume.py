@@ -20,6 +20,7 @@ from dataclasses import asdict
 import folders
 from checkpoint import CHECKPOINT
 from ds_config import what_counts
+from exits import BadNumbers, UserError
 from folders import (
     MANIFEST,
     PARTIAL,
@@ -34,7 +35,7 @@ from folders import (
 from going_on import start_hashes
 from modes import read_json
 from progress import Progress
-from utils import BadNumbers, is_main, on_main, world_size
+from utils import is_main, on_main, world_size
 from weights import finite_problem, weight_files, write_json
 
 STATE = r"state-step-(\d+)"
@@ -62,7 +63,7 @@ def safe_classes():
 
 
 def load_tensors(path, map_location="cpu"):
-    """torch.load of a state's file, which may hold nothing that runs; ValueError otherwise."""
+    """torch.load of a state's file, which may hold nothing that runs; UserError otherwise."""
     import torch
 
     try:
@@ -70,9 +71,9 @@ def load_tensors(path, map_location="cpu"):
             return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         reason = "holds more than tensors: it is not read, since that could run code of others"
-        raise ValueError(f"--resume: {path}: {reason} ({str(error).splitlines()[0][:80]}): do not use it") from None
+        raise UserError(f"--resume: {path}: {reason} ({str(error).splitlines()[0][:80]}): do not use it") from None
     except Exception as error:  # bytes that are no tensors make the reader fail in many ways
-        raise ValueError(f"--resume: {path}: cannot be read ({type(error).__name__}): use another state") from None
+        raise UserError(f"--resume: {path}: cannot be read ({type(error).__name__}): use another state") from None
 
 
 def state_files(folder):
@@ -191,7 +192,7 @@ def state_bytes(num_trained, dtype):
 def write_state(engine, folder, num_bytes):
     """Write the files of a state beside its name, not yet flushed: {relative path: bytes}. Collective.
 
-    num_bytes: about what it will take. ValueError, on every rank, where the disk is full: all is as it was before.
+    num_bytes: about what it will take. UserError, on every rank, where the disk is full: all is as it was before.
     BadNumbers where a value is not finite.
     """
     import torch.distributed as dist
@@ -215,7 +216,7 @@ def write_state(engine, folder, num_bytes):
         if problem:
             if is_main():
                 shutil.rmtree(scratch, ignore_errors=True)
-            raise problem if isinstance(problem, BadNumbers) else ValueError(problem)
+            raise problem if isinstance(problem, BadNumbers) else UserError(problem)
     return {name: size for _, written in found for name, size in written.items()}
 
 
@@ -241,7 +242,7 @@ def close_state(folder, info, sizes):
 def choose_state(args, current, split):
     """(folder, state.json) of the state that `--resume` means, checked against this run; (None, None): begin anew.
 
-    current: the run's `fingerprint`. ValueError names what differs. For the first process.
+    current: the run's `fingerprint`. UserError names what differs. For the first process.
     """
     hold(args.output_dir)
     remove_leftovers(args.output_dir, f"({STATE}(-universal)?|{CHECKPOINT}|best)")
@@ -263,12 +264,12 @@ def choose_state(args, current, split):
 
 
 def check_own_folder(output_dir, current):
-    """May a run begin anew where no state is? ValueError where the folder has checkpoints of another run."""
+    """May a run begin anew where no state is? UserError where the folder has checkpoints of another run."""
     kept = numbered(output_dir, CHECKPOINT)
     path = os.path.join(output_dir, FINGERPRINT_FILE)
     lines = differences(read_json(path), current) if os.path.isfile(path) else ["it does not say what its flags were"]
     if kept and lines:
-        raise ValueError(
+        raise UserError(
             f"--resume auto: {output_dir} has {kept[0]} of another run ({'; '.join(lines)}) and no whole state: choose"
             " a new --output_dir, so that no run is lost"
         )
@@ -277,11 +278,11 @@ def check_own_folder(output_dir, current):
 def find_state(resume, output_dir):
     """(folder of the state to resume from or None, lines that say what was skipped) for `--resume`.
 
-    auto: the newest whole state in output_dir. ValueError where a named state is not whole.
+    auto: the newest whole state in output_dir. UserError where a named state is not whole.
     """
     if resume != "auto":
         if problems := verify(resume) or missing_manifest(resume):
-            raise ValueError(f"--resume {resume}: {problems[0]}: use an older state, or --resume auto")
+            raise UserError(f"--resume {resume}: {problems[0]}: use an older state, or --resume auto")
         return resume, []
     skipped = []
     for name in numbered(output_dir, STATE):
@@ -306,16 +307,16 @@ def read_info(folder):
     kinds = {"progress": dict, "fingerprint": dict, "split": list, "world_size": int}
     for key, kind in kinds.items():
         if not isinstance(info.get(key), kind):
-            raise ValueError(f"--resume: {path}: {key} is {info.get(key)!r}: use another state")
+            raise UserError(f"--resume: {path}: {key} is {info.get(key)!r}: use another state")
     split, progress = info["split"], info["progress"]
     if len(split) != 3 or any(type(number) is not int or number < 1 for number in split):
-        raise ValueError(f"--resume: {path}: split is {split!r}, not three numbers: use another state")
+        raise UserError(f"--resume: {path}: split is {split!r}, not three numbers: use another state")
     new = {"step": 0, **asdict(Progress())}
     unlike = [name for name in progress if name not in new or not is_like(progress[name], new[name])]
     unlike += [name for name in ("step", "usual_loss") if name not in progress]
     if unlike:
         value = progress.get(unlike[0], "missing")
-        raise ValueError(f"--resume: {path}: progress.{unlike[0]} is {value!r}: use another state")
+        raise UserError(f"--resume: {path}: progress.{unlike[0]} is {value!r}: use another state")
     return info
 
 
@@ -379,19 +380,19 @@ def differences(saved, current):
 
 
 def check_same_run(folder, info, current, split):
-    """Is this the run that saved the state? ValueError names what differs. Returns notes on why bits may differ.
+    """Is this the run that saved the state? UserError names what differs. Returns notes on why bits may differ.
 
     split: (micro-batch, accumulation, processes). Another split is fine where an update has as many rows.
     """
     if lines := differences(info["fingerprint"], current):
-        raise ValueError(
+        raise UserError(
             f"--resume {folder}: {'; '.join(lines)}: resume with what the run began with, or start anew in another"
             " --output_dir"
         )
     old, new = info["split"], list(split)
     sizes = [parts[0] * parts[1] * parts[2] for parts in (old, new)]
     if sizes[0] != sizes[1]:
-        raise ValueError(
+        raise UserError(
             f"--resume {folder}: an update had {sizes[0]} rows ({' x '.join(map(str, old))}: micro-batch, accumulation,"
             f" processes), now it has {sizes[1]} ({' x '.join(map(str, new))}): change --gradient_accumulation_steps"
             f" so that it is {sizes[0]}"
@@ -429,7 +430,7 @@ def convert(state):
         process = subprocess.run(command, capture_output=True, text=True)
         if process.returncode:
             reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
-            raise ValueError(
+            raise UserError(
                 f"--resume {state}: DeepSpeed cannot convert it to {world_size()} processes ({reason}): start as many"
                 " as before"
             )
@@ -456,11 +457,11 @@ def load_state(engine, state, info, seed):
         if world_size() > 1:
             time.sleep(DEAD_SECONDS)
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ValueError(
+        raise UserError(
             f"--resume {state}: its parts are not those of this run ({reason}): use another state"
         ) from error
     if path is None:
-        raise ValueError(f"--resume {state}: DeepSpeed finds nothing in it: use another state")
+        raise UserError(f"--resume {state}: DeepSpeed finds nothing in it: use another state")
     if not is_same_world:
         mend_converted(engine, decays)
         torch.manual_seed(seed + info["progress"]["step"] * world_size() + dist.get_rank())

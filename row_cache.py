@@ -30,6 +30,7 @@ from data_set import (
     place_of,
     read_file,
 )
+from exits import UserError
 from modes import Mode
 from utils import is_main, print_rank_0
 
@@ -140,7 +141,7 @@ def read_batches(files):
                     items = []
                     batch = [(file, whole._replace(items=items))]
                     num_items, num_bytes = 0, 0
-        except ValueError as error:
+        except UserError as error:
             batch.append((file, Part(path, False, [(0, error)])))
             break
     if batch:
@@ -162,7 +163,7 @@ def encode_in_pool(batches, encoding, num_proc):
         while results:
             yield results.popleft().result()
     except concurrent.futures.process.BrokenProcessPool:
-        raise ValueError(
+        raise UserError(
             f"--num_proc {num_proc}: a process that encoded rows was ended from outside, perhaps for want of memory:"
             " start again with fewer"
         ) from None
@@ -245,7 +246,7 @@ class EncodedRows:
         except (OSError, ValueError):
             is_whole = False
         if not is_whole:  # the machine went down before the disk had it all
-            raise ValueError(f"{folder}: encoded rows are damaged: remove this folder, they will be encoded again")
+            raise UserError(f"{folder}: encoded rows are damaged: remove this folder, they will be encoded again")
 
     def __len__(self):
         return len(self.num_unlabelled)
@@ -308,7 +309,7 @@ def encode_to_folder(folder, paths, encoding, num_proc):
                 if not os.path.isdir(folder):
                     raise
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{parent}: encoded rows cannot be kept there ({error.strerror}):"
             " set HF_DATASETS_CACHE to a folder that you may write, with room"
         ) from None
@@ -355,11 +356,11 @@ def write_rows(folder, paths, encoding, num_proc):
     if not num_rows and counts["bad_rows"]:
         first = read_bad_rows(folder, files)[0]
         left = f"--skip_bad_rows left no row of {counts['bad_rows']:,}"
-        raise ValueError(f"{' '.join(paths)}: {left}, the first of them is {first}")
+        raise UserError(f"{' '.join(paths)}: {left}, the first of them is {first}")
     if not num_rows:
         raise no_row(paths)
     if not counts["rows"]:
-        raise ValueError(
+        raise UserError(
             f"{' '.join(paths)}: --is_skip left no row of {counts['skipped']}: raise --max_len or --max_src_len"
         )
     with open(os.path.join(folder, "counts.json"), "w", encoding="utf-8") as file:
@@ -403,7 +404,7 @@ def heartbeat(path):
 
 
 def wait_for_rows(folder):
-    """Wait until another process has made the folder; ValueError where its heart has stopped.
+    """Wait until another process has made the folder; UserError where its heart has stopped.
 
     A heart beats where the file's time changes while this process looks: clocks of hosts may differ, and the file of
     a killed run may lie there. A process that failed with an error is silent, too: the launcher ends this one then.
@@ -418,7 +419,7 @@ def wait_for_rows(folder):
         if beat != last_beat:
             last_beat, last_change = beat, time.monotonic()
         if time.monotonic() - last_change > SILENT_SECONDS:
-            raise ValueError(
+            raise UserError(
                 f"{path}: not touched for {SILENT_SECONDS} s: the process of this host that encodes the rows"
                 " (LOCAL_RANK 0) has ended or hangs: look for its message and start again"
             )

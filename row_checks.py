@@ -5,6 +5,7 @@ import json
 import re
 from dataclasses import dataclass, field
 
+from exits import UserError
 from utils import visible
 
 MOST_NAMES = 20  # fields that are not used, by name; more are counted
@@ -106,21 +107,21 @@ def json_type(value):
 
 
 def check_row(row, place, columns, need_response, notes):
-    """One checked row, {"query", "answer", "place", "joint"}, and what `columns.others` names; ValueError otherwise.
+    """One checked row, {"query", "answer", "place", "joint"}, and what `columns.others` names; UserError otherwise.
 
     joint: characters of the query that are the instruction's, 0 where there is nothing to join. notes: counts it.
     """
     if not isinstance(row, dict):
-        raise ValueError(f"{place}: {json_type(row)}, not an object: a row is {{...}} with string fields")
+        raise UserError(f"{place}: {json_type(row)}, not an object: a row is {{...}} with string fields")
     if others := row.keys() - columns.used:
         check_fields(row, place, columns)
     texts = [text_of(row, name, place, may_lack=name == "input" and not columns.prompt) for name in columns.sources]
     query = "".join(text or "" for text in texts)
     answer = text_of(row, columns.response, place, may_lack=not need_response)
     if not query.strip():
-        raise ValueError(f"{place}: {' and '.join(columns.sources)} empty: a row needs a question")
+        raise UserError(f"{place}: {' and '.join(columns.sources)} empty: a row needs a question")
     if need_response and not answer.strip():
-        raise ValueError(f"{place}: field {columns.response!r} is empty: a row needs an answer to learn")
+        raise UserError(f"{place}: field {columns.response!r} is empty: a row needs an answer to learn")
     notes.rows += 1
     notes.numbers += [type(row.get(name)) for name in (*columns.sources, columns.response)].count(Number)
     joint = len(texts[0]) if all(texts) and len(texts) == 2 else 0
@@ -139,9 +140,9 @@ def check_fields(row, place, columns):
     """Does the object hold rows, files or what only other tools understand instead of a question and an answer?"""
     for name, why in MEANINGFUL.items():
         if name in row and name not in columns.used and not is_empty(row[name]):
-            raise ValueError(f"{place}: field {name!r} would be ignored: it holds {why}")
+            raise UserError(f"{place}: field {name!r} would be ignored: it holds {why}")
     if row and all(isinstance(value, dict) and DATA_SET_KEYS & value.keys() for value in row.values()):
-        raise ValueError(f"{place}: a list of data sets (dataset_info.json): name the files with the rows themselves")
+        raise UserError(f"{place}: a list of data sets (dataset_info.json): name the files with the rows themselves")
     if not set(columns.sources) & row.keys():
         for name, value in row.items():
             if isinstance(value, list) and value and isinstance(value[0], dict):
@@ -151,7 +152,7 @@ def check_fields(row, place, columns):
 def wrapped(place, name):
     """The error for an object around the rows."""
     key = f".{name}" if re.fullmatch(r"[A-Za-z_]\w{0,60}", name, re.ASCII) else f"'.[{json.dumps(name[:60])}]'"
-    return ValueError(
+    return UserError(
         f"{place}: one object with the rows under {name[:60]!r}: give the list itself (jq {key} FILE > rows.json)"
     )
 
@@ -167,18 +168,18 @@ def text_of(row, name, place, may_lack):
     if may_lack and value is None:
         return None
     if name not in row:
-        raise ValueError(
+        raise UserError(
             f"{place}: no field {name!r} (it has {', '.join(map(repr, row))[:200] or 'none'}):"
             " add it, or name yours with --prompt_column and --response_column"
         )
     if not isinstance(value, str):
-        raise ValueError(f"{place}: field {name!r} is {json_type(value)}: it must be a string or a number")
+        raise UserError(f"{place}: field {name!r} is {json_type(value)}: it must be a string or a number")
     try:
         encoded = value.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError(f"{place}: field {name!r} holds half a surrogate pair: it must be valid text") from None
+        raise UserError(f"{place}: field {name!r} holds half a surrogate pair: it must be valid text") from None
     if 0 in encoded:
-        raise ValueError(f"{place}: field {name!r} holds a NUL character: it must be text: remove it")
+        raise UserError(f"{place}: field {name!r} holds a NUL character: it must be text: remove it")
     return str(value)
 
 

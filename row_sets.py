@@ -2,6 +2,8 @@
 
 import numpy
 
+from exits import UserError
+
 
 class RowSet:
     """Rows of several EncodedRows, as one: parts is a list of (EncodedRows, numbers of its rows)."""
@@ -47,7 +49,7 @@ def hold_out(rows, ratio, seed):
     order = numpy.random.default_rng([seed, 1]).permutation(len(rows))
     num_held_out = max(1, round(ratio * len(rows)))
     if num_held_out >= len(rows):
-        raise ValueError(f"--eval_ratio {ratio}: leaves none of {len(rows)} rows to train on: use a smaller one")
+        raise UserError(f"--eval_ratio {ratio}: leaves none of {len(rows)} rows to train on: use a smaller one")
     held_out, kept = numpy.sort(order[:num_held_out]), numpy.sort(order[num_held_out:])
     return RowSet([(rows, kept)]), RowSet([(rows, held_out)])
 

@@ -6,6 +6,7 @@ import threading
 from dataclasses import asdict
 
 from checkpoint import CHECKPOINT, RUN_FILE, describe_run, read_run, save_checkpoint
+from exits import UserError
 from folders import is_whole, keep_newest, new_folder, numbered
 from resume import FREE_FLAGS, STATE, close_state, state_bytes, write_state
 from run_log import read_records
@@ -57,7 +58,7 @@ class RunFolder:
                         shutil.copytree(source, scratch, dirs_exist_ok=True)
                     return
                 reason = f"the weights of step {step} of this run are not in {source}"
-            except (OSError, ValueError) as error:
+            except (OSError, UserError) as error:
                 reason = getattr(error, "strerror", None) or error
             print(f"note: {path} is not there before an evaluation is better than that of step {step}: {reason}")
 
@@ -79,7 +80,7 @@ class RunFolder:
         num_bytes = state_bytes(self.trained, next(self.engine.module.parameters()).dtype)
         try:
             sizes = write_state(self.engine, path, num_bytes)
-        except ValueError as error:
+        except UserError as error:
             self.problem = str(error)
             self.log.saved(progress.step, path, self.problem)
             return

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 
+from exits import UserError
 from guard import name_rows
 from plots import picture
 from utils import is_main, print_rank_0
@@ -109,7 +110,7 @@ class RunLog:
             self.events = JsonLines(os.path.join(output_dir, "events.jsonl"), step)
             self.writer = SummaryWriter(os.path.join(output_dir, "tensorboard"), purge_step=step + 1 if step else None)
         except OSError as error:
-            raise ValueError(f"--output_dir {output_dir}: cannot be written ({error.strerror}): make room") from None
+            raise UserError(f"--output_dir {output_dir}: cannot be written ({error.strerror}): make room") from None
         if self.log.records:
             self.started -= self.log.records[-1]["seconds"]
         # A log file gets a line now and then instead of ten a second.

@@ -21,6 +21,7 @@ import bootstrap
 import metrics
 from arguments import score_parser
 from bootstrap import difference, differences, intervals
+from exits import UserError
 from metrics import confusion_of, definitions, metrics_of, score_rows
 from tasks import NO_TASK, find_task
 from utils import fail
@@ -57,9 +58,9 @@ class Predictions(NamedTuple):
         return sum(map(len, self.answers)) - len(self.answers)
 
 
-def problem(where: str, value: str, rule: str, fix: str) -> ValueError:
+def problem(where: str, value: str, rule: str, fix: str) -> UserError:
     """An error for the user: the flag or the file and line, the value, the rule, what to do."""
-    return ValueError(f"{where}: {value}: {rule}: {fix}")
+    return UserError(f"{where}: {value}: {rule}: {fix}")
 
 
 def quote(value, limit: int = 60) -> str:
@@ -100,7 +101,7 @@ def require_column(where: str, row: dict, column: str, flag: str):
 def read_predictions(
     path: str | Path, prediction_column: str = "prediction", reference_column: str = "output"
 ) -> Predictions:
-    """Read a JSON Lines file of predictions and references; raise ValueError for the first row that does not fit.
+    """Read a JSON Lines file of predictions and references; raise UserError for the first row that does not fit.
 
     A row with several answers has a list of strings, under `prediction_column` or under its plural
     (`predictions`).
@@ -165,7 +166,7 @@ def settings_in(report: dict) -> dict:
     }
 
 
-def overwrite_problem(output: Path, path: str, args) -> ValueError | None:
+def overwrite_problem(output: Path, path: str, args) -> UserError | None:
     """Why a file that is there must not be replaced by the scores of `path`: it holds something else."""
     if args.overwrite or not os.path.exists(output):
         return None
@@ -190,7 +191,7 @@ def overwrite_problem(output: Path, path: str, args) -> ValueError | None:
 
 
 def plan_outputs(paths: list[str], output_path: str | None, task: str | None = None) -> dict[Path, str]:
-    """Which file's scores go where; raise ValueError where that would lose predictions or cannot be written."""
+    """Which file's scores go where; raise UserError where that would lose predictions or cannot be written."""
     sources = {Path(path).resolve() for path in paths}
     if output_path is not None and len(sources) > 1:
         fix = "leave it out to write one beside each"
@@ -398,12 +399,12 @@ def read_inputs(args) -> tuple[dict[str, Predictions], dict[Path, str]]:
                 rule = f"is empty in all {len(rows.references)} rows, so every answer would count as 0"
                 fix = "name the column of the references with --reference_column"
                 problems.append(problem(path, quote(args.reference_column), rule, fix))
-        except ValueError as error:
+        except UserError as error:
             problems.append(error)
     try:
         outputs = plan_outputs(list(inputs), args.output_path, args.task)
         problems += filter(None, (overwrite_problem(output, path, args) for output, path in outputs.items()))
-    except ValueError as error:
+    except UserError as error:
         problems.append(error)
     if problems:
         fail([str(error) for error in problems], "score.py")
@@ -432,7 +433,7 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         write_reports({output: reports[path] for output, path in outputs.items()})
-    except ValueError as error:
+    except UserError as error:
         fail(str(error), "score.py")
     print(format_table([reports[path] for path in args.predictions]))
     return 0

@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 from entry import listen, listen_as_before
+from exits import EXIT_LEFT, UserError
 from folders import file_entry, verify
-from utils import EXIT_LEFT, fail, free_port, visible
+from utils import fail, free_port, visible
 
 
 class StepFailed(SystemExit):
@@ -178,5 +179,5 @@ def newest_checkpoint(folder):
     """The checkpoint of the last step in a run's folder."""
     found = [path for path in Path(folder).glob("epoch-*-step-*") if (path / "run.json").exists()]
     if not found:
-        raise ValueError(f"{folder}: no checkpoint in it: remove the folder, and it is trained again")
+        raise UserError(f"{folder}: no checkpoint in it: remove the folder, and it is trained again")
     return str(max(found, key=lambda path: int(path.name.rsplit("-", 1)[1])))

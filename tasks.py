@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from exits import UserError
+
 
 @dataclass(frozen=True)
 class Task:
@@ -71,5 +73,5 @@ def find_task(name):
     if name is None:
         return NO_TASK
     if name not in TASKS:
-        raise ValueError(f"task {name!r}: is none of {', '.join(TASKS)}")
+        raise UserError(f"task {name!r}: is none of {', '.join(TASKS)}")
     return TASKS[name]

@@ -17,6 +17,7 @@ from checkpoint import checkpoint_bytes, read_config, read_tokenizer, resolve_fo
 from data_set import read_row, show_row
 from ds_config import complete_config, offloads, read_ds_file, wanted_precision
 from evaluation import Evaluation, texts_of
+from exits import EXIT_LEFT, BadNumbers
 from folders import require_space
 from going_on import check_start, open_start, put_start
 from guard import check_skipped, explain_bad_loss, keep_going_at_low_scale
@@ -39,8 +40,6 @@ from run_log import RunLog
 from train_arguments import ATTENTION, length_problems, parse_train
 from tuning import TRAIN_TYPES, checkpoint_layers, count_parameters
 from utils import (
-    EXIT_LEFT,
-    BadNumbers,
     choose_device,
     choose_precision,
     control_group,

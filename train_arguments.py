@@ -19,6 +19,7 @@ from arguments import (
 )
 from data_set import data_files
 from ds_config import conflicts, read_ds_file
+from exits import UserError
 from folders import numbered
 from going_on import take_over
 from modes import MODES
@@ -254,7 +255,7 @@ def train_problems(args, typed):
             problems.append(f"--resume {args.resume}: no state in it: name {place}, or auto")
     try:
         problems += conflicts(read_ds_file(args.ds_file), args, world_size())
-    except ValueError as error:
+    except UserError as error:
         problems.append(str(error))
     return problems
 

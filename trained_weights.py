@@ -3,6 +3,7 @@
 import re
 
 from adapter_settings import PREFIX, lora_config
+from exits import UserError
 from tuning import ADAPTER_FILE, PREFIX_FILE, add_lora
 from weights import WEIGHT_FILES, check_dtypes, empty_model, file_shapes, file_tensors, put_part, put_whole, released_name
 
@@ -20,10 +21,10 @@ def stored_name(name):
 
 
 def with_our_names(found, path):
-    """A table by `stored_name`; ValueError where two of its weights have one name."""
+    """A table by `stored_name`; UserError where two of its weights have one name."""
     named = {stored_name(name): value for name, value in found.items()}
     if len(named) != len(found):
-        raise ValueError(f"{path}: holds the same weight under two names: save it again with the tool that made it")
+        raise UserError(f"{path}: holds the same weight under two names: save it again with the tool that made it")
     return named
 
 
@@ -52,7 +53,7 @@ def trained_parameters(model, weights):
 def check_trained(opened, config):
     """Names and shapes of an adapter or a prefix encoder against the model: {name: (shape, dtype name)}.
 
-    ValueError names what is missing, does not fit or cannot be obeyed. No weight is read.
+    UserError names what is missing, does not fit or cannot be obeyed. No weight is read.
     """
     import torch
 
@@ -97,10 +98,10 @@ def fill(model, opened):
 
 
 def check_shapes(wanted, found, path):
-    """ValueError that names the first difference between {name: shape} tables."""
+    """UserError that names the first difference between {name: shape} tables."""
     for name in [*wanted, *found]:
         if wanted.get(name) != found.get(name):
-            raise ValueError(
+            raise UserError(
                 f"{path}: {name} has shape {found.get(name, 'missing')}, the base model needs"
                 f" {wanted.get(name, 'no such weight')}: it is of another base model or of other settings"
             )

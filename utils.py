@@ -8,14 +8,9 @@ import sys
 import time
 import warnings
 
+from exits import EXIT_WRONG_INPUT, UserError
+
 BLANKS = "\n\t\xa0\u3000"  # not printable, but no harm to a terminal
-EXIT_BAD_NUMBERS = 3  # a loss or gradients that are not finite
-EXIT_STALLED = 4  # --step_timeout
-EXIT_LEFT = 75  # asked to leave, and everything is saved: start again with --resume auto (EX_TEMPFAIL of sysexits.h)
-
-
-class BadNumbers(Exception):
-    """The run cannot go on, its numbers are not finite. The message is for the user."""
 
 
 def launched_number(name, alone):
@@ -104,7 +99,7 @@ class LastingStream:
         return getattr(self.stream, name)
 
 
-def fail(problems, prog=None, code=2):
+def fail(problems, prog=None, code=EXIT_WRONG_INPUT):
     """End the program with an exit code and a line for each problem (a message or a list of them).
 
     All ranks usually find the same: the first one speaks. Another waits until the launcher has ended it, and speaks
@@ -164,14 +159,14 @@ def keep_freed_memory():
 
 
 def choose_device(name):
-    """torch.device for `--device auto|cuda|cpu`; ValueError where CUDA is asked for and absent.
+    """torch.device for `--device auto|cuda|cpu`; UserError where CUDA is asked for and absent.
 
     auto is the card of this rank, unless there is none or DS_ACCELERATOR=cpu is set.
     """
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device: check the driver (nvidia-smi) or use --device cpu")
+        raise UserError("--device cuda: torch sees no CUDA device: check the driver (nvidia-smi) or use --device cpu")
     wants_cpu = name == "cpu" or (name == "auto" and os.environ.get("DS_ACCELERATOR") == "cpu")
     if wants_cpu or not torch.cuda.is_available():
         return torch.device("cpu")
@@ -184,7 +179,7 @@ def choose_precision(name, device):
 
     if name != "auto":
         if name == "fp16" and device.type == "cpu":
-            raise ValueError("--precision fp16: a CPU trains in fp32 or bf16 only: use --precision fp32")
+            raise UserError("--precision fp16: a CPU trains in fp32 or bf16 only: use --precision fp32")
         return name
     if device.type == "cpu":
         return "fp32"
@@ -264,7 +259,7 @@ def sum_over_ranks(*values, group=None):
 def on_main(function):
     """Call a function on the first process; every rank gets what it returns. Collective, where there are ranks.
 
-    Its ValueError is raised on every rank, and an OSError as a ValueError.
+    Its UserError is raised on every rank, and an OSError as a UserError.
     """
     import torch.distributed as dist
 
@@ -274,12 +269,12 @@ def on_main(function):
             result[0] = function()
         except OSError as error:
             result[1] = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
-        except ValueError as error:
+        except UserError as error:
             result[1] = str(error)
     if dist.is_available() and dist.is_initialized():
         dist.broadcast_object_list(result, src=0)
     if result[1] is not None:
-        raise ValueError(result[1])
+        raise UserError(result[1])
     return result[0]
 
 

@@ -17,7 +17,8 @@ import time
 import traceback
 
 from entry import listen, listen_as_before, prepare_streams
-from utils import EXIT_BAD_NUMBERS, EXIT_LEFT, EXIT_STALLED, BadNumbers, LastingStream, fail, is_main, rank, world_size
+from exits import EXIT_BAD_NUMBERS, EXIT_LEFT, EXIT_STALLED, EXIT_WRONG_INPUT, BadNumbers, UserError
+from utils import LastingStream, fail, is_main, rank, world_size
 
 LOOK_SECONDS = 1.0
 CONNECT_SECONDS = 60
@@ -210,7 +211,7 @@ def launchers(number=2):
 
 @contextlib.contextmanager
 def together():
-    """Run a command whose processes end together, with one exit code; ValueError is the user's error.
+    """Run a command whose processes end together, with one exit code; UserError is the user's error.
 
     Yields the watch, to be started when the process group is there.
     """
@@ -221,8 +222,8 @@ def together():
     code = 0
     try:
         yield watch
-    except (ValueError, BadNumbers) as error:
-        code = 2 if isinstance(error, ValueError) else EXIT_BAD_NUMBERS
+    except (UserError, BadNumbers) as error:
+        code = EXIT_WRONG_INPUT if isinstance(error, UserError) else EXIT_BAD_NUMBERS
         fail(str(error), code=code)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1

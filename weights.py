@@ -8,6 +8,7 @@ import warnings
 import zipfile
 from contextlib import contextmanager, nullcontext
 
+from exits import UserError
 from file_kinds import BROUGHT_ELSE, explain
 from modes import read_json
 from utils import is_main
@@ -38,7 +39,7 @@ def released_name(name):
 def weight_files(folder):
     """Names of the weight files: the single file, else those in an index; safetensors before .bin.
 
-    ValueError for a file that is missing or a name that points out of the folder.
+    UserError for a file that is missing or a name that points out of the folder.
     """
     return list(weight_table(folder))
 
@@ -57,24 +58,24 @@ def weight_table(folder):
             continue
         weight_map = read_json(index_path).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise ValueError(f"{index_path}: weight_map is not a table of file names: download it again")
+            raise UserError(f"{index_path}: weight_map is not a table of file names: download it again")
         table = {name: [] for name in sorted(set(weight_map.values()))}
         for name in table:
             if os.path.basename(name) != name:
-                raise ValueError(f"{index_path}: names {name!r}, outside its folder: do not use this checkpoint")
+                raise UserError(f"{index_path}: names {name!r}, outside its folder: do not use this checkpoint")
             if not os.path.isfile(os.path.join(folder, name)):
-                raise ValueError(f"{folder}/{name}: missing, but {index} names it: download it again")
+                raise UserError(f"{folder}/{name}: missing, but {index} names it: download it again")
         for weight, name in weight_map.items():
             table[name].append(weight)
         if table:
             return table
-    raise ValueError(f"{folder}: no weights in it (none of {', '.join((*WEIGHT_FILES, *INDEX_FILES))})")
+    raise UserError(f"{folder}: no weights in it (none of {', '.join((*WEIGHT_FILES, *INDEX_FILES))})")
 
 
 def weight_shapes(folder):
     """{name: (shape, dtype name)} of all weights in a folder, from headers: no weight is read.
 
-    ValueError for a truncated or unreadable file, and for files that are not of one checkpoint. A name in the index
+    UserError for a truncated or unreadable file, and for files that are not of one checkpoint. A name in the index
     that no file holds is not said here: whether the model needs it, `check_weights` knows.
     """
     shapes, places, table = {}, {}, weight_table(folder)
@@ -82,14 +83,14 @@ def weight_shapes(folder):
         for stored, value in file_shapes(os.path.join(folder, file)).items():
             name = released_name(stored)
             if name in shapes:
-                raise ValueError(
+                raise UserError(
                     f"{folder}: {name} is in both {places[name]} and {file}: download the checkpoint again"
                 )
             shapes[name], places[name] = value, file
     for file, names in table.items():
         for name in map(released_name, names):
             if places.get(name, file) != file:
-                raise ValueError(
+                raise UserError(
                     f"{folder}: {name} is in {places[name]}, the index says {file}: the files do not belong together"
                 )
     return shapes
@@ -133,7 +134,7 @@ def safetensors_shapes(path):
                 key: (tuple(file.get_slice(key).get_shape()), file.get_slice(key).get_dtype()) for key in file.keys()
             }
     except (SafetensorError, OSError) as error:
-        raise ValueError(not_weights(path, f"truncated or not safetensors ({error}): download it again")) from None
+        raise UserError(not_weights(path, f"truncated or not safetensors ({error}): download it again")) from None
 
 
 def bin_shapes(path):
@@ -145,7 +146,7 @@ def read_bin(path):
     """{name: tensor} of one .bin file; nothing but tensors is unpickled.
 
     The tensors are parts of the mapped file, of which nothing is read before it is used. Only a file in the format
-    of before torch 1.6 is read whole. ValueError for tensors that claim more than the file holds.
+    of before torch 1.6 is read whole. UserError for tensors that claim more than the file holds.
     """
     import pickle
 
@@ -158,20 +159,20 @@ def read_bin(path):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except pickle.UnpicklingError:
         usual = "holds more than tensors, or is no weight file: it is not read, since that could run code of others"
-        raise ValueError(not_weights(path, f"{usual}: do not use it")) from None
+        raise UserError(not_weights(path, f"{usual}: do not use it")) from None
     except Exception as error:  # bytes that are no weights make the reader fail in many ways
         reason = f"{type(error).__name__} while reading"
-        raise ValueError(not_weights(path, f"truncated or not a weight file ({reason}): download it again")) from None
+        raise UserError(not_weights(path, f"truncated or not a weight file ({reason}): download it again")) from None
     if not isinstance(state, dict) or not all(isinstance(n, str) and is_plain(t) for n, t in state.items()):
-        raise ValueError(f"{path}: not a weight file (not a plain table of tensors): download it again")
+        raise UserError(f"{path}: not a weight file (not a plain table of tensors): download it again")
     storages = {}
     for name, tensor in state.items():
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
         if tensor.numel() * tensor.element_size() > storage.nbytes():  # an expanded tensor: a few bytes claim a disk
-            raise ValueError(f"{path}: {name} claims more than is stored of it: do not use it")
+            raise UserError(f"{path}: {name} claims more than is stored of it: do not use it")
     if is_archive and sum(storages.values()) > stored_bytes(path):
-        raise ValueError(f"{path}: its tensors claim more than it holds, or it is compressed: download it again")
+        raise UserError(f"{path}: its tensors claim more than it holds, or it is compressed: download it again")
     return state
 
 
@@ -203,7 +204,7 @@ def empty_model(mode, config):
 
 
 def check_weights(folder, mode, config, new_prefix=False):
-    """Do the files hold what this model needs? Returns the parameter names; ValueError names the difference.
+    """Do the files hold what this model needs? Returns the parameter names; UserError names the difference.
 
     The released rotary buffers and a stored copy of a tied output layer are allowed, and with `new_prefix` a missing
     prefix encoder (training makes it, or it lies elsewhere).
@@ -211,7 +212,7 @@ def check_weights(folder, mode, config, new_prefix=False):
     found = weight_shapes(folder)
     found = {name: value for name, value in found.items() if not name.endswith("inv_freq")}
     if found and all("prefix_encoder." in name for name in found):
-        raise ValueError(
+        raise UserError(
             f"{folder}: holds a prefix encoder alone: name the base model that it was trained on; predict.py takes both"
             f" (python predict.py --model_path {folder} --model_name_or_path BASE)"
         )
@@ -226,15 +227,15 @@ def check_weights(folder, mode, config, new_prefix=False):
     check_dtypes(folder, found)  # before the shapes: those of quantised weights differ, too
     if wrong_shape:
         name = wrong_shape[0]
-        raise ValueError(
+        raise UserError(
             f"{folder}: {name} has shape {list(found[name][0])}, --mode {mode.name} with this config.json needs"
             f" {list(wanted[name])}{and_others(wrong_shape)}: the files do not belong together"
         )
     if missing:
-        raise ValueError(f"{folder}: {missing[0]} is missing{and_others(missing)}: download the checkpoint again")
+        raise UserError(f"{folder}: {missing[0]} is missing{and_others(missing)}: download the checkpoint again")
     if unexpected:
         hint = hint_of(unexpected[0], found)
-        raise ValueError(f"{folder}: {unexpected[0]} is not of --mode {mode.name}{and_others(unexpected)}: {hint}")
+        raise UserError(f"{folder}: {unexpected[0]} is not of --mode {mode.name}{and_others(unexpected)}: {hint}")
     return list(dict(model.named_parameters()))
 
 
@@ -247,28 +248,28 @@ def hint_of(name, found):
 
 
 def check_dtypes(folder, found):
-    """ValueError for the first weight of {name: (shape, dtype name)} that is not of 16 or 32 bits, floating point."""
+    """UserError for the first weight of {name: (shape, dtype name)} that is not of 16 or 32 bits, floating point."""
     for name, (_, dtype) in found.items():
         if DTYPES.get(dtype, dtype) not in DTYPES.values():
             is_unusual = dtype.lower() in ("f64", "float64", "c64", "complex64", "complex128", "bool")
             kind = "of an unusual type" if is_unusual else "quantised"
-            raise ValueError(f"{folder}: {name} is {kind} ({dtype}): use the fp16 release")
+            raise UserError(f"{folder}: {name} is {kind} ({dtype}): use the fp16 release")
 
 
 def model_for(folder, mode, config, num_stored):
-    """The model without memory; ValueError where config.json describes none, or more layers than weights are stored.
+    """The model without memory; UserError where config.json describes none, or more layers than weights are stored.
 
     Without the latter, making the layers one by one would never end.
     """
     if isinstance(config.num_layers, int) and config.num_layers > num_stored:
-        raise ValueError(
+        raise UserError(
             f"{folder}/config.json: num_layers = {config.num_layers}, but only {num_stored} weights are stored:"
             " the files do not belong together"
         )
     try:
         return empty_model(mode, config)
     except (ArithmeticError, RuntimeError, TypeError) as error:  # a size that is negative, 0, a fraction, or enormous
-        raise ValueError(f"{folder}/config.json: no network has these sizes ({error}): download it again") from None
+        raise UserError(f"{folder}/config.json: no network has these sizes ({error}): download it again") from None
 
 
 def and_others(names):
@@ -281,7 +282,7 @@ def load_base(folder, mode, config, dtype, device="cpu", ds_config=None, attn_im
 
     ds_config: DeepSpeed's configuration. With stage 3 every rank reads and holds its own part of each weight, in the
     place that the configuration names; otherwise all weights go to `device`, one by one. Weights other than a new
-    prefix must all be there: ValueError names the difference.
+    prefix must all be there: UserError names the difference.
     """
     import torch
 
@@ -313,7 +314,7 @@ def load_base(folder, mode, config, dtype, device="cpu", ds_config=None, attn_im
             missing.discard(name)
     missing = sorted(name for name in missing if "prefix_encoder." not in name)
     if missing or unexpected or wrong:
-        raise ValueError(f"{folder}: missing {missing}, unexpected {unexpected}, wrong {wrong}")
+        raise UserError(f"{folder}: missing {missing}, unexpected {unexpected}, wrong {wrong}")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         assert not tensor.is_meta and tensor.dtype == dtype, f"{name} is {tensor.dtype} on {tensor.device}, not {dtype}"
     if generation_config is not None:
@@ -322,7 +323,7 @@ def load_base(folder, mode, config, dtype, device="cpu", ds_config=None, attn_im
 
 
 def read_generation_config(folder):
-    """The settings in generation_config.json, None without one; ValueError that names the file for wrong values."""
+    """The settings in generation_config.json, None without one; UserError that names the file for wrong values."""
     from transformers import GenerationConfig
 
     path = os.path.join(folder, "generation_config.json")
@@ -332,7 +333,7 @@ def read_generation_config(folder):
     try:
         return GenerationConfig.from_dict(values)
     except (ValueError, TypeError, AttributeError) as error:  # the class does not look at types before it uses them
-        raise ValueError(f"{path}: {error}: mend or remove it") from None
+        raise UserError(f"{path}: {error}: mend or remove it") from None
 
 
 def allocated_model(mode, config, dtype, device):

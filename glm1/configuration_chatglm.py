@@ -1,5 +1,6 @@
 """Configuration of ChatGLM-6B; keys and defaults are those of the released config.json (vocabulary of v1.1)."""
 
+from exits import UserError
 from glm_common.configuration import ChatGLMConfigBase
 
 
@@ -28,13 +29,13 @@ class ChatGLMConfig(ChatGLMConfigBase):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         if self.vocab_size == 150528:
-            raise ValueError(
+            raise UserError(
                 "config.json: vocab_size = 150528: this is ChatGLM-6B v1.0, whose ids are shifted by 20000 image"
                 " tokens: use the release of 2023-04-06 or later (v1.1, vocab_size 130528)"
             )
 
         if self.hidden_size % (4 * self.num_attention_heads):
-            raise ValueError(
+            raise UserError(
                 f"config.json: num_attention_heads = {self.num_attention_heads}: must divide hidden_size ="
                 f" {self.hidden_size} into heads of a size that 4 divides: each turns by two positions, in halves"
             )

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from exits import UserError
 from glm1.configuration_chatglm import ChatGLMConfig
 from glm_common.attention import PackedRows, attend, flex_mask, visible_mask
 from glm_common.functions import Rotation
@@ -183,7 +184,7 @@ class ChatGLMModel(ChatGLMBackbone):
         row_lengths: rows packed into one sequence, each with its own `[gMASK]` and `<sop>`.
         """
         if input_ids is None:
-            raise ValueError("ChatGLM-6B needs input_ids: its mask and positions follow from [gMASK] and <sop>")
+            raise UserError("ChatGLM-6B needs input_ids: its mask and positions follow from [gMASK] and <sop>")
         batch, length = input_ids.shape
         num_past = past_key_values.get_seq_length() if past_key_values is not None else 0
         rows = input_ids

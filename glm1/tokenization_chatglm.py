@@ -3,6 +3,7 @@
 import re
 import unicodedata
 
+from exits import UserError
 from glm_common.tokenization import SentencePieceTokenizer
 
 MAX_BLANKS = 80  # longest run of spaces with a piece of its own
@@ -31,7 +32,7 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
         **kwargs,
     ):
         if num_image_tokens:
-            raise ValueError(
+            raise UserError(
                 f"tokenizer_config.json: num_image_tokens = {num_image_tokens}: this is the v1.0 vocabulary of"
                 " ChatGLM-6B, whose ids are shifted: use the release of 2023-04-06 or later (v1.1)"
             )

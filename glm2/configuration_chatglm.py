@@ -1,5 +1,6 @@
 """Configuration of ChatGLM2-6B; keys and defaults are those of the released config.json."""
 
+from exits import UserError
 from glm_common.configuration import ChatGLMConfigBase
 
 
@@ -46,7 +47,7 @@ class ChatGLMConfig(ChatGLMConfigBase):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
+            raise UserError(
                 f"config.json: multi_query_group_num = {self.multi_query_group_num}: must divide num_attention_heads ="
                 f" {self.num_attention_heads}"
             )

@@ -4,6 +4,8 @@ import math
 
 from transformers import PreTrainedConfig
 
+from exits import UserError
+
 
 class ChatGLMConfigBase(PreTrainedConfig):
     """Settings of a released config.json; values that would mean another network are refused, not ignored."""
@@ -22,19 +24,19 @@ class ChatGLMConfigBase(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         for name in self.absent_keys:
             if kwargs.get(name) is not None:
-                raise ValueError(f"config.json: {name} = {kwargs[name]}: is in no release and not supported: remove it")
+                raise UserError(f"config.json: {name} = {kwargs[name]}: is in no release and not supported: remove it")
         super().__post_init__(**kwargs)
         for family in type(self).__mro__:
             if issubclass(family, ChatGLMConfigBase):
                 for name in vars(family).get("__annotations__", {}):
                     self.check_value(name, getattr(type(self), name, None))
         if self.pre_seq_len is not None and (type(self.pre_seq_len) is not int or self.pre_seq_len < 0):
-            raise ValueError(f"config.json: pre_seq_len = {self.pre_seq_len!r}: must be a whole number of tokens")
+            raise UserError(f"config.json: pre_seq_len = {self.pre_seq_len!r}: must be a whole number of tokens")
         for name, value in self.fixed_values.items():
             if getattr(self, name, value) != value:
-                raise ValueError(f"config.json: {name} = {getattr(self, name)}: only {value} is supported, as released")
+                raise UserError(f"config.json: {name} = {getattr(self, name)}: only {value} is supported, as released")
         if getattr(self, "quantization_bit", 0):
-            raise ValueError(
+            raise UserError(
                 f"config.json: quantization_bit = {self.quantization_bit}: a quantised checkpoint cannot be trained"
                 " here: use the fp16 release"
             )
@@ -55,7 +57,7 @@ class ChatGLMConfigBase(PreTrainedConfig):
         return {name: float(getattr(self, name)) for name in kept}
 
     def check_value(self, name, default):
-        """ValueError for a value of another kind than the release has: an id, a size, a share, or true and false."""
+        """UserError for a value of another kind than the release has: an id, a size, a share, or true and false."""
         value = getattr(self, name)
         if type(default) not in (int, float, bool):
             return
@@ -72,7 +74,7 @@ class ChatGLMConfigBase(PreTrainedConfig):
             is_good = is_number and (0 <= value < 1 if is_share else value > 0)
             rule = "a number from 0 to below 1" if is_share else "a number above 0"
         if not is_good:
-            raise ValueError(f"config.json: {name} = {value!r}: must be {rule}, {default} in the release")
+            raise UserError(f"config.json: {name} = {value!r}: must be {rule}, {default} in the release")
 
     def to_dict(self):
         """The released key `torch_dtype` beside `dtype`, so that older code reads the right precision."""

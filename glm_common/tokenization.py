@@ -8,6 +8,8 @@ import shutil
 import sentencepiece
 from transformers import PreTrainedTokenizer
 
+from exits import UserError
+
 SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 RELEASED_MAP = {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]}
 NEW_KEYS = ("backend", "is_local", "local_files_only", "model_specific_special_tokens")  # of transformers 5 alone
@@ -32,7 +34,7 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
         try:
             self.sp_model = sentencepiece.SentencePieceProcessor(model_file=vocab_file)
         except (RuntimeError, OSError) as error:
-            raise ValueError(f"{vocab_file}: not a sentencepiece model ({error}): download it again") from None
+            raise UserError(f"{vocab_file}: not a sentencepiece model ({error}): download it again") from None
         self._inner_reader = None
         self.num_pieces = self.sp_model.get_piece_size()
         self.token_to_id = {token: self.num_pieces + i for i, token in enumerate(self.appended_tokens)}

@@ -13,6 +13,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for a call from any folder
 from arguments import OneLineParser, place_problem  # noqa: E402
 from checkpoint import RUN_FILE, check_written, read_run  # noqa: E402
+from exits import UserError# noqa: E402
+from exits import UserError  # noqa: E402
 from folders import new_folder, require_space, verify  # noqa: E402
 from released_files import PREFIX_BIN_FILE  # noqa: E402
 from tuning import PREFIX_FILE  # noqa: E402
@@ -21,17 +23,17 @@ from weights import finite_problem, safetensors_shapes, write_bin  # noqa: E402
 
 
 def export_prefix(model_dir, output_dir):
-    """Write `output_dir`, which appears whole or not at all; ValueError says what is wrong with the folders."""
+    """Write `output_dir`, which appears whole or not at all; UserError says what is wrong with the folders."""
     run_path = os.path.join(model_dir, RUN_FILE)
     if not os.path.isfile(run_path):
-        raise ValueError(f"--model_dir {model_dir}: no {RUN_FILE} in it: name a checkpoint folder that train.py saved")
+        raise UserError(f"--model_dir {model_dir}: no {RUN_FILE} in it: name a checkpoint folder that train.py saved")
     weights = read_run(run_path)["weights"]
     if weights != "prefix":
-        raise ValueError(f"--model_dir {model_dir}: holds {weights} weights: name one of --train_type ptuning")
+        raise UserError(f"--model_dir {model_dir}: holds {weights} weights: name one of --train_type ptuning")
     if os.path.exists(output_dir):
-        raise ValueError(f"--output_dir {output_dir}: exists: choose a new folder")
+        raise UserError(f"--output_dir {output_dir}: exists: choose a new folder")
     if problem := place_problem("--output_dir", output_dir) or next(iter(verify(model_dir)), None):
-        raise ValueError(problem)
+        raise UserError(problem)
     path = os.path.join(model_dir, PREFIX_FILE)
     safetensors_shapes(path)  # says what is wrong with the file
     require_space(output_dir, os.path.getsize(path), "the prefix encoder")
@@ -40,7 +42,7 @@ def export_prefix(model_dir, output_dir):
 
     state = load_file(path)
     if bad := finite_problem(state.items()):
-        raise ValueError(f"{path}: {bad}: use another checkpoint")
+        raise UserError(f"{path}: {bad}: use another checkpoint")
     with new_folder(output_dir) as scratch:
         shutil.copyfile(os.path.join(model_dir, "config.json"), os.path.join(scratch, "config.json"))
         write_bin(state, os.path.join(scratch, PREFIX_BIN_FILE))
@@ -61,5 +63,5 @@ def main(argv):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         fail(" ".join(str(error).split()))

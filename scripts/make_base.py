@@ -37,6 +37,8 @@ from base_sources import base_sources  # noqa: E402
 from arguments import OneLineParser, path  # noqa: E402
 from batches import collate  # noqa: E402
 from data_set import encode_row  # noqa: E402
+from exits import UserError# noqa: E402
+from exits import UserError  # noqa: E402
 from modes import MODES, read_json  # noqa: E402
 from released_files import save_config  # noqa: E402
 from utils import prepare_environment  # noqa: E402
@@ -346,12 +348,12 @@ def settings_of(args):
 
 
 def check_output(output_dir, settings):
-    """Is the checkpoint there already? ValueError for a folder that holds something else."""
+    """Is the checkpoint there already? UserError for a folder that holds something else."""
     marker = os.path.join(output_dir, "base.json")
     if not os.path.lexists(output_dir) or (os.path.isdir(output_dir) and not os.listdir(output_dir)):
         return False
     if not os.path.isfile(marker):
-        raise ValueError(f"--output_dir {output_dir}: holds something else than a base: name a new folder")
+        raise UserError(f"--output_dir {output_dir}: holds something else than a base: name a new folder")
     return read_json(marker) == settings
 
 

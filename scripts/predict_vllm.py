@@ -34,6 +34,8 @@ from arguments import (  # noqa: E402
 )
 from checkpoint import RUN_FILE, open_checkpoint, read_run  # noqa: E402
 from data_set import data_files, read_to_answer  # noqa: E402
+from exits import UserError# noqa: E402
+from exits import UserError  # noqa: E402
 from foreign import foreign_kind, holds_adapter  # noqa: E402
 from lengths import settle_columns, settle_lengths  # noqa: E402
 from modes import MODES, read_json  # noqa: E402
@@ -118,7 +120,7 @@ def folder_problems(args):
     if os.path.isfile(os.path.join(path, RUN_FILE)):
         try:
             run = read_run(os.path.join(path, RUN_FILE))
-        except ValueError as error:
+        except UserError as error:
             return [f"--model_path {error}"]
     elif not holds_adapter(path) and (problems := model_problems(args, "--model_path", path)):  # fills in args.mode
         return problems
@@ -126,7 +128,7 @@ def folder_problems(args):
     if not run:
         try:
             run = {"weights": foreign_kind(path)}
-        except ValueError as error:
+        except UserError as error:
             return [f"--model_path {error}"]
     if mode and mode not in VLLM_MODES:
         return [f"--model_path {path}: is of {mode}, and vLLM knows {' and '.join(VLLM_MODES)} only: use predict.py"]
@@ -139,7 +141,7 @@ def folder_problems(args):
         return [f"--model_path {path}: holds a prefix encoder, which vLLM does not know: use predict.py"]
     try:
         config = read_json(os.path.join(path, "config.json"))
-    except ValueError as error:
+    except UserError as error:
         return [f"--model_path {error}"]
     for key, value in MODES[mode].vllm_values.items():
         if config.get(key, value) != value:
@@ -197,14 +199,14 @@ class Client:
         }
 
     def __call__(self, number, row):
-        """One line of the output for row `number`; ValueError where the server gives no answer."""
+        """One line of the output for row `number`; UserError where the server gives no answer."""
         ids, source_cut = self.prompt.encode_prompt(self.tokenizer, row["query"], max_src_len=self.max_src_len)
         request = {"prompt": ids, **self.settings}
         if self.seed is not None:
             request["seed"] = self.seed + number
         choices = self.post(request, row["place"]).get("choices")
         if not isinstance(choices, list) or len(choices) != self.num_return_sequences:
-            raise ValueError(f"--url {self.url}: {row['place']} has no answer: is it the completions of vLLM 0.33?")
+            raise UserError(f"--url {self.url}: {row['place']} has no answer: is it the completions of vLLM 0.33?")
         answers = [self.read_choice(choice, row["place"]) for choice in choices]
         result = {
             "predictions": [text for text, _ in answers],
@@ -217,7 +219,7 @@ class Client:
         """(text, did it stop by itself?) of one answer. Its ids hold the one that ended it, if there is one."""
         ids = choice.get("token_ids")
         if not isinstance(ids, list) or not all(isinstance(token_id, int) for token_id in ids):
-            raise ValueError(f"--url {self.url}: the answer to {place} has no token_ids: use a vLLM that returns them")
+            raise UserError(f"--url {self.url}: the answer to {place} has no token_ids: use a vLLM that returns them")
         end = next((i for i, token_id in enumerate(ids) if token_id in self.stop_ids), len(ids))
         return self.prompt.clean_response(self.tokenizer.decode_text(ids[:end])), end < len(ids)
 
@@ -240,7 +242,7 @@ class Client:
                 problem += ": try again when it is ready"
             if pause is None or self.given_up.wait(pause):
                 break
-        raise ValueError(problem)
+        raise UserError(problem)
 
     def send(self, body):
         """(status, content) of one request over a new connection to --url, never through a proxy."""
@@ -262,7 +264,7 @@ class Client:
         except ValueError:
             value = None
         if not isinstance(value, dict):
-            raise ValueError(f"--url {self.url}: the answer to {place} is not JSON: is it a vLLM server?")
+            raise UserError(f"--url {self.url}: the answer to {place} is not JSON: is it a vLLM server?")
         return value
 
 

@@ -20,11 +20,11 @@ from pathlib import Path  # noqa: E402
 from base_sources import base_sources  # noqa: E402
 
 from arguments import OneLineParser  # noqa: E402
+from exits import EXIT_LEFT  # noqa: E402
 from modes import MODES  # noqa: E402
 from score import read_predictions, score_rows  # noqa: E402
 from steps import Steps, newest_checkpoint  # noqa: E402
 from tuning import TRAIN_TYPES  # noqa: E402
-from utils import EXIT_LEFT  # noqa: E402
 
 # Learning rates, sizes and epochs that suit a base of some million weights; a 6B model wants the README's.
 FLAGS = {

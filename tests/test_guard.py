@@ -11,7 +11,7 @@ import torch
 import guard
 from batches import Update
 from resume import Progress
-from utils import BadNumbers
+from exits import BadNumbers
 
 
 def losses(number, seed=0):

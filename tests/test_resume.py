@@ -11,7 +11,7 @@ import torch
 
 import folders
 import resume
-from utils import BadNumbers
+from exits import BadNumbers
 
 
 def make_state(parent, step, **changes):
