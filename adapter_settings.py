@@ -123,10 +123,11 @@ def read_settings(folder, is_own=True):
     return values
 
 
-def lora_config(folder, shapes, is_own=True, **changes):
+def lora_config(folder, weights_path, shapes, is_own=True, **changes):
     """peft's LoraConfig of a saved adapter; UserError names a setting, or a weight that does not fit the settings.
 
-    shapes: {name: shape} of its weights, named as `stored_name` does. changes: other values than the file has.
+    weights_path: the file with its weights; shapes: {name: shape} of them, named as `stored_name` does. changes: other
+    values than the settings have.
     """
     from peft import LoraConfig
 
@@ -136,7 +137,7 @@ def lora_config(folder, shapes, is_own=True, **changes):
         if key not in (*OBEYED, *FREE, "peft_type") and value and value != usual.get(key):
             reason = REASONS.get(key, "is not known here")
             raise UserError(f"{path}: {key} = {shown(value)}: {reason}: {advice}")
-    ranks = module_ranks(folder, shapes, values, advice)
+    ranks = module_ranks(weights_path, shapes, values, advice)
     patterns, excluded = values.get("layers_pattern") or [], values.get("exclude_modules") or []
     patterns = [patterns] if isinstance(patterns, str) else patterns
     if values["target_modules"] == "all-linear":
@@ -160,11 +161,11 @@ def lora_config(folder, shapes, is_own=True, **changes):
     )
 
 
-def module_ranks(folder, shapes, values, advice):
+def module_ranks(path, shapes, values, advice):
     """{module: rank} by the weights; UserError for a weight that is no matrix of a linear layer, or of another rank."""
     ranks, allowed = {}, {values["r"], *(values.get("rank_pattern") or {}).values()}
     for name, shape in shapes.items():
-        match, said = MATRIX.fullmatch(name), f"{folder}: {name}"
+        match, said = MATRIX.fullmatch(name), f"{path}: {name}"
         if not match or match[1].split(".")[-1] not in LORA_TARGETS:
             what = "an embedding" if "lora_embedding" in name else "a layer that adapters do not change here"
             raise UserError(f"{said} is of {what}: {advice}")
@@ -175,5 +176,5 @@ def module_ranks(folder, shapes, values, advice):
             if shape[0] not in allowed:
                 raise UserError(f"{said} has shape {shape}, its r is {values['r']}: {advice}")
     if not ranks:
-        raise UserError(f"{folder}: no matrices of an adapter in it: {advice}")
+        raise UserError(f"{path}: no matrices of an adapter in it: {advice}")
     return ranks

@@ -2,7 +2,7 @@
 
 import re
 
-from adapter_settings import PREFIX, lora_config
+from adapter_settings import PREFIX, lora_config, read_settings
 from exits import UserError
 from tuning import ADAPTER_FILE, PREFIX_FILE, add_lora
 from weights import WEIGHT_FILES, check_dtypes, empty_model, file_shapes, file_tensors, put_part, put_whole, released_name
@@ -57,6 +57,8 @@ def check_trained(opened, config):
     """
     import torch
 
+    if opened.weights == "adapter":
+        read_settings(opened.folder, bool(opened.run))  # what is wrong with these is said before the weights are opened
     found = trained_shapes(opened)
     check_dtypes(opened.trained_path, found)
     model = empty_model(opened.mode, config)
@@ -71,7 +73,7 @@ def check_trained(opened, config):
 def settings_of(opened, found, **changes):
     """peft's LoraConfig of an opened adapter with these weights."""
     shapes = {name: shape for name, (shape, _) in found.items()}
-    return lora_config(opened.folder, shapes, bool(opened.run), **changes)
+    return lora_config(opened.folder, opened.trained_path, shapes, bool(opened.run), **changes)
 
 
 def put_trained(model, opened):

@@ -173,11 +173,12 @@ MODELS = [
     case("bin-cut-off-at-its-end", "glm3", cut("pytorch_model-00002*", 0.999),
          r"model/pytorch_model-00002-of-00002\.bin: truncated or not a weight file \(.*\): download it again"),
     case("bin-empty", "glm3", both(drop("pytorch_model*"), put(BIN, "")), NOT_WEIGHTS),
-    case("bin-is-a-page", "glm3", both(drop("pytorch_model*"), put(BIN, "<html>Not found</html>")), NOT_WEIGHTS),
+    case("bin-is-a-page", "glm3", both(drop("pytorch_model*"), put(BIN, "<html>Not found</html>")),
+         r"pytorch_model\.bin: is a web page: download the file itself"),
     case("bin-is-garbage", "glm3", both(drop("pytorch_model*"), put(BIN, b"hello world" * 10)), NOT_WEIGHTS),
     case("bin-is-a-pointer", "glm3",
          both(drop("pytorch_model*"), put(BIN, "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")),
-         NOT_WEIGHTS),
+         r"pytorch_model\.bin: is a Git LFS pointer, .*git lfs pull"),
     case("bin-of-a-list", "glm3", one_file(lambda state: list(state.values()), BIN), NOT_WEIGHTS),
     case("bin-of-more-than-tensors", "glm3", one_file(lambda state: {**state, "step": 3}, BIN), NOT_WEIGHTS),
     case("bin-of-a-nested-state", "glm3", one_file(lambda state: {"model": state}, BIN), NOT_WEIGHTS),
@@ -191,7 +192,7 @@ MODELS = [
     case("safetensors-empty", "glm3", both(one_file(), put("model.safetensors", "")),
          r"model/model\.safetensors: truncated or not safetensors \(.*\): download it again"),
     case("safetensors-is-a-page", "glm3", both(one_file(), put("model.safetensors", "<html>Not found</html>")),
-         r"model/model\.safetensors: truncated or not safetensors"),
+         r"model/model\.safetensors: is a web page: download the file itself"),
     case("weight-missing", "glm3", one_file(without),
          rf"model: {OUTPUT_LAYER} is missing: download the checkpoint again"),
     case("weight-missing-bin", "glm3", one_file(without, BIN),
@@ -205,8 +206,8 @@ MODELS = [
          r"model: extra is not of --mode glm3: wrong --mode or files"),
     case("weight-of-a-prefix", "glm3",
          one_file(lambda state: {**state, "transformer.prefix_encoder.embedding.weight": torch.zeros(8, 256)}),
-         r"model: transformer\.prefix_encoder\.embedding\.weight is not of --mode glm3: it is a prefix encoder's "
-         r"checkpoint"),
+         r"model: transformer\.prefix_encoder\.embedding\.weight is not of --mode glm3: it is a prefix encoder's, "
+         r"and config\.json has no pre_seq_len: set it to 8"),
     case("weight-of-another-shape", "glm3", one_file(replaced(lambda t: t[:, :3].contiguous())),
          rf"model: {OUTPUT_LAYER} has shape \[1280, 3\], --mode glm3 with this config\.json needs \[1280, 64\]: "
          rf"the files do not belong together"),
@@ -397,7 +398,7 @@ def test_other_families_are_refused_by_name(here, spoil, is_what):
     here.fails("predict.py", *here.fill("--model_path model --prompt a --device cpu"), says=says)
     NO_CHANGE(here.adapter(base_model=str(folder)))
     here.fails("merge_lora.py", "--model_dir", "adapter", says=says)
-    [line] = [text for mark, _, text in doctor.folder_lines(str(folder), SimpleNamespace(mode=None, full=False),
+    [line] = [text for mark, _, text in doctor.folder_lines(str(folder), SimpleNamespace(mode=None, full=False, model_name_or_path=None),
                                                             doctor.Facts()) if mark == doctor.BAD]  # fmt: skip
     assert re.search(says, line)
 

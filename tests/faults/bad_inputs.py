@@ -610,10 +610,12 @@ SAVED = [
     ("prefix-length-enormous", PROMPT_SAVED, r"saved/\S+: ", prefix_run(change_json("config.json", pre_seq_len=LARGE))),
     ("prefix-projection-as-text", PROMPT_SAVED, r"saved/config\.json: .*prefix_projection",
      prefix_run(change_json("config.json", prefix_projection="False"))),
+    ("model-and-adapter-in-one", PROMPT_MODEL, r"model: holds an adapter .* and whole weights: move one of them",
+     model(one_file(), attack("adapter_model.bin"))),
     # merging
-    ("merge-of-no-run", MERGE.replace("saved", "{glm3}"), r"no run\.json in it: name a checkpoint folder that train"),
-    ("merge-of-a-prefix", MERGE, "saved: holds prefix weights: only LoRA adapters are merged", prefix_run()),
-    ("merge-twice", MERGE.replace("saved", "model"), "model: holds whole weights: only LoRA adapters are merged",
+    ("merge-of-no-run", MERGE.replace("saved", "{glm3}"), "holds a whole model, which needs no merging"),
+    ("merge-of-a-prefix", MERGE, "saved: holds a prefix encoder, which cannot be merged", prefix_run()),
+    ("merge-twice", MERGE.replace("saved", "model"), "model: holds a whole model, which needs no merging",
      model(put("run.json", '{"mode": "glm3", "weights": "whole"}'))),
     ("merge-base-cut-off", f"{MERGE} --model_name_or_path model", f"model/{SHARDS[0]}: truncated",
      both(saved(adapter), model(cut(SHARDS[0])))),
@@ -622,7 +624,7 @@ SAVED = [
 GOOD = [
     ("good-adapter", PROMPT_SAVED, "", saved(adapter, BYSTANDERS), 0, 0),
     ("good-prefix", PROMPT_SAVED, "", prefix_run(BYSTANDERS), 0, 0),
-    ("good-model-with-bystanders", PROMPT_MODEL, "", model(one_file(), BYSTANDERS), 0, 0),
+    ("good-model-with-bystanders", PROMPT_MODEL, "", model(one_file(), BYSTANDERS, drop("adapter_model.bin")), 0, 0),
     ("good-model-of-links", PROMPT_MODEL, "", model(links), 0, 0),
 ]
 # fmt: on
