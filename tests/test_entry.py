@@ -213,7 +213,7 @@ def test_variables_of_a_launch_without_one(here, monkeypatch, variables, says): 
     assert (utils.world_size(), utils.rank(), utils.local_rank(), utils.is_main()) == (1, 0, 0, True)
     here.train_fails(says=says)
     here.fails("predict.py", "--model_path", GOLDEN / "glm3", "--prompt", "问", says=says)
-    here.fails("merge_lora.py", "--model_dir", "nowhere", says="--model_dir nowhere: no run.json")
+    here.fails("merge_lora.py", "--model_dir", "nowhere", says="--model_dir nowhere: no such folder")
 
 
 def test_a_launch_is_one(monkeypatch):
@@ -296,8 +296,7 @@ def test_a_run_is_no_checkpoint(run_folder, given, what):
     run_folder.fails("merge_lora.py", "--model_dir", given, says=f"--model_dir {says}")
     found = no_checkpoint_problem("--model_path", given)
     assert found.startswith(f"--model_path {given}: {what}")
-    none = "there is no checkpoint of whole weights to name instead"
-    run_folder.train_fails(model_name_or_path=given, output_dir="new", says=none)
+    run_folder.train_fails(model_name_or_path=given, output_dir="new", says=f"--model_name_or_path {says}")
     run_folder.monkeypatch.chdir(given)
     assert re.search("out/best|name ./epoch-3-step-12 ", no_checkpoint_problem("--model_path", "."))
 
