@@ -162,6 +162,21 @@ def complete_config(config, args, world_size, precision, load_universal=False):
     return config
 
 
+def check_config(config, name):
+    """Refuse, in one line, a configuration that DeepSpeed itself refuses: `name` is the file that it came from."""
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedConfig(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"--ds_file {name}: {place}: {first['msg']}: DeepSpeed refuses it") from error
+    except (DeepSpeedConfigError, AssertionError) as error:
+        raise UserError(f"--ds_file {name}: {' '.join(str(error).split())}: DeepSpeed refuses it") from error
+
+
 def offloads(config):
     """Does the configuration keep optimizer state in host memory?"""
     return value_at(config, "zero_optimization.offload_optimizer.device", "none") != "none"

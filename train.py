@@ -15,7 +15,7 @@ from bases import base_fingerprint
 from batches import Updates, collate, to_device
 from checkpoint import checkpoint_bytes, read_config, read_tokenizer, resolve_folder
 from data_set import read_row, show_row
-from ds_config import complete_config, offloads, read_ds_file, wanted_precision
+from ds_config import check_config, complete_config, offloads, read_ds_file, wanted_precision
 from evaluation import Evaluation, texts_of
 from exits import EXIT_LEFT, BadNumbers
 from folders import require_space
@@ -154,6 +154,7 @@ def main(argv, watch):
 
     # Model: under ZeRO-3 the weights are split over the ranks while they load.
     ds_config = complete_config(ds_config, args, world, precision, load_universal=info and info["world_size"] != world)
+    check_config(ds_config, args.ds_file)
     zero3 = ds_config["zero_optimization"]["stage"] == 3
     model = load_base(folder, mode, config, dtype, device, ds_config, ATTENTION[args.attention])
     model = put_start(model, start, args) if start else train_type.prepare(model, args)
