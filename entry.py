@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 
-from exits import EXIT_STOPPED, EXIT_UNREAD, UserError
+from exits import EXIT_STOPPED, EXIT_UNREAD, told
 
 
 def program():
@@ -70,8 +70,13 @@ def listen_as_before(handlers):
         signal.signal(number, handler)
 
 
+def discard_output():
+    """What standard output still holds cannot be written, and ending must not try it again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def run(main):
-    """Run `main(argv)` and end with the exit code that it returns; UserError is the user's error."""
+    """Run `main(argv)` and end with the exit code that it returns; what the user can mend is one line (`told`)."""
     prepare_streams()
     try:
         try:
@@ -80,14 +85,18 @@ def run(main):
             sys.stdout.flush()
         sys.exit(code)
     except BrokenPipeError:  # who reads has seen enough, as `head` has: no error of ours
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        discard_output()
         sys.exit(EXIT_UNREAD)
     except KeyboardInterrupt as interrupt:
         stopped(interrupt)
-    except UserError as error:
+    except Exception as error:
+        if not (line := told(error)):
+            raise
+        if isinstance(error, OSError):  # perhaps of standard output itself, which would be tried again at the end
+            discard_output()
         from utils import fail
 
-        fail(" ".join(str(error).split()))
+        fail(line)
 
 
 sys.excepthook = on_error

@@ -17,7 +17,7 @@ import time
 import traceback
 
 from entry import listen, listen_as_before, prepare_streams
-from exits import EXIT_BAD_NUMBERS, EXIT_LEFT, EXIT_STALLED, EXIT_WRONG_INPUT, BadNumbers, UserError
+from exits import EXIT_BAD_NUMBERS, EXIT_LEFT, EXIT_STALLED, EXIT_WRONG_INPUT, BadNumbers, told
 from utils import LastingStream, fail, is_main, rank, world_size
 
 LOOK_SECONDS = 1.0
@@ -211,7 +211,7 @@ def launchers(number=2):
 
 @contextlib.contextmanager
 def together():
-    """Run a command whose processes end together, with one exit code; UserError is the user's error.
+    """Run a command whose processes end together, with one exit code; what the user can mend is one line (`told`).
 
     Yields the watch, to be started when the process group is there.
     """
@@ -222,13 +222,16 @@ def together():
     code = 0
     try:
         yield watch
-    except (UserError, BadNumbers) as error:
-        code = EXIT_WRONG_INPUT if isinstance(error, UserError) else EXIT_BAD_NUMBERS
+    except BadNumbers as error:
+        code = EXIT_BAD_NUMBERS
         fail(str(error), code=code)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
         raise
-    except BaseException:
+    except BaseException as error:
+        if line := told(error):
+            code = EXIT_WRONG_INPUT
+            fail(line)
         code = 1
         if watch.lines:  # if another process has died, the watch says so, and a failed collective is no news
             time.sleep(2 * LOOK_SECONDS)

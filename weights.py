@@ -1,8 +1,10 @@
 """Files of weights: named, checked from their headers, read into a model, written."""
 
 import copy
+import errno
 import json
 import os
+import re
 import sys
 import warnings
 import zipfile
@@ -477,7 +479,8 @@ def disk_errors():
     try:
         yield
     except (SafetensorError, RuntimeError) as error:
-        raise OSError(0, str(error)) from None
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error)) from None
 
 
 def write_weights(state, folder, max_shard_size=MAX_SHARD_SIZE):
