@@ -17,11 +17,22 @@ import time
 import traceback
 
 from entry import listen, listen_as_before, prepare_streams
-from exits import EXIT_BAD_NUMBERS, EXIT_LEFT, EXIT_STALLED, EXIT_WRONG_INPUT, BadNumbers, UserError
+from exits import (
+    EXIT_BAD_NUMBERS,
+    EXIT_GONE,
+    EXIT_LEFT,
+    EXIT_STALLED,
+    EXIT_WRONG_INPUT,
+    BadNumbers,
+    FolderGone,
+    UserError,
+)
+from holding import release_all
 from utils import LastingStream, fail, is_main, rank, world_size
 
 LOOK_SECONDS = 1.0
 CONNECT_SECONDS = 60
+CODES = {UserError: EXIT_WRONG_INPUT, BadNumbers: EXIT_BAD_NUMBERS, FolderGone: EXIT_GONE}
 CLOSING, CLOSING_SECONDS = "closing", 30  # name of the thread that closes a state; how long it is waited for
 SAID = {signal.SIGINT: "Ctrl-C", signal.SIGHUP: "the terminal has gone (SIGHUP)"}  # of signals; others by their names
 # Seconds without a sign of life after which the system takes another host for dead.
@@ -152,6 +163,7 @@ class Watch:
         if message:
             print(f"\ntrain.py: error: {message}", file=sys.stderr)
         finish_closing()
+        release_all()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -222,8 +234,8 @@ def together():
     code = 0
     try:
         yield watch
-    except (UserError, BadNumbers) as error:
-        code = EXIT_WRONG_INPUT if isinstance(error, UserError) else EXIT_BAD_NUMBERS
+    except tuple(CODES) as error:
+        code = next(code for kind, code in CODES.items() if isinstance(error, kind))
         fail(str(error), code=code)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
@@ -235,6 +247,7 @@ def together():
         raise
     finally:
         watch.end(code)
+        release_all()
         end_process_group(code)
         listen_as_before(before)
 
