@@ -18,7 +18,7 @@ import sys
 import time
 
 from exits import FolderGone, UserError
-from utils import on_main
+from utils import on_main, visible
 
 ENDING = ".lock"
 LONGEST = 200  # bytes of a name in that of its lock: the system's limit is 255
@@ -73,7 +73,9 @@ def place_of(path, is_inside):
     if is_inside:
         return path, ENDING
     folder, name = os.path.split(os.path.normpath(path))
-    return folder or ".", f".{os.fsdecode(os.fsencode(name)[:LONGEST])}{ENDING}"
+    if len(os.fsencode(name)) > LONGEST:  # two that begin alike keep each other waiting, which harms nobody
+        name = os.fsencode(name)[:LONGEST].decode("utf-8", "ignore")
+    return folder or ".", f".{name}{ENDING}"
 
 
 def make_folders(folder):
@@ -143,7 +145,7 @@ def take(path, flag, is_inside=False, seconds=0):
                 f"{flag} {path}: another process writes{into} it{holder}: wait until it has ended, or choose another"
             )
         if not is_told:
-            print(f"{path}: waiting for the process that writes into it{holder}", flush=True)
+            print(f"{visible(path)}: waiting for the process that writes into it{holder}", flush=True)
         is_told = True
         time.sleep(POLL_SECONDS)
 
@@ -166,7 +168,7 @@ def lock(handle, place):
         return False
     except OSError as error:
         reason = f"no locks on this file system ({error.strerror})"
-        print(f"note: {place}: {reason}: start no second command on the same output", file=sys.stderr, flush=True)
+        print(f"note: {visible(place)}: {reason}: start no second command on the same output", file=sys.stderr, flush=True)
     return True
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import threading
 from dataclasses import asdict
 
@@ -43,6 +44,7 @@ class RunFolder:
             if self.closing:
                 self.closing.join()
             remove_leftovers(place_now(self.args.output_dir), LEFTOVERS)
+            print(file=sys.stderr)  # off the bar's line
             raise
 
     def save_weights(self, step, epoch, name=None, **more):
