@@ -44,6 +44,7 @@ from optimizer import cpu_adam_problem
 from round_trip import describe, send_through
 from row_cache import cache_folder
 from foreign import holds_adapter
+from state_checks import state_problems
 from trained_weights import check_trained, trained_tensors
 from utils import prepare_environment
 

@@ -70,6 +70,7 @@ def measure(args, suite, before):
         rescore(before["rows"], suite)
     model, tokenizer = load_opened(opened, torch_dtype(result["precision"]), device, args.allow_other_base)
     rows = measure_losses(model, tokenizer, opened.mode.prompt, suite, args)
+    require_there(args.output_path)
     if not args.no_generate:
         answers = measure_answers(Answerer(model, tokenizer, opened.mode.prompt, args), suite, args)
         rows = [{**row, **answer} for row, answer in zip(rows, answers)]
@@ -213,7 +214,6 @@ def in_batches(label, sizes, args):
     """Yield lists of row numbers, with a progress bar. sizes: tokens of each row."""
     with progress_bar(total=len(sizes), desc=label, unit="row") as bar:
         for numbers in make_batches(dict(enumerate(sizes)), args.batch_size, args.batch_tokens):
-            require_there(args.output_path)
             yield numbers
             bar.update(len(numbers))
 

@@ -71,6 +71,15 @@ def read_info(folder):
     return info
 
 
+def is_like(value, new):
+    """Is a value of a state's progress of the kind that it is in a new run?"""
+    if isinstance(new, dict):
+        return isinstance(value, dict) and all(name in new and is_like(value[name], new[name]) for name in value)
+    if new is None:
+        return value is None or type(value) in (int, float)
+    return type(value) in (int, float) if type(new) is float else type(value) is type(new)
+
+
 def check_range(folder, info, num_steps):
     """UserError where a count of a state can be that of no run of `num_steps` updates: it was edited.
 

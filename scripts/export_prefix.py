@@ -6,12 +6,12 @@ Prefix encoders of up to 256 MiB are saved that way by train.py already; this is
 """
 
 import os
-import shutil
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for a call from any folder
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # for a call from any folder
 import entry  # noqa: E402, I001  first: Ctrl-C is heard while the others are imported
+
+import shutil  # noqa: E402
 
 from arguments import OneLineParser, place_problem  # noqa: E402
 from checkpoint import RUN_FILE, check_written, read_run  # noqa: E402
