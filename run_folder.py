@@ -1,5 +1,6 @@
 """What a run leaves in its folder: checkpoints, the best one, states to resume from, and how many are kept."""
 
+import contextlib
 import os
 import shutil
 import sys
@@ -43,7 +44,8 @@ class RunFolder:
         except FolderGone:
             if self.closing:
                 self.closing.join()
-            remove_leftovers(place_now(self.args.output_dir), LEFTOVERS)
+            with contextlib.suppress(OSError):  # it is removed, not renamed
+                remove_leftovers(place_now(self.args.output_dir), LEFTOVERS)
             print(file=sys.stderr)  # off the bar's line
             raise
 

@@ -32,6 +32,7 @@ import steps
 import train_arguments
 import utils
 from exits import EXIT_GONE, FolderGone, UserError
+from run_folder import RunFolder
 
 HOLDER = """import os, sys, time
 import holding
@@ -298,6 +299,22 @@ def test_a_folder_that_goes_while_rows_are_answered(tmp_path):
         answer_rows(tmp_path / "out", Answerer(lambda number: number == 2 and renamed(tmp_path / "out")))
     assert names(tmp_path) == ["moved", "p.jsonl.rank0.partial"]
     assert len((tmp_path / "moved" / "p.jsonl.rank0.partial").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("go", [renamed, removed, emptied])
+def test_a_run_leaves_nothing_half_written_where_its_folder_went(tmp_path, go, capsys):
+    """In a renamed folder the whole states stay, and what was being written goes."""
+    out = tmp_path / "out"
+    with holding.holding(str(out), "--output_dir", is_inside=True):
+        run = SimpleNamespace(args=SimpleNamespace(output_dir=str(out)), closing=None)
+        RunFolder.require(run)
+        go(out)
+        for name in ("state-step-3", "state-step-6.partial", "mine.partial") if go is renamed else ():
+            (tmp_path / "moved" / name).mkdir()
+        with pytest.raises(FolderGone):
+            RunFolder.require(run)
+    found = {renamed: ["mine.partial", "moved", "state-step-3"], removed: [], emptied: ["out"]}
+    assert names(tmp_path) == found[go]
 
 
 def test_a_comparison_whose_folder_goes(tmp_path):
