@@ -42,7 +42,8 @@ from data_set import data_files
 from doctor import memory, output_of
 from ds_config import find_ds_file, is_own_file
 from exits import EXIT_LEFT, UserError
-from folders import numbered
+from folders import numbered, whole_file
+from holding import holding, require_there
 from lengths import window_problem
 from metrics import METRICS, metrics_of
 from modes import MODES, possible_modes
@@ -100,6 +101,12 @@ def main(argv, run_words=run_words):
     if problems:
         fail(problems, "compare.py")
 
+    with holding(out, "--output_dir", is_inside=True):
+        return run_and_report(args, plan, out, run_words)
+
+
+def run_and_report(args, plan, out, run_words):
+    """From the checked flags to the report; returns the exit code."""
     steps = Steps(out, cards=os.environ.get("CUDA_VISIBLE_DEVICES", "0"), run_words=run_words)
     failed = False
     if not args.report_only:
@@ -136,7 +143,7 @@ def run_all(plan, steps, out, chosen):
             problems.append(steps.conflict(step.name, steps.key(step.command, step.inputs), step.result, goes_on=True))
     if any(problems):
         fail([f"{plan.path}: {problem}" for problem in problems if problem], "compare.py")
-    Path(out, "machine.json").write_text(json.dumps(machine(), ensure_ascii=False), encoding="utf-8")
+    write_json(machine(), Path(out, "machine.json"))
     for step in answer_steps(plan, out, "base", plan.base, plan.train_flags):
         steps.run(*step)
     num_failed = 0
@@ -184,9 +191,15 @@ def run_method(plan, steps, out, method, seed):
     except StepFailed as error:
         print(f"\n{step.name}: failed with exit code {error.code}, the comparison goes on", file=sys.stderr, flush=True)
         failed = {"step": step.name, "command": step.command, "code": error.code}
-        Path(out, folder, "failed.json").write_text(json.dumps(failed, ensure_ascii=False), encoding="utf-8")
+        write_json(failed, Path(out, folder, "failed.json"))
         return True
     return False
+
+
+def write_json(value, path):
+    """A small file of the comparison, whole or not at all."""
+    with whole_file(path) as file:
+        json.dump(value, file, ensure_ascii=False)
 
 
 def run_folder(name, seed):
@@ -253,6 +266,7 @@ def checkpoint_of(folder):
 
 def report(plan, steps, out):
     """Gather the figures of what is done and write the report; returns the path of its page."""
+    require_there(out)
     folder = os.path.join(out, "report")
     before = read_results(folder).get("plan", plan.path)
     if before != plan.path:

@@ -44,6 +44,7 @@ from optimizer import cpu_adam_problem
 from round_trip import describe, send_through
 from row_cache import cache_folder
 from foreign import holds_adapter
+from state_checks import state_problems
 from trained_weights import check_trained, trained_tensors
 from utils import prepare_environment
 
@@ -404,7 +405,8 @@ def folder_lines(path, args, facts):
 
 def manifest_lines(path, args, is_needed=False):
     """Sizes and, with --full, SHA-256 of the files against the manifest, where there is one."""
-    problems = verify(path, full=args.full)
+    is_told = is_needed and os.path.isfile(os.path.join(path, MANIFEST))
+    problems = state_problems(path, args.full) if is_told else verify(path, full=args.full)
     if os.path.isfile(os.path.join(path, MANIFEST)) and not problems:
         yield OK, "manifest", f"{'sizes and SHA-256' if args.full else 'sizes'} of the files are as saved"
     elif is_needed and not problems:

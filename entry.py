@@ -1,14 +1,20 @@
 """The door of every command: how it begins, and what is said when it ends early.
 
-A command imports this first, before what takes time to import: from then on Ctrl-C ends it with one line.
+A command imports this first, before what takes time to import: from then on Ctrl-C ends it with one line. While it
+works, a terminal that closes (SIGHUP) and SIGTERM do the same: all three are a KeyboardInterrupt on their way out, so
+that what is half written goes.
 """
 
 import codecs
+import errno
 import os
 import signal
 import sys
 
-from exits import EXIT_STOPPED, EXIT_UNREAD, told
+from exits import EXIT_SIGNAL, EXIT_UNREAD, ending
+
+SAID = {signal.SIGINT: "stopped", signal.SIGHUP: "stopped: the terminal has gone", signal.SIGTERM: "stopped by SIGTERM"}
+ended_by = []  # SIGHUP or SIGTERM, from when it has come
 
 
 def program():
@@ -16,19 +22,31 @@ def program():
     return os.path.basename(sys.argv[0])
 
 
+def on_signal(number, frame):
+    """SIGHUP and SIGTERM as Ctrl-C; once is enough: a launcher sends several."""
+    if not ended_by:
+        ended_by.append(number)
+        raise KeyboardInterrupt
+
+
 def stopped(interrupt):
-    """End at once after Ctrl-C, in one line. The usual way out would wait for threads that are at work."""
+    """End at once after a signal, in one line. The usual way out would wait for threads that are at work."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
     from utils import is_main
 
+    number = (ended_by or [signal.SIGINT])[0]
     if is_main():
-        print("", ": ".join([program(), "stopped", *map(str, interrupt.args)]), sep="\n", file=sys.stderr)
+        words = ": ".join([program(), SAID[number], *map(str, interrupt.args)])
+        try:
+            print("", words, sep="\n", file=sys.stderr)
+        except OSError:
+            pass  # the terminal has gone
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except (OSError, ValueError):
             pass  # its reader has gone
-    os._exit(EXIT_STOPPED)
+    os._exit(EXIT_SIGNAL + number)
 
 
 def on_error(kind, error, trace):
@@ -55,6 +73,15 @@ def prepare_streams():
         sys.stdin.reconfigure(encoding="utf-8" if is_ascii else None, errors="replace")
 
 
+def outlive_terminal():
+    """Leave out what is written to a terminal that has gone: who lets SIGHUP be ignored wants the command done."""
+    from utils import LastingStream
+
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name).isatty():
+            setattr(sys, name, LastingStream(getattr(sys, name), errno.EIO))
+
+
 def listen(handler, numbers=(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)):
     """Let `handler` hear these signals, but for those that the parent ignores (nohup, a shell's background).
 
@@ -76,12 +103,16 @@ def discard_output():
 
 
 def run(main):
-    """Run `main(argv)` and end with the exit code that it returns; what the user can mend is one line (`told`)."""
+    """Run `main(argv)` and end with the exit code that it returns; what the user can mend is one line (`ending`)."""
     prepare_streams()
+    outlive_terminal()
+    ended_by.clear()
+    before = listen(on_signal, (signal.SIGTERM, signal.SIGHUP))
     try:
         try:
             code = main(sys.argv[1:])
         finally:
+            listen_as_before(before)
             sys.stdout.flush()
         sys.exit(code)
     except BrokenPipeError:  # who reads has seen enough, as `head` has: no error of ours
@@ -90,13 +121,13 @@ def run(main):
     except KeyboardInterrupt as interrupt:
         stopped(interrupt)
     except Exception as error:
-        if not (line := told(error)):
+        if not (end := ending(error)):
             raise
         if isinstance(error, OSError):  # perhaps of standard output itself, which would be tried again at the end
             discard_output()
         from utils import fail
 
-        fail(line)
+        fail(end[0], code=end[1])
 
 
 sys.excepthook = on_error

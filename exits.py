@@ -6,8 +6,10 @@ import os
 EXIT_WRONG_INPUT = 2  # a `UserError`: one line says what to change
 EXIT_BAD_NUMBERS = 3  # a loss or gradients that are not finite
 EXIT_STALLED = 4  # --step_timeout
+EXIT_GONE = 5  # a `FolderGone`: the folder that a command wrote into has gone
 EXIT_LEFT = 75  # asked to leave, and everything is saved: start again with --resume auto (EX_TEMPFAIL of sysexits.h)
-EXIT_STOPPED, EXIT_UNREAD = 130, 141  # Ctrl-C, and a pipe whose reader has gone, as shells count them
+EXIT_SIGNAL = 128  # and the signal's number, as shells count: Ctrl-C is 130, a terminal that closes 129, SIGTERM 143
+EXIT_UNREAD = 141  # a pipe whose reader has gone
 
 
 class UserError(ValueError):
@@ -19,6 +21,10 @@ class UserError(ValueError):
 
 class BadNumbers(Exception):
     """The run cannot go on, its numbers are not finite. The message is for the user."""
+
+
+class FolderGone(Exception):
+    """What a command writes into was removed or renamed meanwhile. The message is for the user."""
 
 
 FIXES = {  # errors of the machine, which no program can foresee and its user can mend
@@ -34,11 +40,15 @@ FIXES = {  # errors of the machine, which no program can foresee and its user ca
 }
 
 
-def told(error: BaseException) -> str | None:
-    """What the user is told of an error, in one line; None for a fault of this program, which keeps its traceback."""
-    if isinstance(error, UserError):
-        return " ".join(str(error).split())
+CODES = {UserError: EXIT_WRONG_INPUT, BadNumbers: EXIT_BAD_NUMBERS, FolderGone: EXIT_GONE}
+
+
+def ending(error: BaseException) -> tuple[str, int] | None:
+    """(what the user is told in one line, exit code) of an error; None for a fault of this program."""
+    for kind, code in CODES.items():
+        if isinstance(error, kind):
+            return " ".join(str(error).split()), code
     if isinstance(error, OSError) and error.errno in FIXES:
         place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
-        return f"{place}{error.strerror or os.strerror(error.errno)}: {FIXES[error.errno]}"
+        return f"{place}{error.strerror or os.strerror(error.errno)}: {FIXES[error.errno]}", EXIT_WRONG_INPUT
     return None

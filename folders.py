@@ -1,14 +1,14 @@
 """Folders that appear whole or not at all: written beside their name, flushed, closed by a manifest, renamed."""
 
 import contextlib
-import fcntl
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import stat
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 from exits import UserError
@@ -16,8 +16,6 @@ from exits import UserError
 MANIFEST = "manifest.json"
 PARTIAL, REPLACED = ".partial", ".replaced"  # endings of a folder that is being written, and of one on its way out
 HASH_THREADS = 4
-HOLD_SECONDS = 30  # how long a folder is waited for: the processes of a killed run need some seconds to end
-held = {}  # {folder: handle with its lock}; a lock goes with its process, however that ends
 UMASK = os.umask(0)  # it can only be read by setting it
 os.umask(UMASK)
 
@@ -94,48 +92,105 @@ def close_folder(scratch, folder, sizes=None):
 
 @contextlib.contextmanager
 def new_folder(folder):
-    """A folder to write in that gets its name when all is there and on the disk: whole or absent."""
+    """A folder to write in that gets its name when all is there and on the disk: whole or absent.
+
+    The folder that it lies in must be there. Where that goes meanwhile, it stays away: OSError.
+    """
     folder = os.path.normpath(folder)
-    scratch = folder + PARTIAL
+    scratch, parent = folder + PARTIAL, os.path.dirname(folder) or "."
     shutil.rmtree(scratch, ignore_errors=True)
-    os.makedirs(scratch)
+    os.mkdir(scratch)
+    handles = {path: os.open(path, os.O_RDONLY) for path in (scratch, parent)}
     try:
         yield scratch
+        if not all(is_still(path, handle) for path, handle in handles.items()):
+            raise OSError(errno.ENOENT, "was removed while it was written", folder)
         close_folder(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        if not is_still(parent, handles[parent]):  # a library that writes a file makes its folders
+            with contextlib.suppress(OSError):
+                os.rmdir(parent)
+        for handle in handles.values():
+            os.close(handle)
+
+
+def is_still(path, handle):
+    """Is an open file or folder the one that has this path now?"""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(handle))
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def whole_file(path, **how):
+    """A file to write text to that gets its name when all is in it: what was there before stays until then.
+
+    how: more arguments of `open`. Nothing is left of it where the block fails.
+    """
+    scratch = os.fspath(path) + PARTIAL
+    try:
+        with open(scratch, "w", encoding="utf-8", **how) as file:
+            yield file
+        os.replace(scratch, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(scratch)
+
+
+def read_manifest(folder):
+    """{relative path: (bytes, SHA-256)} of a closed folder; None where its manifest is none, or names nothing."""
+    path = os.path.join(folder, MANIFEST)
+    try:
+        if path_problem(folder, MANIFEST):
+            return None
+        with open(path, encoding="utf-8") as file:
+            entries = json.load(file)["files"]
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
+        is_good = all(type(size) is int and type(digest) is str for size, digest in expected.values())
+        return expected if expected and is_good else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def path_problem(folder, name):
+    """Why `name` is no regular file inside a folder, or None: a link leads anywhere, a pipe or a device has no end."""
+    parts = name.split(os.sep)
+    if os.path.isabs(name) or os.path.normpath(name) != name or ".." in parts:
+        return "leaves the folder"
+    for number in range(1, len(parts) + 1):
+        mode = os.lstat(os.path.join(folder, *parts[:number])).st_mode
+        if stat.S_ISLNK(mode):
+            return "is a link" if number == len(parts) else f"lies behind a link, {os.path.join(*parts[:number])}"
+        if not (stat.S_ISREG(mode) if number == len(parts) else stat.S_ISDIR(mode)):
+            return "is no regular file"
+    return None
 
 
 def verify(folder, full=True):
     """What is wrong with the files of a closed folder, one line each; nothing for a folder without a manifest.
 
-    full: compare SHA-256 too; otherwise sizes only.
+    full: compare SHA-256 too; otherwise sizes only. Only regular files inside the folder are read.
     """
     path = os.path.join(folder, MANIFEST)
-    if not os.path.exists(path):
+    if not os.path.lexists(path):
         return []
-    try:
-        with open(path, encoding="utf-8") as file:
-            entries = json.load(file)["files"]
-        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
-        is_good = all(
-            not os.path.isabs(name) and ".." not in name.split(os.sep) and type(size) is int and type(digest) is str
-            for name, (size, digest) in expected.items()
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        is_good = False
-    if not is_good:
+    expected = read_manifest(folder)
+    if expected is None:
         return [f"{path}: not a manifest: copy the folder again"]
 
     def problem(name):
         target = os.path.join(folder, name)
         try:
+            if said := path_problem(folder, name):
+                return f"{target}: {said}"
             if os.path.getsize(target) != expected[name][0]:
                 return f"{target}: has {os.path.getsize(target):,} bytes, it was saved with {expected[name][0]:,}"
             if full and file_entry(target)["sha256"] != expected[name][1]:
                 return f"{target}: its bytes are not those that were saved (SHA-256)"
-        except OSError as error:
-            return f"{target}: cannot be read ({error.strerror})"
+        except (OSError, ValueError) as error:  # a name that no file can have
+            return f"{target}: cannot be read ({getattr(error, 'strerror', error)})"
         return None
 
     with ThreadPoolExecutor(HASH_THREADS) as threads:
@@ -144,36 +199,7 @@ def verify(folder, full=True):
 
 def is_whole(folder, full=True):
     """Was the folder closed, and are its files as they were then?"""
-    return os.path.exists(os.path.join(folder, MANIFEST)) and not verify(folder, full)
-
-
-def hold(folder):
-    """Keep a folder for this process until it ends; one that is not there needs no lock.
-
-    UserError where another process holds it, HOLD_SECONDS long. Does nothing on file systems without locks of folders.
-    """
-    folder = os.path.realpath(folder)
-    if folder in held or not os.path.isdir(folder):
-        return
-    handle, end, told = os.open(folder, os.O_RDONLY), time.monotonic() + HOLD_SECONDS, False
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > end:
-                os.close(handle)
-                raise UserError(
-                    f"--output_dir {folder}: another run writes into it: choose another folder, or end that run first"
-                ) from None
-            if not told:
-                print(f"{folder}: waiting for the run that writes into it", flush=True)
-            told = True
-            time.sleep(0.2)
-            continue
-        except OSError:  # some network file systems
-            pass
-        held[folder] = handle
-        return
+    return os.path.lexists(os.path.join(folder, MANIFEST)) and not verify(folder, full)
 
 
 def last_named(path):

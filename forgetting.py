@@ -22,11 +22,13 @@ from bootstrap import weighted_mean
 from checkpoint import load_opened, open_checkpoint
 from data_set import Columns, Notes, check_items, data_files, encode_row, read_file
 from exits import UserError
+from folders import whole_file
+from holding import holding, require_there
 from metrics import fold
 from modes import read_json
 from predict import Answerer, make_batches
-from utils import choose_device, choose_precision, fail, prepare_environment, torch_dtype, world_size
-from weights import write_json
+from utils import choose_device, choose_precision, fail, prepare_environment, progress_bar, torch_dtype, world_size
+from weights import dump_json
 
 MAX_LEN = 1 << 30  # tokens of a row: a reference is never cut
 NUM_RESAMPLES = 2000
@@ -38,6 +40,13 @@ DIGITS = {"loss": 2, "score": 1}
 def main(argv):
     """Measure a model on the suite, compare with an earlier result, write the result, print the table."""
     args, suite, before = parse_args(argv)
+    with holding(args.output_path, check=lambda: output_problems(args)):
+        measure(args, suite, before)
+    return 0
+
+
+def measure(args, suite, before):
+    """From the checked flags to the table."""
     prepare_environment(args.device)
     opened = open_checkpoint(args.model_path, args.mode, base=args.model_name_or_path)
     if args.allow_other_base and opened.weights == "whole" and not args.before:
@@ -61,6 +70,7 @@ def main(argv):
         rescore(before["rows"], suite)
     model, tokenizer = load_opened(opened, torch_dtype(result["precision"]), device, args.allow_other_base)
     rows = measure_losses(model, tokenizer, opened.mode.prompt, suite, args)
+    require_there(args.output_path)
     if not args.no_generate:
         answers = measure_answers(Answerer(model, tokenizer, opened.mode.prompt, args), suite, args)
         rows = [{**row, **answer} for row, answer in zip(rows, answers)]
@@ -72,7 +82,6 @@ def main(argv):
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     save(result | {"versions": versions, "rows": rows}, args.output_path)
     print(format_result(result))
-    return 0
 
 
 def parse_args(argv):
@@ -88,14 +97,19 @@ def parse_args(argv):
     problems += collect(lambda: suite.extend(read_suite(args.suite, notes)), prefix="--suite ")
     if args.before:
         problems += collect(lambda: before.update(read_before(args.before)), prefix="--before ")
-    inputs = [path for path in (args.before, args.suite) if path]
-    problems += output_file_problems(argparse.Namespace(**vars(args), test_path=inputs))
+    problems += output_problems(args)
     problems += opened_problems(args, "--model_path", args.model_path)
     if problems:
         fail(problems, parser.prog)
     for line in notes.lines("suite"):
         print(line)
     return args, suite, before
+
+
+def output_problems(args):
+    """Is --output_path a file that may be written?"""
+    inputs = [path for path in (args.before, args.suite) if path]
+    return output_file_problems(argparse.Namespace(**vars(args), test_path=inputs))
 
 
 # The suite, and how an answer is scored.
@@ -198,9 +212,7 @@ def score_answer(answer, row):
 
 def in_batches(label, sizes, args):
     """Yield lists of row numbers, with a progress bar. sizes: tokens of each row."""
-    from tqdm import tqdm
-
-    with tqdm(total=len(sizes), desc=label, unit="row") as bar:
+    with progress_bar(total=len(sizes), desc=label, unit="row") as bar:
         for numbers in make_batches(dict(enumerate(sizes)), args.batch_size, args.batch_tokens):
             yield numbers
             bar.update(len(numbers))
@@ -396,15 +408,12 @@ def interval_text(name, interval):
 
 def save(result, path):
     """Write the result, whole or not at all."""
+    require_there(path)
     try:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        write_json(result, path + ".partial")
-        os.replace(path + ".partial", path)
+        with whole_file(path) as file:
+            dump_json(result, file)
     except OSError as error:
         raise UserError(f"--output_path {path}: cannot be written ({error.strerror}): choose another place") from None
-    finally:
-        if os.path.exists(path + ".partial"):
-            os.remove(path + ".partial")
 
 
 def format_result(result):

@@ -23,9 +23,10 @@ import judge_pairs
 import judge_questions
 from arguments import collect, judge_parser, place_problem, range_problems
 from endpoint import ASKS, GO_ON, MOST_REPLY, MOST_TOKENS, USAGE, Endpoint
+from holding import holding, require_there
 from judge_rows import Job, digest, read_bytes
 from score import parse_row, problem, quote, write_reports
-from utils import fail, visible
+from utils import fail, progress_bar, visible
 
 KINDS = {"pairs": judge_pairs, "questions": judge_questions}  # of --task
 JUDGE = ("model", "language", "criteria_hash")
@@ -108,8 +109,6 @@ def complete(args, kind, jobs: list[Job], criteria: str, verdicts: list[dict], s
             missing.setdefault(job.key, []).append(job)
     if not missing:
         return
-    from tqdm import tqdm
-
     judge = Judge(args, kind, criteria) if missing.keys() - known.keys() else None
     lock, failed = threading.Lock(), threading.Event()
     pool, wait = ThreadPoolExecutor(args.concurrency), True
@@ -119,6 +118,7 @@ def complete(args, kind, jobs: list[Job], criteria: str, verdicts: list[dict], s
             return 0
         try:
             verdict = known.get(key) or judge(missing[key][0])
+            require_there(args.output_path)
         except Exception:
             failed.set()  # at once: until the main thread knows of it, the next one would be asked
             raise
@@ -128,13 +128,12 @@ def complete(args, kind, jobs: list[Job], criteria: str, verdicts: list[dict], s
             file.flush()
         return len(lines)
 
-    os.makedirs(os.path.dirname(os.path.abspath(args.output_path)), exist_ok=True)
     # Half of a surrogate pair cannot be written; its backslash form is its JSON escape.
     with open(args.output_path, "a", encoding="utf-8", errors="backslashreplace") as file:
         file.truncate(size)  # without the line that a killed run did not finish
         try:
             there = len(jobs) - sum(map(len, missing.values()))
-            with tqdm(total=len(jobs), initial=there, desc="judging", unit="verdict") as bar:
+            with progress_bar(total=len(jobs), initial=there, desc="judging", unit="verdict") as bar:
                 for future in as_completed([pool.submit(work, key) for key in missing]):
                     bar.update(future.result())
         except KeyboardInterrupt:
@@ -240,6 +239,12 @@ def parse(argv: list[str]):
 def main(argv: list[str]):
     """Get the verdicts that are missing, then report on all of them."""
     args = parse(argv)
+    with holding(args.output_path):
+        judge_all(args)
+
+
+def judge_all(args):
+    """From the checked flags to the report."""
     kind, jobs = KINDS[args.task], None
     if args.predictions:
         criteria = read_criteria(args.criteria, kind, args.language)
@@ -252,6 +257,9 @@ def main(argv: list[str]):
             rule = f"cannot be written ({error.strerror})"
             raise problem("--output_path", args.output_path, rule, f"mend that and {GO_ON}") from None
         verdicts, _ = read_verdicts(args.output_path, kind)
+        if missing := {job.key for job in jobs} - {verdict["prompt_hash"] for verdict in verdicts}:
+            raise RuntimeError(f"{args.output_path}: {len(missing)} verdicts that were written are not in it")
+    require_there(args.output_path)
     verdicts = select(args.output_path, verdicts, jobs)
     if not verdicts:
         raise problem("--output_path", args.output_path, "has no verdict to report", "leave out --report_only")

@@ -16,6 +16,7 @@ from checkpoint import RUN_FILE, load_base_and_trained, no_checkpoint_problem, o
 from exits import UserError
 from folders import last_named, new_folder
 from foreign import foreign_kind, not_mergeable
+from holding import holding, require_there
 from released_files import copy_companions, save_config
 from utils import choose_device, prepare_environment, torch_dtype
 from weights import saved_dtype, write_json, write_weights
@@ -30,6 +31,12 @@ def main(argv):
     prepare_environment(args.device)
     output_dir = args.output_dir or last_named(args.model_dir) + "-merged"
     check_arguments(args, output_dir)
+    with holding(output_dir, "--output_dir", check=lambda: output_problems(output_dir)):
+        merge(args, output_dir)
+
+
+def merge(args, output_dir):
+    """From the checked flags to the merged folder."""
     opened = open_checkpoint(args.model_dir, args.mode, base=args.model_name_or_path, flag="--model_dir")
     config = opened.config()
     tokenizer = opened.tokenizer(config)
@@ -79,10 +86,15 @@ def check_arguments(args, output_dir):
         kind = "adapter"  # a hub name
     if problem := not_mergeable("--model_dir", folder, kind):
         raise UserError(problem)
-    if os.path.exists(output_dir):
-        raise UserError(f"--output_dir {output_dir}: exists: choose a new folder")
-    if problem := place_problem("--output_dir", output_dir):
+    for problem in output_problems(output_dir):
         raise UserError(problem)
+
+
+def output_problems(output_dir):
+    """Why the merged model cannot be written there, a line in a list."""
+    if os.path.exists(output_dir):
+        return [f"--output_dir {output_dir}: exists: choose a new folder"]
+    return list(filter(None, [place_problem("--output_dir", output_dir)]))
 
 
 def compare(base_logits, adapter_logits, merged_logits, rounded_logits):
@@ -102,6 +114,7 @@ def compare(base_logits, adapter_logits, merged_logits, rounded_logits):
 def write_merged(model, tokenizer, output_dir, run, dtype):
     """The merged checkpoint; its folder appears whole or not at all."""
     state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+    require_there(output_dir)
     with new_folder(output_dir) as scratch:
         save_config(model.config, scratch, dtype)
         write_weights(state, scratch)

@@ -126,6 +126,8 @@ def possible_modes(folder):
 
 def read_json(path):
     """A JSON object from a file; UserError that names the file otherwise."""
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device may have no end
+        raise UserError(f"{path}: is no regular file: give a complete file")
     try:
         with open(path, encoding="utf-8-sig") as file:
             value = json.load(file)

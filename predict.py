@@ -17,10 +17,12 @@ import os
 import sys
 import time
 
-from arguments import parse_predict
+from arguments import output_file_problems, parse_predict
 from checkpoint import load_opened, open_checkpoint
 from data_set import read_to_answer
 from exits import UserError
+from folders import whole_file
+from holding import holding, require_there
 from lengths import settle_columns, settle_lengths
 from talk import talk
 from utils import (
@@ -31,6 +33,7 @@ from utils import (
     is_main,
     prepare_environment,
     print_rank_0,
+    progress_bar,
     rank,
     set_seed,
     start_distributed,
@@ -58,20 +61,22 @@ def main(argv):
     if world_size() > 1:
         start_distributed(device)
     set_seed(args.seed)
-    model, tokenizer = load_opened(opened, torch_dtype(precision), device, args.allow_other_base)
-    answer = Answerer(model, tokenizer, opened.mode.prompt, args)
-    for note in notes:
-        print_rank_0(note, file=sys.stderr)  # on stdout an answer stands alone
+    alone = holding(args.output_path, check=lambda: output_file_problems(args))
+    with alone if args.test_path else contextlib.nullcontext():
+        model, tokenizer = load_opened(opened, torch_dtype(precision), device, args.allow_other_base)
+        answer = Answerer(model, tokenizer, opened.mode.prompt, args)
+        for note in notes:
+            print_rank_0(note, file=sys.stderr)  # on stdout an answer stands alone
 
-    if args.prompt is not None:
-        encoded = answer.prompt_ids(args.prompt)
-        if encoded[1]:
-            print(f"--max_src_len {args.max_src_len}: cut {encoded[1]} tokens of the question", file=sys.stderr)
-        print_rank_0("\n".join(answer([encoded])[0]["predictions"]))
-    elif args.interactive:
-        talk(answer)
-    else:
-        predict_file(answer, rows, args, key_of(args, opened, rows, precision))
+        if args.prompt is not None:
+            encoded = answer.prompt_ids(args.prompt)
+            if encoded[1]:
+                print(f"--max_src_len {args.max_src_len}: cut {encoded[1]} tokens of the question", file=sys.stderr)
+            print_rank_0("\n".join(answer([encoded])[0]["predictions"]))
+        elif args.interactive:
+            talk(answer)
+        else:
+            predict_file(answer, rows, args, key_of(args, opened, rows, precision))
     if world_size() > 1:
         stop_distributed()
 
@@ -150,11 +155,8 @@ def predict_file(answer, rows, args, key):
 
     Rows that an interrupted run with the same `key` has answered are not answered again.
     """
-    from tqdm import tqdm
-
-    started = time.time()
+    started = time.monotonic()
     own_rank, world = rank(), world_size()
-    os.makedirs(os.path.dirname(os.path.abspath(args.output_path)), exist_ok=True)
     done = take_up(args.output_path, key, args.overwrite)
     if done:
         print_rank_0(f"{len(done)} of {len(rows)} rows are answered already, {args.output_path} is gone on with")
@@ -169,15 +171,17 @@ def predict_file(answer, rows, args, key):
     with telling_what_is_left(), open(part, "a", encoding="utf-8", buffering=1) as file:
         if own_rank:
             file.write(json.dumps({"key": key}) + "\n")
-        with tqdm(total=len(mine), desc="predicting", unit="row", disable=not is_main()) as bar:
+        with progress_bar(total=len(mine), desc="predicting", unit="row", disable=not is_main()) as bar:
             for numbers in batches:
+                require_there(args.output_path)
                 for number, result in zip(numbers, answer([prompts[number] for number in numbers])):
                     file.write(json.dumps(output_row(number, rows[number], result), ensure_ascii=False) + "\n")
                 bar.update(len(numbers))
     barrier()
     if is_main():
-        lines = put_in_order(args.output_path)
-        print(f"{len(rows)} rows in {time.time() - started:.1f} s, {args.output_path}")
+        require_there(args.output_path)
+        lines = put_in_order(args.output_path, len(rows))
+        print(f"{len(lines)} rows in {time.monotonic() - started:.1f} s, {args.output_path}")
         print(describe_answers(lines, args.max_new_tokens))
         print(describe_cut_questions(lines, args.max_src_len))
 
@@ -210,6 +214,8 @@ def read_parts(path):
                     value = json.loads(line)
                 except ValueError:
                     continue
+                if not isinstance(value, dict):
+                    continue
                 key = value.get("key", key)
                 if "index" in value:
                     lines[value["index"]], keys[part] = line, key
@@ -228,10 +234,9 @@ def take_up(path, key, overwrite):
     lines = {} if others else lines
     barrier()  # all have read
     if is_main():
-        with open(path + ".partial", "w", encoding="utf-8") as file:
+        with whole_file(part_path(path, 0)) as file:
             file.write(json.dumps({"key": key}) + "\n")
             file.writelines(lines.values())
-        os.replace(path + ".partial", part_path(path, 0))
         for part in keys:
             if part != part_path(path, 0):
                 os.remove(part)
@@ -329,12 +334,17 @@ def describe_cut_questions(lines, max_src_len):
     )
 
 
-def put_in_order(path):
-    """Join the ranks' parts into one file in input order, then remove them; the rows of the file."""
+def put_in_order(path, num_rows):
+    """Join the ranks' parts into one file in input order, then remove them; the rows of the file.
+
+    RuntimeError where they do not hold one answer for each of the rows: the parts stay as they are then.
+    """
     keys, lines = read_parts(path)
-    with open(path + ".partial", "w", encoding="utf-8") as file:
-        file.writelines(lines[number] for number in sorted(lines))
-    os.replace(path + ".partial", path)
+    if missing := set(range(num_rows)) - set(lines):
+        raise RuntimeError(f"{path}: {len(missing)} of {num_rows} rows have no answer, first that of index {min(missing)}")
+    lines = {number: lines[number] for number in range(num_rows)}
+    with whole_file(path) as file:
+        file.writelines(lines.values())
     for part in keys:
         os.remove(part)
     return [json.loads(line) for line in lines.values()]

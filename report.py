@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from exits import UserError
+from folders import whole_file
 from plots import can_draw, draw_cost, draw_losses, draw_quality
 from report_text import facts, main_table, metrics_table, notes, ranked, title_of, verdict, words_of
 from report_words import ENGLISH
@@ -89,13 +90,20 @@ def read_results(folder):
 def write_report(results, folder):
     """Write the report; returns the path of its page."""
     results = shown(results)
-    os.makedirs(folder, exist_ok=True)
+    if not os.path.isdir(folder):
+        os.mkdir(folder)
+    write_text(Path(folder, "results.json"), json.dumps(results, ensure_ascii=False, indent=1) + "\n")
     pictures = draw_pictures(results, folder)
-    Path(folder, "results.json").write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    Path(folder, "report.md").write_text(markdown(results, pictures), encoding="utf-8")
+    write_text(Path(folder, "report.md"), markdown(results, pictures))
     page = Path(folder, "index.html")
-    page.write_text(webpage(results, pictures, folder), encoding="utf-8")
+    write_text(page, webpage(results, pictures, folder))
     return str(page)
+
+
+def write_text(path, text):
+    """A file of the report, whole or not at all."""
+    with whole_file(path) as file:
+        file.write(text)
 
 
 def shown(value):

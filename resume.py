@@ -15,34 +15,29 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 
 import folders
 from checkpoint import CHECKPOINT
 from ds_config import what_counts
 from exits import BadNumbers, UserError
 from folders import (
-    MANIFEST,
     PARTIAL,
     close_folder,
     file_entry,
-    hold,
     numbered,
     remove_leftovers,
     require_space,
-    verify,
+    whole_file,
 )
 from going_on import start_hashes
 from modes import read_json
-from progress import Progress
+from state_checks import KINDS, STATE, STATE_FILE, TAG, check_range, read_info, state_problems
 from utils import is_main, on_main, world_size
-from weights import finite_problem, weight_files, write_json
+from weights import dump_json, finite_problem, weight_files, write_json
 
-STATE = r"state-step-(\d+)"
-STATE_FILE = "state.json"
 FINGERPRINT_FILE = "fingerprint.json"  # in the run's folder
+LEFTOVERS = f"({STATE}(-universal)?|{CHECKPOINT}|best)"  # what a process may leave half written of, in a run's folder
 DEAD_SECONDS = 3  # if an error comes of another process's death, the watch ends this one meanwhile, and says so
-TAG = "deepspeed"  # folder of DeepSpeed's files inside a state
 # What may differ between a run and the one that goes on: where things lie (their contents are compared), what is
 # shown and kept, and the split of an update, whose size is compared instead.
 FREE_FLAGS = (
@@ -96,9 +91,9 @@ def state_files(folder):
             return True
 
         def makedirs(self, path, exist_ok=False):
-            """A folder."""
-            with self.noting_problem():
-                os.makedirs(path, exist_ok=exist_ok)
+            """A folder inside the state's, which is there unless somebody has removed it."""
+            with self.noting_problem(), contextlib.suppress(FileExistsError):
+                os.mkdir(path)
 
         def save(self, state_dict, path):
             """Write a file to the disk."""
@@ -202,7 +197,7 @@ def write_state(engine, folder, num_bytes):
     def prepare():
         require_space(os.path.dirname(folder), num_bytes, "a state")
         shutil.rmtree(scratch, ignore_errors=True)
-        os.makedirs(scratch)
+        os.mkdir(scratch)
 
     on_main(prepare)
     files = state_files(scratch)
@@ -226,7 +221,7 @@ def close_state(folder, info, sizes):
     info: what state.json holds. sizes: what `write_state` returned. OSError leaves everything as it was.
     """
     scratch = folder + PARTIAL
-    optimizers = [name for name in sizes if name.endswith("optim_states.pt")]
+    optimizers = [name for name in sizes if name.endswith(KINDS[0])]
     randoms = [name for name in sizes if name.startswith("rank-")]
     assert len(optimizers) == len(randoms) == info["world_size"], f"files of a state are missing: {sorted(sizes)}"
     try:
@@ -239,13 +234,12 @@ def close_state(folder, info, sizes):
 # Finding.
 
 
-def choose_state(args, current, split):
+def choose_state(args, current, split, num_steps):
     """(folder, state.json) of the state that `--resume` means, checked against this run; (None, None): begin anew.
 
-    current: the run's `fingerprint`. UserError names what differs. For the first process.
+    current: the run's `fingerprint`. num_steps: its updates. UserError names what differs. For the first process.
     """
-    hold(args.output_dir)
-    remove_leftovers(args.output_dir, f"({STATE}(-universal)?|{CHECKPOINT}|best)")
+    remove_leftovers(args.output_dir, LEFTOVERS)
     if args.resume is None:
         return None, None
     folder, skipped = find_state(args.resume, args.output_dir)
@@ -257,6 +251,7 @@ def choose_state(args, current, split):
         return None, None
     info = read_info(folder)
     notes = check_same_run(folder, info, current, split)
+    check_range(folder, info, num_steps)
     print(f"resumed from {folder}: {info['progress']['step']} updates are done", flush=True)
     for line in notes:
         print(f"note: {line}", flush=True)
@@ -281,52 +276,17 @@ def find_state(resume, output_dir):
     auto: the newest whole state in output_dir. UserError where a named state is not whole.
     """
     if resume != "auto":
-        if problems := verify(resume) or missing_manifest(resume):
+        if problems := state_problems(resume):
             raise UserError(f"--resume {resume}: {problems[0]}: use an older state, or --resume auto")
         return resume, []
     skipped = []
     for name in numbered(output_dir, STATE):
         folder = os.path.join(output_dir, name)
-        problems = verify(folder) or missing_manifest(folder)
+        problems = state_problems(folder)
         if not problems:
             return folder, skipped
         skipped.append(f"--resume auto: {folder} is left out, it is not whole: {problems[0]}")
     return None, skipped
-
-
-def missing_manifest(folder):
-    """A line in a list where a folder has no manifest."""
-    path = os.path.join(folder, MANIFEST)
-    return [] if os.path.isfile(path) else [f"{path}: missing"]
-
-
-def read_info(folder):
-    """state.json of a state."""
-    path = os.path.join(folder, STATE_FILE)
-    info = read_json(path)
-    kinds = {"progress": dict, "fingerprint": dict, "split": list, "world_size": int}
-    for key, kind in kinds.items():
-        if not isinstance(info.get(key), kind):
-            raise UserError(f"--resume: {path}: {key} is {info.get(key)!r}: use another state")
-    split, progress = info["split"], info["progress"]
-    if len(split) != 3 or any(type(number) is not int or number < 1 for number in split):
-        raise UserError(f"--resume: {path}: split is {split!r}, not three numbers: use another state")
-    new = {"step": 0, **asdict(Progress())}
-    unlike = [name for name in progress if name not in new or not is_like(progress[name], new[name])]
-    unlike += [name for name in ("step", "usual_loss") if name not in progress]
-    if unlike:
-        value = progress.get(unlike[0], "missing")
-        raise UserError(f"--resume: {path}: progress.{unlike[0]} is {value!r}: use another state")
-    return info
-
-
-def is_like(value, new):
-    """Is a value of a state's progress of the kind that it is in a new run?"""
-    if isinstance(new, dict):
-        return isinstance(value, dict) and all(name in new and is_like(value[name], new[name]) for name in value)
-    if new is None:
-        return value is None or type(value) in (int, float)
-    return type(value) in (int, float) if type(new) is float else type(value) is type(new)
 
 
 # Comparing with the run.
@@ -356,11 +316,8 @@ def fingerprint(args, base_folder, rows_key, precision, optimizer_name, device, 
 
 def write_fingerprint(output_dir, current):
     """Say in the run's folder, before anything else lies there, whose it is: whole or not at all."""
-    os.makedirs(output_dir, exist_ok=True)
-    hold(output_dir)
-    path = os.path.join(output_dir, FINGERPRINT_FILE)
-    write_json(current, path + PARTIAL)
-    os.replace(path + PARTIAL, path)
+    with whole_file(os.path.join(output_dir, FINGERPRINT_FILE)) as file:
+        dump_json(current, file)
 
 
 def differences(saved, current):
@@ -462,6 +419,11 @@ def load_state(engine, state, info, seed):
         ) from error
     if path is None:
         raise UserError(f"--resume {state}: DeepSpeed finds nothing in it: use another state")
+    if engine.global_steps != info["progress"]["step"]:
+        raise UserError(
+            f"--resume {state}: {STATE_FILE} says {info['progress']['step']} updates, DeepSpeed's files"
+            f" {engine.global_steps}: use another state"
+        )
     if not is_same_world:
         mend_converted(engine, decays)
         torch.manual_seed(seed + info["progress"]["step"] * world_size() + dist.get_rank())

@@ -32,7 +32,7 @@ from data_set import (
 )
 from exits import UserError
 from modes import Mode
-from utils import is_main, print_rank_0
+from utils import is_main, print_rank_0, progress_bar
 
 ENCODING_VERSION = 4  # part of the cache key: raise it when the same row would give other ids, or other files
 BATCH_ROWS, BATCH_BYTES = 1000, 1 << 20  # what a process encodes at a time: the first limit that is reached
@@ -318,9 +318,8 @@ def encode_to_folder(folder, paths, encoding, num_proc):
 def write_rows(folder, paths, encoding, num_proc):
     """Encode all rows into the files that `EncodedRows` reads."""
     import numpy
-    from tqdm import tqdm
 
-    started = time.time()
+    started = time.monotonic()
     files = data_files(paths)
     batches = read_batches(files)
     head = list(itertools.islice(batches, MIN_POOL_BATCHES))
@@ -338,7 +337,7 @@ def write_rows(folder, paths, encoding, num_proc):
         stack.enter_context(contextlib.closing(results))  # ends the pool, whatever happens here
         arrays = {name: stack.enter_context(open(os.path.join(folder, f"{name}.bin"), "wb")) for name in NUMBERS}
         bad_rows = stack.enter_context(open(os.path.join(folder, BAD_ROWS), "w", encoding="utf-8"))
-        bar = stack.enter_context(tqdm(desc="encoding", unit="row", unit_scale=True, disable=not is_shown))
+        bar = stack.enter_context(progress_bar(desc="encoding", unit="row", unit_scale=True, disable=not is_shown))
         numpy.zeros(1, "int64").tofile(arrays["offsets"])
         for found in results:
             found.ids.tofile(arrays["ids"])
@@ -367,7 +366,7 @@ def write_rows(folder, paths, encoding, num_proc):
         json.dump({**counts, "id_type": encoding.id_type, "files": of_files, "notes": asdict(notes)}, file)
     if not is_shown:
         processes = "1 process" if num_proc == 1 else f"{num_proc} processes"
-        print_rank_0(f"encoded {num_rows:,} rows in {time.time() - started:.1f} s with {processes}")
+        print_rank_0(f"encoded {num_rows:,} rows in {time.monotonic() - started:.1f} s with {processes}")
 
 
 def printable(text):

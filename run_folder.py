@@ -1,14 +1,17 @@
 """What a run leaves in its folder: checkpoints, the best one, states to resume from, and how many are kept."""
 
+import contextlib
 import os
 import shutil
+import sys
 import threading
 from dataclasses import asdict
 
 from checkpoint import CHECKPOINT, RUN_FILE, describe_run, read_run, save_checkpoint
-from exits import UserError
-from folders import is_whole, keep_newest, new_folder, numbered
-from resume import FREE_FLAGS, STATE, close_state, state_bytes, write_state
+from exits import FolderGone, UserError
+from folders import is_whole, keep_newest, new_folder, numbered, remove_leftovers
+from holding import place_now, require_there
+from resume import FREE_FLAGS, LEFTOVERS, STATE, close_state, state_bytes, write_state
 from run_log import read_records
 from utils import is_main, on_main, world_size
 from watch import CLOSING
@@ -29,7 +32,22 @@ class RunFolder:
         self.engine, self.tokenizer, self.train_type = engine, tokenizer, train_type
         self.trained, self.total = model
         self.log, self.identity, self.split = log, identity, split
-        self.problem, self.is_closing = None, False
+        self.problem, self.is_closing, self.closing = None, False, None
+
+    def require(self):
+        """FolderGone on the first process where --output_dir was removed or renamed; the others end by the watch.
+
+        Where it was renamed, nothing half written is left in it.
+        """
+        try:
+            require_there(self.args.output_dir)
+        except FolderGone:
+            if self.closing:
+                self.closing.join()
+            with contextlib.suppress(OSError):  # it is removed, not renamed
+                remove_leftovers(place_now(self.args.output_dir), LEFTOVERS)
+            print(file=sys.stderr)  # off the bar's line
+            raise
 
     def save_weights(self, step, epoch, name=None, **more):
         """A checkpoint epoch-E-step-S, or one with a name of its own; more: what else its run.json says."""
@@ -39,6 +57,7 @@ class RunFolder:
         run = describe_run(self.args, self.base_folder, self.precision, epoch=epoch, step=step, **more)
         zero3 = self.engine.zero_optimization_stage() == 3
         self.problem = save_checkpoint(self.engine.module, self.tokenizer, path, self.train_type, run, zero3)
+        self.require()
         self.log.saved(step, path, self.problem)
         if self.problem is None:
             on_main(lambda: keep_newest(path, CHECKPOINT, self.args.save_total_limit))
@@ -81,6 +100,7 @@ class RunFolder:
         try:
             sizes = write_state(self.engine, path, num_bytes)
         except UserError as error:
+            self.require()
             self.problem = str(error)
             self.log.saved(progress.step, path, self.problem)
             return
@@ -94,6 +114,7 @@ class RunFolder:
         if self.is_closing:
             self.is_closing = False
             self.problem = on_main(lambda: self.closing.result())
+            self.require()
 
 
 class Closing(threading.Thread):
@@ -110,6 +131,10 @@ class Closing(threading.Thread):
             keep_newest(self.path, STATE, self.args.save_total_limit or STATES_KEPT)
         except Exception as error:  # a thread that ended without a word would pass for a state that is saved
             self.problem = str(getattr(error, "strerror", None) or error)
+        try:
+            require_there(self.args.output_dir)
+        except FolderGone:
+            return  # the main thread says so
         self.log.saved(self.info["progress"]["step"], self.path, self.problem)
 
     def result(self):

@@ -11,7 +11,7 @@ import time
 from exits import UserError
 from guard import name_rows
 from plots import picture
-from utils import is_main, print_rank_0
+from utils import is_main, print_rank_0, progress_bar
 
 # Of an evaluation's metrics, on the screen.
 SHOWN = ("loss", "rougeL", "bleu4", "f1", "accuracy", "macro_f1", "diversity", "exact_match")
@@ -66,6 +66,29 @@ class JsonLines:
         self.is_complaining = bool(self.waiting)
 
 
+class Speed:
+    """Tokens per second since it was last taken."""
+
+    def __init__(self):
+        self.num_tokens, self.start = 0, time.monotonic()
+
+    def count(self, num_tokens):
+        """These are done, too."""
+        self.num_tokens += num_tokens
+
+    def take(self):
+        """The speed, and begin again."""
+        now = time.monotonic()
+        speed = per_second(self.num_tokens, now - self.start)
+        self.num_tokens, self.start = 0, now
+        return speed
+
+
+def per_second(amount, seconds):
+    """A rate; None where no time has passed: no clock is so fine."""
+    return amount / seconds if seconds > 0 else None
+
+
 def to_line(record):
     """A record as a line of JSON."""
     return json.dumps(record, ensure_ascii=False) + "\n"
@@ -96,15 +119,13 @@ class RunLog:
         those whose evaluation is done, left out: the same."""
         evaluated_step = step if evaluated_step is None else evaluated_step
         self.enabled = is_main()
-        self.started = time.time()
+        self.started = time.monotonic()
         if not self.enabled:
             return
         from torch.utils.tensorboard import SummaryWriter
-        from tqdm import tqdm
 
         self.output_dir = output_dir
         try:
-            os.makedirs(output_dir, exist_ok=True)
             self.log = JsonLines(os.path.join(output_dir, "train_log.jsonl"), step)
             self.evaluations = JsonLines(os.path.join(output_dir, "eval_log.jsonl"), evaluated_step)
             self.events = JsonLines(os.path.join(output_dir, "events.jsonl"), step)
@@ -115,7 +136,7 @@ class RunLog:
             self.started -= self.log.records[-1]["seconds"]
         # A log file gets a line now and then instead of ten a second.
         interval = 0.1 if sys.stderr.isatty() else 10.0
-        self.bar = tqdm(
+        self.bar = progress_bar(
             total=num_steps, initial=step, desc="training", unit="step", dynamic_ncols=True, mininterval=interval
         )
 
@@ -152,7 +173,7 @@ class RunLog:
 
     def seconds(self):
         """Since the run began, the time before it was resumed included."""
-        return time.time() - self.started
+        return time.monotonic() - self.started
 
     def done(self, progress, trained, total, peak_memory):
         """The run has come to its end; what it took."""
@@ -160,7 +181,7 @@ class RunLog:
             progress.step,
             "done",
             seconds=self.seconds(),
-            tokens_per_second=progress.num_tokens / self.seconds(),
+            tokens_per_second=per_second(progress.num_tokens, self.seconds()),
             peak_memory_bytes=peak_memory,
             trained_weights=trained,
             all_weights=total,
@@ -202,8 +223,9 @@ class RunLog:
                 self.add_scalar(name, record[name], step)
         norm = "not finite" if grad_norm is None else f"{grad_norm:.2f}"
         shown = "not finite" if loss is None else f"{loss:.4f}"
+        speed = "-" if tokens_per_second is None else f"{tokens_per_second:,.0f}"
         self.bar.set_postfix_str(
-            f"loss {shown}, lr {learning_rate:.2e}, grad norm {norm}, {tokens_per_second:,.0f} tokens/s",
+            f"loss {shown}, lr {learning_rate:.2e}, grad norm {norm}, {speed} tokens/s",
             refresh=sys.stderr.isatty(),
         )
 

@@ -11,6 +11,7 @@ are not imported, the text libraries only once a row is scored.
 
 import entry  # first: Ctrl-C is heard while the others are imported
 
+import contextlib
 import json
 import os
 import unicodedata
@@ -22,6 +23,7 @@ import metrics
 from arguments import score_parser
 from bootstrap import difference, differences, intervals
 from exits import UserError
+from holding import holding
 from metrics import confusion_of, definitions, metrics_of, score_rows
 from tasks import NO_TASK, find_task
 from utils import fail
@@ -415,8 +417,17 @@ def main(argv: list[str] | None = None) -> int:
     """Score the files, print the table, write the JSON files; returns the exit code."""
     args = score_parser().parse_args(argv)
     inputs, outputs = read_inputs(args)
-    task = find_task(args.task)
+    with contextlib.ExitStack() as alone:
+        for output, path in outputs.items():
+            found = lambda: filter(None, [overwrite_problem(output, path, args)])  # noqa: B023, E731  called at once
+            alone.enter_context(holding(str(output), check=found))
+        score_files(args, inputs, outputs)
+    return 0
 
+
+def score_files(args, inputs: dict[str, Predictions], outputs: dict[Path, str]):
+    """Score what `read_inputs` has read, write the files and print the table."""
+    task = find_task(args.task)
     reports, scored = {}, {}
     for path, rows in inputs.items():
         scored[path] = score_rows(rows.answers, rows.references, args.task, normalize=not args.no_normalize)
@@ -436,7 +447,6 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         fail(str(error), "score.py")
     print(format_table([reports[path] for path in args.predictions]))
-    return 0
 
 
 if __name__ == "__main__":

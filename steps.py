@@ -12,7 +12,8 @@ from pathlib import Path
 
 from entry import listen, listen_as_before
 from exits import EXIT_LEFT, UserError
-from folders import file_entry, verify
+from folders import file_entry, verify, whole_file
+from holding import require_there
 from utils import fail, free_port, visible
 
 
@@ -146,13 +147,15 @@ class Steps:
             print(f"\n{self.changes(name, result)[0]}: it is made again", flush=True)
         if self.is_own(result) and Path(result).is_dir() and not (goes_on and self.stamp(name)):
             shutil.rmtree(result)  # of a run that was broken off
+        require_there(self.folder)
         self.write_stamp(name, key, command)
         print(f"\n== {visible(name)}\n$ {visible(command)}", flush=True)
-        started = time.time()
+        started = time.monotonic()
         words = shlex.split(command.replace("--master_port 29500", f"--master_port {free_port()}"))
         self.digests.pop(str(result), None)
         code, is_asked = self.run_words(words, self.command_environment(words))
-        seconds = time.time() - started
+        seconds = time.monotonic() - started
+        require_there(self.folder)
         if code == 0:
             self.write_stamp(name, key, command, seconds, self.digest(result) if os.path.isfile(result) else None)
             self.seconds += seconds
@@ -166,9 +169,8 @@ class Steps:
         path = self.stamp_path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         values = {"key": key, "command": command, "seconds": seconds, "result": result}
-        text = json.dumps(values, ensure_ascii=False)
-        path.with_suffix(".partial").write_text(text, encoding="utf-8")
-        os.replace(path.with_suffix(".partial"), path)
+        with whole_file(path) as file:
+            json.dump(values, file, ensure_ascii=False)
 
     def command_environment(self, words):
         """The launcher takes these cards alone; on a CPU, which has none, that is the number of processes."""

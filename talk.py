@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 
+import entry
 from entry import listen, listen_as_before
 
 
@@ -70,6 +71,8 @@ def talk(answer):
         try:
             text = answer([encoded])[0]["predictions"][0]
         except KeyboardInterrupt:
+            if entry.ended_by:  # not Ctrl-C
+                raise
             print("\n(stopped)")
             continue
         print(text)

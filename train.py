@@ -8,7 +8,6 @@ import entry  # noqa: F401, first: Ctrl-C is heard while the others are imported
 
 import math
 import sys
-import time
 
 from arguments import columns_of, folder_problems
 from bases import base_fingerprint
@@ -21,6 +20,7 @@ from exits import EXIT_LEFT, BadNumbers
 from folders import require_space
 from going_on import check_start, open_start, put_start
 from guard import check_skipped, explain_bad_loss, keep_going_at_low_scale
+from holding import require_there
 from lengths import window_problem
 from modes import MODES
 from optimizer import build_optimizer, build_scheduler, choose_adam
@@ -36,8 +36,8 @@ from resume import (
 from row_cache import describe_counts, load_rows
 from row_sets import hold_out, mix
 from run_folder import RunFolder, last_checkpoint
-from run_log import RunLog
-from train_arguments import ATTENTION, length_problems, parse_train
+from run_log import RunLog, Speed
+from train_arguments import ATTENTION, hold_output, length_problems, parse_train
 from tuning import TRAIN_TYPES, checkpoint_layers, count_parameters
 from utils import (
     choose_device,
@@ -77,6 +77,7 @@ def main(argv, watch):
     dtype = torch_dtype(precision)
     start_distributed(device)
     watch.start(args.output_dir, args.step_timeout)
+    on_main(lambda: hold_output(args))  # until the process ends
     rank, world, group = dist.get_rank(), world_size(), control_group(device)
     set_seed(args.seed)
 
@@ -144,7 +145,7 @@ def main(argv, watch):
     base = (folder, on_main(lambda: base_fingerprint(folder, mode, config)))
     identity = on_main(lambda: fingerprint(args, folder, rows.key, precision, optimizer_name, device, ds_config))
     split = [args.per_device_train_batch_size, args.gradient_accumulation_steps, world]
-    state, info = on_main(lambda: choose_state(args, identity, split))
+    state, info = on_main(lambda: choose_state(args, identity, split, num_steps))
     progress = Progress.from_info(info)
     if args.resume and (last := on_main(lambda: last_checkpoint(args.output_dir))):
         print_rank_0(f"done already: {last} is the run's last checkpoint")
@@ -182,6 +183,7 @@ def main(argv, watch):
         texts = texts_of(eval_rows, columns_of(args), args) if args.eval_generate else []
         evaluation = Evaluation(args, eval_rows, texts, tokenizer, mode.prompt, device, group, zero3)
         progress.judge_by(args.metric_for_best_model, eval_rows.key)
+    require_there(args.output_dir)
     on_main(lambda: write_fingerprint(args.output_dir, identity))
     log = RunLog(args.output_dir, num_steps, progress.step, progress.step - progress.owes_evaluation)
     log.bad_rows([*rows.bad_rows, *(eval_rows.bad_rows if args.eval_path else [])])
@@ -194,6 +196,7 @@ def main(argv, watch):
         """Evaluate, and keep the weights if they are the best. Have evaluations been worse for long enough to stop?"""
         progress.owes_evaluation = False
         scores, before = evaluation(engine, step), (progress.best_value, progress.best_step)
+        run_folder.require()
         is_best = progress.is_best(args.metric_for_best_model, scores.get(args.metric_for_best_model))
         log.evaluated(step, scores, is_best)
         if is_best:
@@ -212,7 +215,7 @@ def main(argv, watch):
         run_folder.save_weights(progress.step, last_epoch + 1)
 
     # The loop. A step is one optimizer update.
-    window_tokens, window_start, num_asked, is_last = 0, time.time(), 0, True
+    speed, num_asked, is_last = Speed(), 0, True
     engine.train()
     for epoch, update in updates.since(progress.step, num_epochs):
         step = progress.step + 1
@@ -236,8 +239,9 @@ def main(argv, watch):
         num_tokens = int(updates.lengths[update.rows].sum())
         progress.count(update_loss, update.num_labels, num_tokens, engine.was_step_applied())
         check_skipped(progress.num_skipped, step, precision, getattr(engine.optimizer, "loss_scale", 1))
+        run_folder.require()
         log.advance()
-        window_tokens += num_tokens
+        speed.count(num_tokens)
 
         is_epoch_end, is_last = step % len(updates) == 0, step == num_steps
         if progress.usual_loss.is_spike(update_loss / update.num_labels):
@@ -250,10 +254,9 @@ def main(argv, watch):
                 loss=progress.window_loss / progress.window_labels,
                 learning_rate=rate,
                 grad_norm=None if norm is None else float(norm),
-                tokens_per_second=window_tokens / (time.time() - window_start),
+                tokens_per_second=speed.take(),
             )
             progress.window_loss, progress.window_labels = 0.0, 0
-            window_tokens, window_start = 0, time.time()
         if evaluation and evaluation.is_due(step, is_epoch_end, is_last):
             progress.owes_evaluation = bool(num_asked) and not is_last  # it may take long: the resumed run does it
             if not progress.owes_evaluation:

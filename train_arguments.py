@@ -22,6 +22,7 @@ from ds_config import conflicts, read_ds_file
 from exits import UserError
 from folders import numbered
 from going_on import take_over
+from holding import ENDING, take
 from modes import MODES
 from resume import STATE
 from tasks import TASKS, find_task
@@ -29,6 +30,7 @@ from tuning import TRAIN_TYPES
 from utils import fail, is_main, launcher_problem, world_size
 
 ATTENTION = {"sdpa": "sdpa", "flex": "flex_attention", "eager": "eager"}  # the library's names
+HOLD_SECONDS = 30  # of --output_dir with --resume: the processes of a killed run need some seconds to end
 BEST_METRICS = ("loss", "rougeL", "bleu4", "f1", "accuracy")  # of --metric_for_best_model
 
 
@@ -320,8 +322,22 @@ def length_problems(args):
     return []
 
 
+def hold_output(args):
+    """Make --output_dir and keep other commands out of it until the process ends. For the first process.
+
+    Only under the lock is it sure to be new, empty or that of the run that is resumed, so this is looked at again. The
+    last processes of a killed run, which is gone on with, are waited for.
+    """
+    take(args.output_dir, "--output_dir", is_inside=True, seconds=HOLD_SECONDS if args.resume else 0)
+    if problems := output_problems(args.output_dir, args.model_name_or_path, args.resume):
+        raise UserError(problems[0])
+
+
 def output_problems(output_dir, model_path, resume):
-    """The output folder must be new, empty or that of the run that is resumed, and not the model's."""
+    """The output folder must be new, empty or that of the run that is resumed, and not the model's.
+
+    What a killed run leaves of its lock does not count.
+    """
     if os.path.exists(model_path) and os.path.realpath(output_dir) == os.path.realpath(model_path):
         return [f"--output_dir {output_dir}: is the model's own folder: choose another"]
     if os.path.exists(output_dir):
@@ -332,7 +348,7 @@ def output_problems(output_dir, model_path, resume):
         is_own = resume is not None and os.path.realpath(os.path.dirname(resume.rstrip("/"))) == os.path.realpath(
             output_dir
         )
-        if os.listdir(output_dir) and resume != "auto" and not is_own:
+        if names_in(output_dir) and resume != "auto" and not is_own:
             if numbered(output_dir, STATE):
                 fix = "add --resume auto to go on with that run, or choose a new folder"
                 return [f"--output_dir {output_dir}: is not empty: {fix}"]
@@ -341,7 +357,12 @@ def output_problems(output_dir, model_path, resume):
     return [problem] if problem else []
 
 
+def names_in(folder):
+    """What lies in a folder besides a lock."""
+    return [name for name in os.listdir(folder) if name != ENDING]
+
+
 def is_run_folder(folder):
     """Is the folder empty, or does it hold what train.py writes first?"""
-    names = os.listdir(folder)
+    names = names_in(folder)
     return not names or any(name.startswith(("fingerprint.json", "state-step-")) for name in names)

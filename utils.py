@@ -81,22 +81,43 @@ def print_rank_0(*values, **kwargs):
 
 
 class LastingStream:
-    """A stream for a long run: what cannot be written (a full disk, a pipe whose reader has gone) is left out."""
+    """A stream for a long run: what cannot be written (a full disk, a pipe whose reader has gone) is left out.
 
-    def __init__(self, stream):
-        self.stream = stream
+    only: the one error number for which it is; None: all.
+    """
+
+    def __init__(self, stream, only=None):
+        self.stream, self.only = stream, only
+
+    @contextlib.contextmanager
+    def trying(self):
+        """Let an error pass."""
+        try:
+            yield
+        except OSError as error:
+            if self.only not in (None, error.errno):
+                raise
 
     def write(self, text):
-        with contextlib.suppress(OSError):
+        with self.trying():
             self.stream.write(text)
         return len(text)
 
     def flush(self):
-        with contextlib.suppress(OSError):
+        with self.trying():
             self.stream.flush()
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
+
+
+def progress_bar(*rows, **how):
+    """A bar of tqdm that goes by a clock which nobody sets: no speed is negative, and none has no end."""
+    import tqdm.std
+
+    tqdm.std.time = time.monotonic  # each bar takes it from there when it begins
+    tqdm._monitor.time = time.monotonic
+    return tqdm.tqdm(*rows, **how)
 
 
 def fail(problems, prog=None, code=EXIT_WRONG_INPUT):
@@ -261,8 +282,7 @@ def on_main(function):
 
     Its UserError is raised on every rank, and an OSError as a UserError.
     """
-    import torch.distributed as dist
-
+    dist = sys.modules.get("torch.distributed")  # without it there are no ranks, and no need to import it
     result = [None, None]
     if is_main():
         try:
@@ -271,7 +291,7 @@ def on_main(function):
             result[1] = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
         except UserError as error:
             result[1] = str(error)
-    if dist.is_available() and dist.is_initialized():
+    if dist and dist.is_available() and dist.is_initialized():
         dist.broadcast_object_list(result, src=0)
     if result[1] is not None:
         raise UserError(result[1])

@@ -17,7 +17,8 @@ import time
 import traceback
 
 from entry import listen, listen_as_before, prepare_streams
-from exits import EXIT_BAD_NUMBERS, EXIT_LEFT, EXIT_STALLED, EXIT_WRONG_INPUT, BadNumbers, told
+from exits import EXIT_LEFT, EXIT_STALLED, ending
+from holding import release_all
 from utils import LastingStream, fail, is_main, rank, world_size
 
 LOOK_SECONDS = 1.0
@@ -152,6 +153,7 @@ class Watch:
         if message:
             print(f"\ntrain.py: error: {message}", file=sys.stderr)
         finish_closing()
+        release_all()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -211,7 +213,7 @@ def launchers(number=2):
 
 @contextlib.contextmanager
 def together():
-    """Run a command whose processes end together, with one exit code; what the user can mend is one line (`told`).
+    """Run a command whose processes end together, with one exit code; what the user can mend is one line (`ending`).
 
     Yields the watch, to be started when the process group is there.
     """
@@ -222,22 +224,19 @@ def together():
     code = 0
     try:
         yield watch
-    except BadNumbers as error:
-        code = EXIT_BAD_NUMBERS
-        fail(str(error), code=code)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
         raise
     except BaseException as error:
-        if line := told(error):
-            code = EXIT_WRONG_INPUT
-            fail(line)
-        code = 1
+        line, code = ending(error) or (None, 1)
+        if line:
+            fail(line, code=code)
         if watch.lines:  # if another process has died, the watch says so, and a failed collective is no news
             time.sleep(2 * LOOK_SECONDS)
         raise
     finally:
         watch.end(code)
+        release_all()
         end_process_group(code)
         listen_as_before(before)
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from exits import UserError
 from file_kinds import BROUGHT_ELSE, explain
 from modes import read_json
-from utils import is_main
+from utils import is_main, progress_bar
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -302,7 +302,7 @@ def load_base(folder, mode, config, dtype, device="cpu", ds_config=None, attn_im
     wanted = {name: p for name, p in model.named_parameters(remove_duplicate=False) if name not in tied}
     put = put_part if is_split else put_whole
     missing, unexpected, wrong = set(wanted), [], []
-    with torch.no_grad(), progress_bar(len(wanted)) as bar:
+    with torch.no_grad(), loading_bar(len(wanted)) as bar:
         for name, shape, rows in stored_tensors(folder):
             parameter = wanted.get(name)
             if parameter is None:
@@ -434,11 +434,9 @@ def put_from_main(parameter, rows):
             parameter.copy_(rows[:])
 
 
-def progress_bar(total):
+def loading_bar(total):
     """A bar over the weights, on the first process and on a terminal only."""
-    from tqdm import tqdm
-
-    return tqdm(
+    return progress_bar(
         total=total, desc="loading", unit="weight", leave=False, disable=not (is_main() and sys.stderr.isatty())
     )
 
@@ -500,5 +498,10 @@ def write_weights(state, folder, max_shard_size=MAX_SHARD_SIZE):
 def write_json(value, path):
     """A JSON file, indented, with Chinese as it is."""
     with open(path, "w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, indent=2)
-        file.write("\n")
+        dump_json(value, file)
+
+
+def dump_json(value, file):
+    """`write_json` to an open file."""
+    json.dump(value, file, ensure_ascii=False, indent=2)
+    file.write("\n")

@@ -6,24 +6,34 @@ Prefix encoders of up to 256 MiB are saved that way by train.py already; this is
 """
 
 import os
-import shutil
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for a call from any folder
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # for a call from any folder
+import entry  # noqa: E402, I001  first: Ctrl-C is heard while the others are imported
+
+import shutil  # noqa: E402
+
 from arguments import OneLineParser, place_problem  # noqa: E402
 from checkpoint import RUN_FILE, check_written, read_run  # noqa: E402
-from exits import UserError# noqa: E402
 from exits import UserError  # noqa: E402
 from folders import new_folder, require_space, verify  # noqa: E402
+from holding import holding, require_there  # noqa: E402
 from released_files import PREFIX_BIN_FILE  # noqa: E402
 from tuning import PREFIX_FILE  # noqa: E402
-from utils import fail, prepare_environment  # noqa: E402
+from utils import prepare_environment  # noqa: E402
 from weights import finite_problem, safetensors_shapes, write_bin  # noqa: E402
 
 
 def export_prefix(model_dir, output_dir):
     """Write `output_dir`, which appears whole or not at all; UserError says what is wrong with the folders."""
+    if problem := place_problem("--output_dir", output_dir):
+        raise UserError(problem)
+    with holding(output_dir, "--output_dir"):
+        write_export(model_dir, output_dir)
+
+
+def write_export(model_dir, output_dir):
+    """`export_prefix`, alone with `output_dir`."""
     run_path = os.path.join(model_dir, RUN_FILE)
     if not os.path.isfile(run_path):
         raise UserError(f"--model_dir {model_dir}: no {RUN_FILE} in it: name a checkpoint folder that train.py saved")
@@ -32,7 +42,7 @@ def export_prefix(model_dir, output_dir):
         raise UserError(f"--model_dir {model_dir}: holds {weights} weights: name one of --train_type ptuning")
     if os.path.exists(output_dir):
         raise UserError(f"--output_dir {output_dir}: exists: choose a new folder")
-    if problem := place_problem("--output_dir", output_dir) or next(iter(verify(model_dir)), None):
+    if problem := next(iter(verify(model_dir)), None):
         raise UserError(problem)
     path = os.path.join(model_dir, PREFIX_FILE)
     safetensors_shapes(path)  # says what is wrong with the file
@@ -43,6 +53,7 @@ def export_prefix(model_dir, output_dir):
     state = load_file(path)
     if bad := finite_problem(state.items()):
         raise UserError(f"{path}: {bad}: use another checkpoint")
+    require_there(output_dir)
     with new_folder(output_dir) as scratch:
         shutil.copyfile(os.path.join(model_dir, "config.json"), os.path.join(scratch, "config.json"))
         write_bin(state, os.path.join(scratch, PREFIX_BIN_FILE))
@@ -56,12 +67,12 @@ def main(argv):
     args = parser.parse_args(argv)
     prepare_environment("cpu")
     output_dir = args.output_dir or os.path.normpath(args.model_dir) + "-official"
-    export_prefix(args.model_dir, output_dir)
+    try:
+        export_prefix(args.model_dir, output_dir)
+    except OSError as error:
+        raise UserError(str(error)) from None
     print(f"saved {output_dir}")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (UserError, OSError) as error:
-        fail(" ".join(str(error).split()))
+    entry.run(main)

@@ -29,7 +29,6 @@ from pathlib import Path  # noqa: E402
 
 import sentencepiece  # noqa: E402
 import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 import make_data  # noqa: E402
 from base_sources import base_sources  # noqa: E402
@@ -41,7 +40,7 @@ from exits import UserError# noqa: E402
 from exits import UserError  # noqa: E402
 from modes import MODES, read_json  # noqa: E402
 from released_files import save_config  # noqa: E402
-from utils import prepare_environment  # noqa: E402
+from utils import prepare_environment, progress_bar  # noqa: E402
 from weights import write_json, write_weights  # noqa: E402
 
 # Hidden size, layers, key/value heads (glm2 and glm3), inner sizes (gated: glm2 and glm3; plain: glm).
@@ -309,7 +308,7 @@ def train(model, mode, tokenizer, num_steps, seed):
     model.train()
     num_tokens, average = 0, None
     source = batches(random.Random(seed), tokenizer, MODES[mode].prompt, num_steps)
-    progress = tqdm(source, total=num_steps, desc="training the base", mininterval=5)
+    progress = progress_bar(source, total=num_steps, desc="training the base", mininterval=5)
     for step, batch in enumerate(progress):
         loss = model(**batch).loss
         loss.backward()
@@ -381,7 +380,7 @@ def make_base(args):
         print(f"{args.output_dir}: holds this base already, nothing to do")
         return
     prepare_environment()
-    started = time.time()
+    started = time.monotonic()
     os.makedirs(os.path.dirname(output_dir), exist_ok=True)
     scratch = tempfile.mkdtemp(prefix=".base-", dir=os.path.dirname(output_dir))
     try:
@@ -402,7 +401,7 @@ def make_base(args):
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     print(f"{args.output_dir}: {right:.1f} % of {NUM_EVAL_ROWS} new questions answered exactly, after {num_tokens:,}"
-          f" tokens in {time.time() - started:.0f} s")
+          f" tokens in {time.monotonic() - started:.0f} s")
 
 
 def parse_args(argv=None):

@@ -34,13 +34,14 @@ from arguments import (  # noqa: E402
 )
 from checkpoint import RUN_FILE, open_checkpoint, read_run  # noqa: E402
 from data_set import data_files, read_to_answer  # noqa: E402
-from exits import UserError# noqa: E402
 from exits import UserError  # noqa: E402
+from folders import whole_file  # noqa: E402
 from foreign import foreign_kind, holds_adapter  # noqa: E402
+from holding import holding, require_there  # noqa: E402
 from lengths import settle_columns, settle_lengths  # noqa: E402
 from modes import MODES, read_json  # noqa: E402
 from predict import describe_cut_questions, output_row  # noqa: E402
-from utils import fail, prepare_environment  # noqa: E402
+from utils import fail, prepare_environment, progress_bar  # noqa: E402
 
 VLLM_MODES = [name for name, mode in MODES.items() if mode.vllm_values is not None]
 PAUSES = (0.5, 1, 2, 4, 8)  # seconds before each new try of a request
@@ -167,10 +168,12 @@ def main(argv):
         print(os.path.abspath(opened.folder))
         return
     print(*notes, sep="\n", end="\n" * bool(notes), flush=True)
-    started = time.time()
-    lines = answer_rows(Client(args.url, tokenizer, opened.mode.prompt, args), rows, args.num_requests)
-    write_whole(args.output_path, lines)
-    print(f"{len(rows)} rows in {time.time() - started:.1f} s, {args.output_path}")
+    started = time.monotonic()
+    with holding(args.output_path, check=lambda: output_file_problems(args)):
+        lines = answer_rows(Client(args.url, tokenizer, opened.mode.prompt, args), rows, args.num_requests)
+        require_there(args.output_path)
+        write_whole(args.output_path, lines)
+    print(f"{len(lines)} rows in {time.monotonic() - started:.1f} s, {args.output_path}")
     print(describe_cut_questions(lines, args.max_src_len))
 
 
@@ -278,12 +281,10 @@ def error_message(content):
 
 def answer_rows(client, rows, num_requests):
     """Output lines in the order of the rows. The first row that fails for good ends all."""
-    from tqdm import tqdm
-
     pool = ThreadPoolExecutor(num_requests)
     try:
         futures = [pool.submit(client, number, row) for number, row in enumerate(rows)]
-        return [future.result() for future in tqdm(futures, desc="predicting", unit="row")]
+        return [future.result() for future in progress_bar(futures, desc="predicting", unit="row")]
     finally:  # after an error, rows that wait are not sent any more
         client.given_up.set()
         pool.shutdown(wait=False, cancel_futures=True)
@@ -291,10 +292,8 @@ def answer_rows(client, rows, num_requests):
 
 def write_whole(path, lines):
     """JSON Lines under `path`, whole or not at all."""
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with open(path + ".partial", "w", encoding="utf-8") as file:
+    with whole_file(path) as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    os.replace(path + ".partial", path)
 
 
 if __name__ == "__main__":

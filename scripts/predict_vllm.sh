@@ -60,7 +60,7 @@ log=$(mktemp "${TMPDIR:-/tmp}/vllm-XXXXXX.log")
 url=http://127.0.0.1:$(python -c 'from utils import free_port; print(free_port())')
 server=
 stop_server() {
-    trap '' INT TERM
+    trap '' INT TERM HUP
     [ -n "$server" ] || return 0
     kill -TERM "$server" 2>/dev/null || true
     for _ in $(seq 60); do
@@ -73,6 +73,7 @@ stop_server() {
 trap stop_server EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
+trap 'exit 129' HUP  # under nohup it stays ignored
 
 # The tokenizer stays here, so the server has none. Not every base has the two keys; they are right for all.
 echo "starting vLLM on $model, log: $log" >&2

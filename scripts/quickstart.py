@@ -21,6 +21,7 @@ from base_sources import base_sources  # noqa: E402
 
 from arguments import OneLineParser  # noqa: E402
 from exits import EXIT_LEFT  # noqa: E402
+from holding import holding  # noqa: E402
 from modes import MODES  # noqa: E402
 from score import read_predictions, score_rows  # noqa: E402
 from steps import Steps, newest_checkpoint  # noqa: E402
@@ -48,21 +49,21 @@ def main(argv):
     parser.add_argument("--mode", choices=MODES, default="glm3", help="model family")
     parser.add_argument("--train_type", choices=TRAIN_TYPES, default="lora", help="what trains")
     args = parser.parse_args(argv)
+    os.chdir(ROOT)
+    folder = f"output/quickstart-{args.mode}-{args.train_type}"
     try:
-        run_all(args)
+        with holding(folder, "folder", is_inside=True):
+            run_all(args, folder)
     except SystemExit as stop:
         if stop.code == EXIT_LEFT:
             print("\nleft: the same command goes on from here", flush=True)
         raise
 
 
-def run_all(args):
+def run_all(args, folder):
     """The steps, from the base to the scores."""
-
     base = f"output/base-{args.mode}"
-    folder = f"output/quickstart-{args.mode}-{args.train_type}"
     rows, held_out = "data/spo_0.json", "data/spo_1.json"
-    os.chdir(ROOT)
     steps = Steps(folder)
     steps.run("base", f"python scripts/make_base.py --mode {args.mode} --output_dir {base}", base_sources(), base)
     before = f"{folder}/before.jsonl"

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_bad_checkpoints import MODELS as SPOILT
 from test_bad_checkpoints import NO_NAMES, PREFIX_CONFIG
 from test_bad_checkpoints import SAVED as SPOILT_RUNS
+from test_resume import STATE_FILES
 
 import doctor
 import weights
@@ -178,6 +179,9 @@ def test_a_training_output_folder(here):
     for name, closes in (("state-step-8", True), ("state-step-9", False)):
         state = out / (name + ".new")
         state.mkdir()
+        (state / "deepspeed").mkdir()
+        for file in STATE_FILES:
+            (state / file).touch()
         put("state.json", json.dumps({"world_size": 2}))(state)
         close_folder(str(state), str(out / name)) if closes else state.rename(out / name)
     (out / "state-step-10.partial").mkdir()

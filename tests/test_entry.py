@@ -30,7 +30,7 @@ from talk import talk
 from test_readme import PARSERS
 from train_arguments import train_parser
 
-SCRIPTS = ("make_base", "make_data", "predict_vllm", "quickstart")
+SCRIPTS = ("export_prefix", "make_base", "make_data", "predict_vllm", "quickstart")
 COMMANDS = [*sorted(PARSERS), *(f"scripts/{name}.py" for name in SCRIPTS)]
 NEEDED = {  # words without which a command says nothing of another flag
     "train.py": "--train_path x --model_name_or_path x --output_dir x",
@@ -40,6 +40,7 @@ NEEDED = {  # words without which a command says nothing of another flag
     "compare.py": "x",
     "judge.py": "--output_path x",
     "forgetting.py": "--model_path x --output_path x",
+    "scripts/export_prefix.py": "--model_dir x",
     "scripts/make_base.py": "--output_dir x",
     "scripts/predict_vllm.py": "--model_path x --test_path x",
 }

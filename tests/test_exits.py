@@ -62,12 +62,12 @@ def test_writers_of_weights_tell_of_a_full_disk(tmp_path):
     """safetensors and torch have errors of their own for it; the door sees the machine's error."""
     import torch
 
-    from exits import told
+    from exits import ending
     from weights import disk_errors, write_bin
 
     with pytest.raises(OSError) as caught, disk_errors():
         raise RuntimeError("I/O error: No space left on device (os error 28)")
-    assert caught.value.errno == errno.ENOSPC and "make room" in told(caught.value)
+    assert caught.value.errno == errno.ENOSPC and "make room" in ending(caught.value)[0]
     with pytest.raises(OSError) as caught:
         write_bin({"a": torch.zeros(9999)}, "/dev/full")
-    assert told(caught.value)
+    assert ending(caught.value)

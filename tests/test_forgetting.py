@@ -474,11 +474,11 @@ def test_rows_that_cannot_be_scored_are_refused(tmp_path, change, says):
 
 
 def test_nothing_is_left_where_writing_fails(tmp_path, monkeypatch):
-    def full(value, path):
-        open(path, "w").close()
+    def full(value, file):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(forgetting, "write_json", full)
+    (tmp_path / "new").mkdir()
+    monkeypatch.setattr(forgetting, "dump_json", full)
     with pytest.raises(ValueError, match="result.json: cannot be written .No space left on device.: choose"):
         forgetting.save({}, str(tmp_path / "new" / "result.json"))
     assert not list((tmp_path / "new").iterdir())

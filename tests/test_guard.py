@@ -10,7 +10,7 @@ import torch
 
 import guard
 from batches import Update
-from resume import Progress
+from progress import Progress
 from exits import BadNumbers
 
 

@@ -147,7 +147,7 @@ def test_the_base_is_made_from_the_networks_too(quickstart, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(quickstart, "Steps", Recorder)
     with pytest.raises(Asked) as asked:
-        quickstart.run_all(SimpleNamespace(mode="glm2", train_type="lora"))
+        quickstart.run_all(SimpleNamespace(mode="glm2", train_type="lora"), "nowhere")
     name, *inputs = asked.value.args
     assert name == "base" and all(path.is_file() for path in inputs)
     wanted = "scripts/make_base.py scripts/make_data.py scripts/data_words.py glm1/modeling_chatglm.py"

@@ -12,15 +12,26 @@ import torch
 import folders
 import resume
 from exits import BadNumbers
+from progress import Progress
+
+
+
+STATE_FILES = (
+    *("rank-0.pt", "rank-1.pt", "deepspeed/mp_rank_00_model_states.pt"),
+    *(f"deepspeed/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(2)),
+)
 
 
 def make_state(parent, step, **changes):
-    """A state without DeepSpeed's files."""
+    """A state whose files, but for state.json, are empty."""
     info = {"progress": {"step": step, "usual_loss": {}}, "fingerprint": {"--seed": 1, "rows": "a"}}
     info |= {"split": [2, 1, 2], "world_size": 2}
     with folders.new_folder(str(parent / f"state-step-{step}")) as scratch:
         with open(os.path.join(scratch, "state.json"), "w") as file:
             json.dump({**info, **changes}, file)
+        os.mkdir(os.path.join(scratch, "deepspeed"))
+        for name in STATE_FILES:
+            open(os.path.join(scratch, name), "wb").close()
     return parent / f"state-step-{step}"
 
 
@@ -89,14 +100,14 @@ def test_a_state_whose_values_are_not_right(tmp_path, more, says):
 
 def test_what_evaluations_are_compared_by():
     """Another metric, or other held-out rows, forget the best value; weights that could not be saved are not it."""
-    progress = resume.Progress(step=3)
+    progress = Progress(step=3)
     progress.judge_by("loss", "rows")
     assert progress.is_best("loss", 2.0) and not progress.is_best("loss", 2.5)
-    again = resume.Progress.from_info({"progress": asdict(progress)})
+    again = Progress.from_info({"progress": asdict(progress)})
     again.judge_by("loss", "rows")
     assert (again.best_value, again.best_step, again.num_worse) == (2.0, 3, 1)
     for change in (("f1", "rows"), ("loss", "others")):
-        other = resume.Progress.from_info({"progress": asdict(progress)})
+        other = Progress.from_info({"progress": asdict(progress)})
         other.judge_by(*change)
         assert (other.best_value, other.best_step, other.num_worse) == (None, 0, 0)
     assert again.is_best("loss", 1.0)

@@ -16,7 +16,7 @@ from tuning import TRAIN_TYPES, count_parameters, matches
 LEVELS = [
     {"exits", "glm_common", "glm1", "glm2", "glm3"},
     {
-        *("entry", "utils", "modes", "tasks", "folders", "watch", "plots", "steps", "report_words"),
+        *("entry", "utils", "modes", "tasks", "folders", "holding", "watch", "plots", "steps", "report_words"),
         *("file_kinds", "row_checks"),
     },
     {
@@ -24,7 +24,7 @@ LEVELS = [
         *("bootstrap", "bases", "adapter_settings", "trained_weights", "foreign"),
     },
     {
-        *("released_files", "progress", "checkpoint", "resume", "run_folder", "row_cache", "row_sets"),
+        *("released_files", "progress", "checkpoint", "resume", "state_checks", "run_folder", "row_cache", "row_sets"),
         *("report", "report_text", "round_trip", "going_on"),
     },
     {"arguments", "train_arguments", "compare_plan", "lengths"},

@@ -234,6 +234,7 @@ def test_no_process_is_left():
 def test_a_spike_is_kept_with_its_rows(tmp_path, capsys):
     from run_log import RunLog
 
+    (tmp_path / "out").mkdir()
     log = RunLog(str(tmp_path / "out"), 10)
     log.spike(7, 9.5, 1.25, (f"rows.json:{n}" for n in range(12)))
     log.close()
