@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 
-from exits import EXIT_STOPPED, EXIT_UNREAD, UserError
+from exits import EXIT_STOPPED, EXIT_UNREAD, NotStarted, UserError
 
 
 def program():
@@ -84,10 +84,10 @@ def run(main):
         sys.exit(EXIT_UNREAD)
     except KeyboardInterrupt as interrupt:
         stopped(interrupt)
-    except UserError as error:
+    except (UserError, NotStarted) as error:
         from utils import fail
 
-        fail(" ".join(str(error).split()))
+        fail(" ".join(str(error).split()), code=error.code)
 
 
 sys.excepthook = on_error

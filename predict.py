@@ -21,6 +21,7 @@ from arguments import parse_predict
 from checkpoint import load_opened, open_checkpoint
 from data_set import read_to_answer
 from exits import UserError
+from hosts import start_distributed
 from lengths import settle_columns, settle_lengths
 from talk import talk
 from utils import (
@@ -33,7 +34,6 @@ from utils import (
     print_rank_0,
     rank,
     set_seed,
-    start_distributed,
     stop_distributed,
     torch_dtype,
     world_size,

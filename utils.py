@@ -1,7 +1,6 @@
-"""Ranks, start and end of the process group, devices, precision, seeds."""
+"""Ranks, end of the process group, devices, precision, seeds."""
 
 import contextlib
-import datetime
 import os
 import random
 import sys
@@ -193,36 +192,17 @@ def torch_dtype(precision):
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
 
 
-def start_distributed(device):
-    """Join the process group (nccl on cards, gloo on CPU); one process without a launcher is a group of one."""
-    import deepspeed
-    import torch
-
-    if world_size() == 1:
-        own = {"RANK": 0, "LOCAL_RANK": local_rank(), "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update({name: str(value) for name, value in {**own, "MASTER_PORT": free_port()}.items()})
-    if device.type == "cpu":
-        # DeepSpeed would compile a shared-memory all-reduce that only its inference uses.
-        import deepspeed.ops
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    else:
-        torch.cuda.set_device(device)
-    deepspeed.utils.logger.setLevel("WARNING")
-    deepspeed.init_distributed(
-        dist_backend="gloo" if device.type == "cpu" else "nccl",
-        timeout=datetime.timedelta(hours=2),
-        verbose=False,
-    )
-
-
 def free_port():
-    """A TCP port of this machine that nobody listens on now."""
+    """A TCP port of this machine that nobody listens on now.
+
+    It is none of those that the system gives to outgoing connections, one of which may take it before it is used.
+    """
     import socket
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    while True:
+        port = random.SystemRandom().randrange(20000, 32768)
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            return port
 
 
 def stop_distributed(engine=None):
@@ -237,13 +217,6 @@ def stop_distributed(engine=None):
             engine.destroy()
         dist.destroy_process_group()
         time.sleep(0.3)
-
-
-def control_group(device):
-    """A process group for small numbers on the CPU: the usual one there, another one beside a card's."""
-    import torch.distributed as dist
-
-    return None if device.type == "cpu" else dist.new_group(backend="gloo")
 
 
 def sum_over_ranks(*values, group=None):

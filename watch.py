@@ -17,7 +17,8 @@ import time
 import traceback
 
 from entry import listen, listen_as_before, prepare_streams
-from exits import EXIT_BAD_NUMBERS, EXIT_LEFT, EXIT_STALLED, EXIT_WRONG_INPUT, BadNumbers, UserError
+from exits import EXIT_LEFT, EXIT_STALLED, BadNumbers, NotStarted, UserError
+from hosts import TOKEN_BYTES, describe_missing, find_place, join_lifeline, leave_word, open_lifelines
 from utils import LastingStream, fail, is_main, rank, world_size
 
 LOOK_SECONDS = 1.0
@@ -53,28 +54,27 @@ class Watch:
         """Make the lifelines. Collective."""
         import torch.distributed as dist
 
-        place = [None]
+        place, problem = [None], None
         if is_main():
-            listener = socket.create_server(("", 0), backlog=world_size())
-            place = [(listener.getsockname()[1], secrets.token_hex(16))]
+            found = find_place()
+            listener = socket.create_server((found.own, 0), family=found.family, backlog=1024)
+            place = [(listener.getsockname()[:2], secrets.token_bytes(TOKEN_BYTES))]
         dist.broadcast_object_list(place, src=0)
-        port, token = place[0]
-        try:
-            if is_main():
-                listener.settimeout(CONNECT_SECONDS)
-                while len(self.lines) < world_size() - 1:
-                    line, _ = listener.accept()
-                    word, _, rank = line.makefile("r").readline().strip().partition(" ")
-                    if word == token:
-                        self.lines[keep_alive(line)] = int(rank)
-                listener.close()
-            else:
-                line = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=CONNECT_SECONDS)
-                line.settimeout(None)
-                line.sendall(f"{token} {dist.get_rank()}\n".encode())
-                self.lines[keep_alive(line)] = 0
-        except OSError as error:  # a wall between the hosts: the run works, but the death of a process shows late
-            print(f"note: no connection to watch the processes of other hosts: {error}", file=sys.stderr, flush=True)
+        address, token = place[0]
+        if is_main():
+            with listener:
+                self.lines = open_lifelines(listener, token, CONNECT_SECONDS)
+            if missing := set(range(1, world_size())) - set(self.lines.values()):
+                problem = f"{describe_missing(missing)} did not connect to port {address[1]}"
+        else:
+            try:
+                self.lines = {join_lifeline(tuple(address), token, CONNECT_SECONDS + 10): 0}
+            except OSError as error:
+                problem = f"{address[0]} port {address[1]}: {error}"
+        for line in self.lines:
+            keep_alive(line)
+        if problem:  # a wall between the hosts: the run works, but the death of a process shows late
+            print(f"note: no connection to watch the processes of other hosts: {problem}", file=sys.stderr, flush=True)
 
     def on_signal(self, number, frame):
         """Leave when the step is done. More signals change nothing: launchers send several."""
@@ -219,11 +219,11 @@ def together():
     sys.stdout, sys.stderr = LastingStream(sys.stdout), LastingStream(sys.stderr)
     watch = Watch()
     before = listen(watch.on_signal)
-    code = 0
+    code, is_told = 0, False
     try:
         yield watch
-    except (UserError, BadNumbers) as error:
-        code = EXIT_WRONG_INPUT if isinstance(error, UserError) else EXIT_BAD_NUMBERS
+    except (UserError, BadNumbers, NotStarted) as error:
+        code, is_told = error.code, isinstance(error, NotStarted)
         fail(str(error), code=code)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
@@ -235,6 +235,8 @@ def together():
         raise
     finally:
         watch.end(code)
+        if code and watch.thread is None and not is_told:
+            leave_word(code)
         end_process_group(code)
         listen_as_before(before)
 
