@@ -22,8 +22,9 @@ from utils import free_port, is_local_main, is_main, local_rank, on_main, print_
 START_MINUTES = 10.0  # of --start_timeout
 GROUP_TIMEOUT = datetime.timedelta(hours=2)  # of the process group: a save or an evaluation may take long
 POLL_SECONDS = 0.2
+CONNECT_SECONDS = 30  # for torch's store to be reached where something listens
 LEAVE_SECONDS = 20  # how long a process that leaves before the start waits to tell the others
-GRACE_SECONDS = 15  # after --start_timeout: the roll call speaks first, it knows who is missing
+GRACE_SECONDS = 30  # after --start_timeout: the roll call speaks first, it knows who is missing
 SHARE_SECONDS = 10  # a network file system may show a new file to other hosts late
 TOKEN_BYTES = 32  # of the secret that a lifeline begins with
 STRANGER_SECONDS = 5  # in which whoever connects has to show the secret
@@ -76,7 +77,7 @@ def find_place():
             probe.connect(address)  # sends nothing, it asks for the way
             own = probe.getsockname()[0]
             if own.startswith(("127.", "::1")) and name not in (*LOOPBACK, address[0]):  # a line of many an /etc/hosts
-                raise UserError(f"MASTER_ADDR={name}: is {own} on {host_name()}, where no other host reaches it: {fix}")
+                raise UserError(f"MASTER_ADDR={name}: is {address[0]} on {host_name()}, where no other host reaches it: {fix}")
             return Place(name, int(port), family, own)
     raise UserError(f"MASTER_ADDR={name}: there is no way to it from {host_name()}: {fix}")
 
@@ -218,14 +219,25 @@ def reach(place, end, minutes):
     """torch's store in the first process; NotStarted where none answers until `end`."""
     from torch.distributed import TCPStore
 
-    answers = False
+    def connect():
+        with contextlib.suppress(RuntimeError):  # torch's DistError
+            found.append(TCPStore(place.name, place.port, is_master=False, timeout=datetime.timedelta(minutes=1)))
+
+    answers, found = False, []
     while time.monotonic() < end:
         try:  # torch would wait in its library, where no signal is heard
             socket.create_connection((place.name, place.port), timeout=5).close()
-            answers = True
-            return TCPStore(place.name, place.port, is_master=False, timeout=datetime.timedelta(seconds=30))
-        except (OSError, RuntimeError):
+        except OSError:
             time.sleep(POLL_SECONDS)
+            continue
+        answers = True
+        # What listens there may be another program, and torch waits without end for one that says nothing.
+        thread = threading.Thread(target=connect, daemon=True)
+        thread.start()
+        thread.join(max(0.0, min(CONNECT_SECONDS, end - time.monotonic())))
+        if found:
+            return found[0]
+        time.sleep(POLL_SECONDS)
     what = "what listens there is another program" if answers else "does it run, and is the port open?"
     raise NotStarted(
         f"--start_timeout {minutes:g}: {host_name()} had no answer from the first process at {place.name} port"
@@ -302,13 +314,16 @@ def launched_hosts():
         return {}
 
 
-def wait_for_others(roll, seconds=LEAVE_SECONDS):
-    """In the first process, whose end takes the store away: wait until the others have read the answer."""
-    end = time.monotonic() + seconds
+def wait_for_others(roll, waits=False):
+    """In the first process, whose end takes the store away: wait until the others have read the answer.
+
+    waits: for those, too, that have not come yet.
+    """
+    end = time.monotonic() + LEAVE_SECONDS
     with contextlib.suppress(RuntimeError):
         while is_main() and time.monotonic() < end:
-            others = range(1, world_size())
-            if all(roll.check([f"heard {number}"]) or roll.check([f"left {number}"]) for number in others):
+            others = [number for number in range(1, world_size()) if not roll.check([f"left {number}"])]
+            if all(roll.check([f"heard {number}"]) for number in others if waits or roll.check([f"here {number}"])):
                 return
             time.sleep(POLL_SECONDS)
 
@@ -327,7 +342,7 @@ def leave_word(code):
         if is_main():
             problem = f"rank 0 on {host_name()} left before the start with exit code {code}: see what it said"
             roll.set("answer", json.dumps({"problem": problem, "code": code}))
-            wait_for_others(roll)
+            wait_for_others(roll, waits=True)
 
 
 @contextlib.contextmanager

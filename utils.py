@@ -3,12 +3,15 @@
 import contextlib
 import os
 import random
+import re
 import sys
 import time
 import warnings
 
 from exits import EXIT_WRONG_INPUT, UserError
 
+# What a terminal obeys: control characters but for tab and line end, and marks that turn the direction of writing.
+OBEYED = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 BLANKS = "\n\t\xa0\u3000"  # not printable, but no harm to a terminal
 
 
@@ -79,11 +82,37 @@ def print_rank_0(*values, **kwargs):
         print(*values, **kwargs, flush=True)
 
 
-class LastingStream:
-    """A stream for a long run: what cannot be written (a full disk, a pipe whose reader has gone) is left out."""
+class OtherStream:
+    """A stream that writes otherwise than the one that it stands for, and is as that one in all else."""
 
     def __init__(self, stream):
         self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def writelines(self, lines):
+        for line in lines:
+            self.write(line)
+
+
+class PlainStream(OtherStream):
+    """A stream on which no text makes a terminal do something: what it would obey is spelled out, as `\\x1b`.
+
+    kept: what is written as it is nevertheless; a progress bar goes back to the line's begin.
+    """
+
+    def __init__(self, stream, kept=""):
+        super().__init__(stream)
+        self.kept = kept
+
+    def write(self, text):
+        self.stream.write(OBEYED.sub(lambda match: match[0] if match[0] in self.kept else repr(match[0])[1:-1], text))
+        return len(text)
+
+
+class LastingStream(OtherStream):
+    """A stream for a long run: what cannot be written (a full disk, a pipe whose reader has gone) is left out."""
 
     def write(self, text):
         with contextlib.suppress(OSError):
@@ -93,9 +122,6 @@ class LastingStream:
     def flush(self):
         with contextlib.suppress(OSError):
             self.stream.flush()
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
 
 
 def fail(problems, prog=None, code=EXIT_WRONG_INPUT):

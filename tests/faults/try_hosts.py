@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 
-from harness import last_weights, log_of
+from harness import hears_signals, last_weights, log_of
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 SWITCH = "trial-switch"
@@ -100,7 +100,7 @@ class Host:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                preexec_fn=hears_signals,
             )
 
     @property
@@ -336,7 +336,7 @@ TRIALS = {  # {name · in Chinese: function of (folder, common)}
     ),
     "folder not shared · 文件夹不共享": lambda *where: refused(*where, SHARED, {2: "mount -t tmpfs none {outs}"}),
     "port in use · 端口被占用": lambda *where: refused(
-        *where, "--master_port 29500: another program has this port on host1", {1: "{{ python -m http.server 29500 & sleep 2; }}"}
+        *where, "--master_port 29500: another program has this port on host1", {1: "{{ timeout 60 python -m http.server 29500 & sleep 2; }}"}
     ),
 }
 
