@@ -77,7 +77,8 @@ def find_place():
             probe.connect(address)  # sends nothing, it asks for the way
             own = probe.getsockname()[0]
             if own.startswith(("127.", "::1")) and name not in (*LOOPBACK, address[0]):  # a line of many an /etc/hosts
-                raise UserError(f"MASTER_ADDR={name}: is {address[0]} on {host_name()}, where no other host reaches it: {fix}")
+                where = f"is {address[0]} on {host_name()}, where no other host reaches it"
+                raise UserError(f"MASTER_ADDR={name}: {where}: {fix}")
             return Place(name, int(port), family, own)
     raise UserError(f"MASTER_ADDR={name}: there is no way to it from {host_name()}: {fix}")
 

@@ -158,6 +158,7 @@ def prepare_environment(device="auto"):
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its notes on connections are stack traces; hosts.py tells
     # Deprecation notes between the libraries, of no use to a reader of the training log.
     for place in ("torch.distributed", "transformers"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=place.replace(".", r"\."))

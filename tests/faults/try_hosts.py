@@ -19,6 +19,7 @@ from harness import hears_signals, last_weights, log_of
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 SWITCH = "trial-switch"
 END_SECONDS = 300
+PATHS = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 BASE_STEPS = 1  # of make_base.py: whether the base has learnt anything does not matter here
 NUM_ROWS = 12  # one update of two processes has 2 x 1 x 2 of them
 SHORT = "--max_len 256 --max_src_len 160 --gradient_accumulation_steps 2 --show_loss_step 1 --num_train_epochs 2"
@@ -44,9 +45,6 @@ def no_ssh():
     """Why the launcher cannot start the hosts by itself; None where it can."""
     absent = [tool for tool in ("sshd", "ssh", "ssh-keygen", "pdsh") if not shutil.which(tool, path=PATHS)]
     return f"{', '.join(absent)} not installed" if absent else None
-
-
-PATHS = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
 def call(*words):
@@ -112,6 +110,10 @@ class Host:
         """Ids of all processes there."""
         done = subprocess.run(["ip", "netns", "pids", self.space], capture_output=True, text=True)
         return [int(word) for word in done.stdout.split()]
+
+    def is_busy(self):
+        """Does anything run there, or is about to?"""
+        return bool(self.process and self.process.poll() is None or self.processes())
 
     def ranks(self):
         """Ids of the training processes there."""
@@ -184,10 +186,10 @@ class Trial:
     def end(self):
         """({host: exit code}, seconds) until nothing runs on any host; a host where something hangs has None."""
         begun = time.monotonic()
-        while any(host.processes() for host in self.hosts) and time.monotonic() < begun + END_SECONDS:
+        while any(host.is_busy() for host in self.hosts) and time.monotonic() < begun + END_SECONDS:
             time.sleep(0.05)
         seconds = time.monotonic() - begun
-        codes = [None if host.processes() else host.process.wait(60) for host in self.hosts if host.process]
+        codes = [None if host.is_busy() else host.process.returncode for host in self.hosts if host.process]
         return codes, round(seconds, 1)
 
     @property
@@ -293,8 +295,8 @@ def through_ssh(folder, common):
     with Trial(folder, common) as trial:
         key, settings = folder / "key", folder / "ssh"
         call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key)
-        options = f"Host *\nIdentityFile {key}\nStrictHostKeyChecking no\nUserKnownHostsFile /dev/null\nLogLevel ERROR\n"
-        settings.write_text(options, encoding="utf-8")
+        options = [f"IdentityFile {key}", "StrictHostKeyChecking no", "UserKnownHostsFile /dev/null", "LogLevel ERROR"]
+        settings.write_text("\n".join(["Host *", *options, ""]), encoding="utf-8")
         os.makedirs("/run/sshd", exist_ok=True)
         daemon = (
             f"{shutil.which('sshd', path=PATHS)} -D -h {key} -o AuthorizedKeysFile={key}.pub -o StrictModes=no"
@@ -332,11 +334,15 @@ TRIALS = {  # {name · in Chinese: function of (folder, common)}
         *where, "no such file", {2: "mount -t tmpfs none {common}"}
     ),
     "other rows on a host · 一台的数据不同": lambda *where: refused(
-        *where, "rows (or the tokenizer): host2 has other ones than host1", {2: "mount --bind {common}/other.json {common}/rows.json"}
+        *where,
+        "rows (or the tokenizer): host2 has other ones than host1",
+        {2: "mount --bind {common}/other.json {common}/rows.json"},
     ),
     "folder not shared · 文件夹不共享": lambda *where: refused(*where, SHARED, {2: "mount -t tmpfs none {outs}"}),
     "port in use · 端口被占用": lambda *where: refused(
-        *where, "--master_port 29500: another program has this port on host1", {1: "{{ timeout 60 python -m http.server 29500 & sleep 2; }}"}
+        *where,
+        "--master_port 29500: another program has this port on host1",
+        {1: "{{ timeout 60 python -m http.server 29500 & sleep 2; }}"},
     ),
 }
 
@@ -353,6 +359,6 @@ def trials(args, folder):
     chosen = [name for name in TRIALS if args.inputs in name]
     for number, name in enumerate(chosen[: args.limit or None]):
         if TRIALS[name] is through_ssh and (reason := no_ssh()):
-            print(f"skipped: {name}: {reason}")
+            print(f"skipped: {name}: {reason}", flush=True)
             continue
         yield {"case": name, **TRIALS[name](folder / str(number), common)}
