@@ -50,6 +50,11 @@ def is_one_host():
     return world_size() == 1 or local_size == str(world_size())
 
 
+def is_server():
+    """Is torch's store in this process? torchrun has one of its own, which all processes use."""
+    return is_main() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
 def host_name():
     """This host, as messages name it."""
     return visible(socket.gethostname())
@@ -166,7 +171,7 @@ def meet(minutes):
         return serve(Place("127.0.0.1", 0, socket.AF_INET, "127.0.0.1"))
     place = find_place()
     interface = choose_interface(place)
-    store = serve(place) if is_main() else reach(place, end, minutes)
+    store = serve(place) if is_server() else reach(place, end, minutes)
     # A process of another run that takes this port for its own answers to other names.
     roll = PrefixStore(f"start {run_key()}", store)
     roll.set(f"here {rank()}", json.dumps([host_name(), interface]))
@@ -337,7 +342,7 @@ def leave_word(code):
 
     with contextlib.suppress(UserError, NotStarted, RuntimeError):
         place = find_place()
-        store = serve(place) if is_main() else reach(place, time.monotonic() + LEAVE_SECONDS, LEAVE_SECONDS / 60)
+        store = serve(place) if is_server() else reach(place, time.monotonic() + LEAVE_SECONDS, LEAVE_SECONDS / 60)
         roll = PrefixStore(f"start {run_key()}", store)
         roll.set(f"left {rank()}", json.dumps([host_name(), code]))
         if is_main():

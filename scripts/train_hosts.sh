@@ -14,6 +14,13 @@ TRAIN_PATH=${TRAIN_PATH:-data/spo_0.json}
 OUTPUT=${OUTPUT:-output-$MODE-$TRAIN_TYPE}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ -f "$HOSTFILE" ] || { echo "error: HOSTFILE=$HOSTFILE: no such file: write a line \"HOST slots=CARDS\" for each host" >&2; exit 2; }
+awk -v name="error: HOSTFILE=$HOSTFILE" '
+    /^[[:space:]]*(#|$)/ { next }
+    !/^[^[:space:]]+[[:space:]]+slots=[1-9][0-9]*[[:space:]]*$/ { print name ":" FNR ": write HOST slots=CARDS: " $0; exit bad = 2 }
+    seen[$1]++ { print name ":" FNR ": the host stands there twice, give it one line: " $1; exit bad = 2 }
+    { hosts++ }
+    END { if (!bad && !hosts) { print name ": holds no host: write a line HOST slots=CARDS for each"; bad = 2 }; exit bad }
+' "$HOSTFILE" >&2
 
 # Without the launcher's own lines, the last of which reads like a failure where a run leaves because it was asked to.
 # shellcheck disable=SC2086  # several flags

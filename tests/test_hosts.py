@@ -32,7 +32,7 @@ def launched(monkeypatch):
         for name, value in variables.items():
             monkeypatch.setenv(name, str(value))
 
-    for name in (*hosts.INTERFACES, "LOCAL_WORLD_SIZE"):
+    for name in (*hosts.INTERFACES, "LOCAL_WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE"):
         monkeypatch.setenv(name, "")  # put back afterwards, as they were
         monkeypatch.delenv(name)
     change(RANK=0, LOCAL_RANK=0, WORLD_SIZE=2, LOCAL_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
@@ -191,6 +191,32 @@ def test_a_free_port_is_not_one_that_the_system_gives():
     assert all(not first <= utils.free_port() <= last for _ in range(5))
 
 
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("node1\n", ":1: write HOST slots=CARDS: node1"),
+        ("# two\n\nnode1 slots=2\nnode2 slots=two\n", ":4: write HOST slots=CARDS: node2 slots=two"),
+        ("node1 slots=0\n", ":1: write HOST slots=CARDS: node1 slots=0"),
+        ("node1 slots=1\nnode1 slots=1\n", ":2: the host stands there twice, give it one line: node1"),
+        ("# none\n", ": holds no host: write a line HOST slots=CARDS for each"),
+        (None, ': no such file: write a line "HOST slots=CARDS" for each host'),
+        ("node1 slots=1\nnode2\tslots=2 \n", None),
+    ],
+)
+def test_a_hostfile_that_is_wrong(tmp_path, text, says):
+    """One line and exit code 2 before the launcher, whose own answer is a traceback."""
+    (tmp_path / "deepspeed").write_text("#!/bin/sh\necho started\n")
+    (tmp_path / "deepspeed").chmod(0o755)
+    path = tmp_path / "hosts"
+    if text is not None:
+        path.write_text(text)
+    environment = {**os.environ, "HOSTFILE": str(path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    script = os.path.join(os.path.dirname(utils.__file__), "scripts", "train_hosts.sh")
+    done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, timeout=120)
+    expected = (2, "", f"error: HOSTFILE={path}{says}\n") if says else (0, "started\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == expected
+
+
 # Who comes.
 
 
@@ -223,6 +249,15 @@ def rolls():
             return PrefixStore(f"start {hosts.run_key()}", hosts.reach(hosts.find_place(), end, 1))
         except NotStarted:
             assert time.monotonic() < end
+
+
+def test_the_store_of_torchrun(launched, capsys):
+    """Its agent has the port: the first process is no server there; all come, and the first one says so."""
+    agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    launched(MASTER_PORT=agent.port, TORCHELASTIC_USE_AGENT_STORE="True")
+    PrefixStore(f"start {hosts.run_key()}", agent).set("here 1", '["node2", "eth0"]')
+    assert hosts.meet(1).port == agent.port
+    assert re.fullmatch(r"2 processes: 1 on \S+ over lo, 1 on node2 over eth0\n", capsys.readouterr().out)
 
 
 def test_a_process_that_leaves_before_the_start(launched):
