@@ -46,7 +46,7 @@ from row_cache import cache_folder
 from foreign import holds_adapter
 from state_checks import state_problems
 from trained_weights import check_trained, trained_tensors
-from utils import prepare_environment
+from utils import prepare_environment, visible
 
 OK, NOTE, BAD = "ok", "note", "BAD"
 INSTALL = "pip install -r requirements.txt"
@@ -527,7 +527,7 @@ def base_problem(folder):
 
 def show(title, lines):
     """Print a section as it comes; returns the marks."""
-    print(f"\n{title}", flush=True)
+    print(f"\n{visible(title)}", flush=True)
     lines, marks = iter(lines), []
     while True:
         found = attempt("not looked at", next, lines, None)  # a library that is missing ends its own section only
@@ -535,7 +535,7 @@ def show(title, lines):
         if line is None:
             return marks
         marks.append(line[0])
-        text = re.sub(r"[\x00-\x1f\x7f]", "?", f"  {line[0]:<4}  {line[1]:<14}  {line[2]}")
+        text = f"  {line[0]:<4}  {visible(line[1]):<14}  {visible(line[2])}"
         indent = {"subsequent_indent": " " * 24, "break_long_words": False, "break_on_hyphens": False}
         print(textwrap.fill(text, 100, **indent), flush=True)
 

@@ -57,17 +57,23 @@ def on_error(kind, error, trace):
 
 
 def prepare_streams():
-    """What a terminal cannot show is written as `\\u6c34`; what it sends in another encoding is read as U+FFFD.
+    """What a terminal cannot show is written as `\\u6c34`, what it would obey as `\\x1b`; what it sends in another
+    encoding is read as U+FFFD.
 
-    Neither ends a command. A terminal that calls itself ASCII is read as UTF-8, which it is a part of. A stream that
+    None of it ends a command. A terminal that calls itself ASCII is read as UTF-8, which it is a part of. A stream that
     the parent has closed takes everything.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
-    for stream in (sys.stdout, sys.stderr):
+    from utils import PlainStream
+
+    for name, kept in (("stdout", ""), ("stderr", "\r")):
+        stream = getattr(sys, name)
         if hasattr(stream, "reconfigure"):  # not where a test or another program has put something else in its place
             stream.reconfigure(errors="backslashreplace")
+        if not isinstance(stream, PlainStream):
+            setattr(sys, name, PlainStream(stream, kept))
     if hasattr(sys.stdin, "reconfigure"):
         is_ascii = codecs.lookup(sys.stdin.encoding).name == "ascii"
         sys.stdin.reconfigure(encoding="utf-8" if is_ascii else None, errors="replace")

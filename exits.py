@@ -5,7 +5,7 @@ import os
 
 EXIT_WRONG_INPUT = 2  # a `UserError`: one line says what to change
 EXIT_BAD_NUMBERS = 3  # a loss or gradients that are not finite
-EXIT_STALLED = 4  # --step_timeout
+EXIT_STALLED = 4  # --step_timeout, --start_timeout
 EXIT_GONE = 5  # a `FolderGone`: the folder that a command wrote into has gone
 EXIT_LEFT = 75  # asked to leave, and everything is saved: start again with --resume auto (EX_TEMPFAIL of sysexits.h)
 EXIT_SIGNAL = 128  # and the signal's number, as shells count: Ctrl-C is 130, a terminal that closes 129, SIGTERM 143
@@ -18,13 +18,27 @@ class UserError(ValueError):
     Every other exception is a fault of this program: it keeps its traceback and ends with exit code 1.
     """
 
+    code = EXIT_WRONG_INPUT
+
 
 class BadNumbers(Exception):
     """The run cannot go on, its numbers are not finite. The message is for the user."""
 
+    code = EXIT_BAD_NUMBERS
+
 
 class FolderGone(Exception):
     """What a command writes into was removed or renamed meanwhile. The message is for the user."""
+
+    code = EXIT_GONE
+
+
+class NotStarted(Exception):
+    """The processes of a run did not come together. The message is for the user; `code`: the exit code."""
+
+    def __init__(self, message, code=EXIT_STALLED):
+        super().__init__(message)
+        self.code = code
 
 
 FIXES = {  # errors of the machine, which no program can foresee and its user can mend
@@ -40,14 +54,10 @@ FIXES = {  # errors of the machine, which no program can foresee and its user ca
 }
 
 
-CODES = {UserError: EXIT_WRONG_INPUT, BadNumbers: EXIT_BAD_NUMBERS, FolderGone: EXIT_GONE}
-
-
 def ending(error: BaseException) -> tuple[str, int] | None:
     """(what the user is told in one line, exit code) of an error; None for a fault of this program."""
-    for kind, code in CODES.items():
-        if isinstance(error, kind):
-            return " ".join(str(error).split()), code
+    if isinstance(error, UserError | BadNumbers | FolderGone | NotStarted):
+        return " ".join(str(error).split()), error.code
     if isinstance(error, OSError) and error.errno in FIXES:
         place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
         return f"{place}{error.strerror or os.strerror(error.errno)}: {FIXES[error.errno]}", EXIT_WRONG_INPUT

@@ -23,6 +23,7 @@ from data_set import read_to_answer
 from exits import UserError
 from folders import whole_file
 from holding import holding, require_there
+from hosts import start_distributed
 from lengths import settle_columns, settle_lengths
 from talk import talk
 from utils import (
@@ -36,7 +37,6 @@ from utils import (
     progress_bar,
     rank,
     set_seed,
-    start_distributed,
     stop_distributed,
     torch_dtype,
     world_size,

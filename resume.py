@@ -41,8 +41,8 @@ DEAD_SECONDS = 3  # if an error comes of another process's death, the watch ends
 # What may differ between a run and the one that goes on: where things lie (their contents are compared), what is
 # shown and kept, and the split of an update, whose size is compared instead.
 FREE_FLAGS = (
-    "output_dir resume save_model_step save_state_step save_total_limit show_loss_step step_timeout local_rank num_proc"
-    " train_path model_name_or_path ds_file device precision optimizer per_device_train_batch_size"
+    "output_dir resume save_model_step save_state_step save_total_limit show_loss_step step_timeout start_timeout"
+    " local_rank num_proc train_path model_name_or_path ds_file device precision optimizer per_device_train_batch_size"
     " gradient_accumulation_steps eval_path eval_step eval_generate eval_max_new_tokens metric_for_best_model"
     " early_stopping_patience replay_path task continued_from"
 ).split()

@@ -21,6 +21,7 @@ from folders import require_space
 from going_on import check_start, open_start, put_start
 from guard import check_skipped, explain_bad_loss, keep_going_at_low_scale
 from holding import require_there
+from hosts import check_same, check_shared, control_group, ending_in, start_distributed
 from lengths import window_problem
 from modes import MODES
 from optimizer import build_optimizer, build_scheduler, choose_adam
@@ -42,7 +43,6 @@ from tuning import TRAIN_TYPES, checkpoint_layers, count_parameters
 from utils import (
     choose_device,
     choose_precision,
-    control_group,
     fail,
     is_local_main,
     on_main,
@@ -50,7 +50,6 @@ from utils import (
     prepare_environment,
     print_rank_0,
     set_seed,
-    start_distributed,
     stop_distributed,
     sum_over_ranks,
     torch_dtype,
@@ -75,10 +74,12 @@ def main(argv, watch):
     ds_config = read_ds_file(args.ds_file)
     precision = choose_precision(wanted_precision(ds_config, args.precision), device)
     dtype = torch_dtype(precision)
-    start_distributed(device)
-    watch.start(args.output_dir, args.step_timeout)
+    with ending_in(args.start_timeout):
+        start_distributed(device, args.start_timeout)
+        watch.start(args.output_dir, args.step_timeout)
+        rank, world, group = dist.get_rank(), world_size(), control_group(device)
     on_main(lambda: hold_output(args))  # until the process ends
-    rank, world, group = dist.get_rank(), world_size(), control_group(device)
+    check_shared(args.output_dir)
     set_seed(args.seed)
 
     # Checkpoint: names and shapes are checked before any weight is read.
@@ -116,6 +117,7 @@ def main(argv, watch):
             encodes=is_local_main(),
             skip_bad_rows=args.skip_bad_rows,
         )
+        check_same(f"{what} (or the tokenizer)", found.key)
         print_rank_0(describe_counts(counts, args.max_len, args.max_src_len, args.is_skip, what))
         return found
 

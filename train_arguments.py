@@ -23,6 +23,7 @@ from exits import UserError
 from folders import numbered
 from going_on import take_over
 from holding import ENDING, take
+from hosts import START_MINUTES
 from modes import MODES
 from resume import STATE
 from tasks import TASKS, find_task
@@ -156,6 +157,13 @@ def train_parser():
         default=1800.0,
         help="seconds that a micro-batch or an update may take before the run ends and says where it hung; 0: off",
     )
+    training.add_argument(
+        "--start_timeout",
+        type=float,
+        default=START_MINUTES,
+        help="minutes that the processes of all hosts wait for each other before the run ends and says which did not"
+        " come; 0: off",
+    )
     add_device_flags(training)
 
     evaluation = parser.add_argument_group("evaluation while training")
@@ -228,7 +236,7 @@ def train_problems(args, typed):
         at_least_one="per_device_train_batch_size gradient_accumulation_steps num_train_epochs show_loss_step"
         " max_src_len max_len pre_seq_len lora_dim gradient_checkpointing_interval eval_max_new_tokens",
         at_least_zero="eval_step early_stopping_patience replay_ratio learning_rate weight_decay max_grad_norm"
-        " save_model_step save_state_step save_total_limit step_timeout lora_alpha num_proc",
+        " save_model_step save_state_step save_total_limit step_timeout start_timeout lora_alpha num_proc",
         share="warmup_ratio lora_dropout eval_ratio",
         seed="seed",
     )

@@ -1,15 +1,17 @@
-"""Ranks, start and end of the process group, devices, precision, seeds."""
+"""Ranks, end of the process group, devices, precision, seeds."""
 
 import contextlib
-import datetime
 import os
 import random
+import re
 import sys
 import time
 import warnings
 
 from exits import EXIT_WRONG_INPUT, UserError
 
+# What a terminal obeys: control characters but for tab and line end, and marks that turn the direction of writing.
+OBEYED = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 BLANKS = "\n\t\xa0\u3000"  # not printable, but no harm to a terminal
 
 
@@ -80,14 +82,44 @@ def print_rank_0(*values, **kwargs):
         print(*values, **kwargs, flush=True)
 
 
-class LastingStream:
+class OtherStream:
+    """A stream that writes otherwise than the one that it stands for, and is as that one in all else."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def writelines(self, lines):
+        for line in lines:
+            self.write(line)
+
+
+class PlainStream(OtherStream):
+    """A stream on which no text makes a terminal do something: what it would obey is spelled out, as `\\x1b`.
+
+    kept: what is written as it is nevertheless; a progress bar goes back to the line's begin.
+    """
+
+    def __init__(self, stream, kept=""):
+        super().__init__(stream)
+        self.kept = kept
+
+    def write(self, text):
+        self.stream.write(OBEYED.sub(lambda match: match[0] if match[0] in self.kept else repr(match[0])[1:-1], text))
+        return len(text)
+
+
+class LastingStream(OtherStream):
     """A stream for a long run: what cannot be written (a full disk, a pipe whose reader has gone) is left out.
 
     only: the one error number for which it is; None: all.
     """
 
     def __init__(self, stream, only=None):
-        self.stream, self.only = stream, only
+        super().__init__(stream)
+        self.only = only
 
     @contextlib.contextmanager
     def trying(self):
@@ -106,9 +138,6 @@ class LastingStream:
     def flush(self):
         with self.trying():
             self.stream.flush()
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
 
 
 def progress_bar(*rows, **how):
@@ -154,6 +183,7 @@ def prepare_environment(device="auto"):
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its notes on connections are stack traces; hosts.py tells
     # Deprecation notes between the libraries, of no use to a reader of the training log.
     for place in ("torch.distributed", "transformers"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=place.replace(".", r"\."))
@@ -214,36 +244,17 @@ def torch_dtype(precision):
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
 
 
-def start_distributed(device):
-    """Join the process group (nccl on cards, gloo on CPU); one process without a launcher is a group of one."""
-    import deepspeed
-    import torch
-
-    if world_size() == 1:
-        own = {"RANK": 0, "LOCAL_RANK": local_rank(), "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update({name: str(value) for name, value in {**own, "MASTER_PORT": free_port()}.items()})
-    if device.type == "cpu":
-        # DeepSpeed would compile a shared-memory all-reduce that only its inference uses.
-        import deepspeed.ops
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    else:
-        torch.cuda.set_device(device)
-    deepspeed.utils.logger.setLevel("WARNING")
-    deepspeed.init_distributed(
-        dist_backend="gloo" if device.type == "cpu" else "nccl",
-        timeout=datetime.timedelta(hours=2),
-        verbose=False,
-    )
-
-
 def free_port():
-    """A TCP port of this machine that nobody listens on now."""
+    """A TCP port of this machine that nobody listens on now.
+
+    It is none of those that the system gives to outgoing connections, one of which may take it before it is used.
+    """
     import socket
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    while True:
+        port = random.SystemRandom().randrange(20000, 32768)
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            return port
 
 
 def stop_distributed(engine=None):
@@ -258,13 +269,6 @@ def stop_distributed(engine=None):
             engine.destroy()
         dist.destroy_process_group()
         time.sleep(0.3)
-
-
-def control_group(device):
-    """A process group for small numbers on the CPU: the usual one there, another one beside a card's."""
-    import torch.distributed as dist
-
-    return None if device.type == "cpu" else dist.new_group(backend="gloo")
 
 
 def sum_over_ranks(*values, group=None):

@@ -17,8 +17,9 @@ import time
 import traceback
 
 from entry import listen, listen_as_before, prepare_streams
-from exits import EXIT_LEFT, EXIT_STALLED, ending
+from exits import EXIT_LEFT, EXIT_STALLED, NotStarted, ending
 from holding import release_all
+from hosts import TOKEN_BYTES, describe_missing, find_place, join_lifeline, leave_word, open_lifelines
 from utils import LastingStream, fail, is_main, rank, world_size
 
 LOOK_SECONDS = 1.0
@@ -54,28 +55,27 @@ class Watch:
         """Make the lifelines. Collective."""
         import torch.distributed as dist
 
-        place = [None]
+        place, problem = [None], None
         if is_main():
-            listener = socket.create_server(("", 0), backlog=world_size())
-            place = [(listener.getsockname()[1], secrets.token_hex(16))]
+            found = find_place()
+            listener = socket.create_server((found.own, 0), family=found.family, backlog=1024)
+            place = [(listener.getsockname()[:2], secrets.token_bytes(TOKEN_BYTES))]
         dist.broadcast_object_list(place, src=0)
-        port, token = place[0]
-        try:
-            if is_main():
-                listener.settimeout(CONNECT_SECONDS)
-                while len(self.lines) < world_size() - 1:
-                    line, _ = listener.accept()
-                    word, _, rank = line.makefile("r").readline().strip().partition(" ")
-                    if word == token:
-                        self.lines[keep_alive(line)] = int(rank)
-                listener.close()
-            else:
-                line = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=CONNECT_SECONDS)
-                line.settimeout(None)
-                line.sendall(f"{token} {dist.get_rank()}\n".encode())
-                self.lines[keep_alive(line)] = 0
-        except OSError as error:  # a wall between the hosts: the run works, but the death of a process shows late
-            print(f"note: no connection to watch the processes of other hosts: {error}", file=sys.stderr, flush=True)
+        address, token = place[0]
+        if is_main():
+            with listener:
+                self.lines = open_lifelines(listener, token, CONNECT_SECONDS)
+            if missing := set(range(1, world_size())) - set(self.lines.values()):
+                problem = f"{describe_missing(missing)} did not connect to port {address[1]}"
+        else:
+            try:
+                self.lines = {join_lifeline(tuple(address), token, CONNECT_SECONDS + 10): 0}
+            except OSError as error:
+                problem = f"{address[0]} port {address[1]}: {error}"
+        for line in self.lines:
+            keep_alive(line)
+        if problem:  # a wall between the hosts: the run works, but the death of a process shows late
+            print(f"note: no connection to watch the processes of other hosts: {problem}", file=sys.stderr, flush=True)
 
     def on_signal(self, number, frame):
         """Leave when the step is done. More signals change nothing: launchers send several."""
@@ -221,7 +221,7 @@ def together():
     sys.stdout, sys.stderr = LastingStream(sys.stdout), LastingStream(sys.stderr)
     watch = Watch()
     before = listen(watch.on_signal)
-    code = 0
+    code, is_told = 0, False
     try:
         yield watch
     except SystemExit as stop:
@@ -230,6 +230,7 @@ def together():
     except BaseException as error:
         line, code = ending(error) or (None, 1)
         if line:
+            is_told = isinstance(error, NotStarted)
             fail(line, code=code)
         if watch.lines:  # if another process has died, the watch says so, and a failed collective is no news
             time.sleep(2 * LOOK_SECONDS)
@@ -237,6 +238,8 @@ def together():
     finally:
         watch.end(code)
         release_all()
+        if code and watch.thread is None and not is_told:
+            leave_word(code)
         end_process_group(code)
         listen_as_before(before)
 

@@ -32,9 +32,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import report  # noqa: E402
+from hosts import start_distributed  # noqa: E402
 from modes import MODES  # noqa: E402
 from tuning import TRAIN_TYPES  # noqa: E402
-from utils import choose_device, choose_precision, prepare_environment, start_distributed  # noqa: E402
+from utils import choose_device, choose_precision, prepare_environment  # noqa: E402
 from utils import stop_distributed, torch_dtype  # noqa: E402
 
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "A40": 149.7e12}  # dense bf16

@@ -3,10 +3,11 @@
 import importlib.util
 import os
 import signal
-import socket
 import subprocess
 
 from conftest import ROOT
+
+from utils import free_port  # noqa: F401
 
 
 def load_script(name):
@@ -17,15 +18,11 @@ def load_script(name):
     return module
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def hears_ctrl_c():
-    """For `preexec_fn`: where the tests' own parent ignores SIGINT (a shell's background), a child would, too."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def hears_signals():
+    """For `preexec_fn`: what the tests' own parent ignores (SIGINT in a shell's background, SIGHUP under nohup), a child
+    would ignore, too."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def run_command(command, folder, timeout=300, **environment):

@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 
 import arguments
 import checkpoint
+import hosts
 import row_cache
 import train_arguments
-import utils
 import watch
 import weights
 from modes import MODES
@@ -153,7 +153,7 @@ def here(tmp_path, tmp_path_factory, monkeypatch, capsys):
     monkeypatch.setattr(row_cache, "cache_folder", lambda: str(cache))
     for module in (weights, checkpoint):
         monkeypatch.setattr(module, "load_base", too_late)
-    monkeypatch.setattr(utils, "start_distributed", lambda device: None)
+    monkeypatch.setattr(hosts, "start_distributed", lambda device, minutes=0: None)
     monkeypatch.setattr(watch.Watch, "start", lambda *args: None)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: int(os.environ.get("RANK", "0")))
     environment = dict(os.environ)

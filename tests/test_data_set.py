@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, Golden
-from launching import hears_ctrl_c
+from launching import hears_signals
 
 import data_set
 import row_cache
@@ -818,13 +818,13 @@ for number, _ in enumerate(encode_in_pool(itertools.repeat(batch), encoding, 2))
 def test_no_process_is_left_behind(glm3, number):
     command = [sys.executable, "-c", ENDLESS, glm3.folder]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, preexec_fn=hears_ctrl_c, **streams)
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, preexec_fn=hears_signals, **streams)
     try:
         pids = [int(word) for word in process.stdout.readline().split()]
         assert 1 <= len(pids) <= 2
         os.killpg(process.pid, number) if number == signal.SIGINT else process.kill()
-        errors = process.communicate(timeout=30)[1]
-        for _ in range(200):
+        errors = process.communicate(timeout=300)[1]
+        for _ in range(2400):
             if not any(is_running(pid) for pid in pids):
                 break
             time.sleep(0.05)
@@ -878,7 +878,7 @@ def test_the_others_wait_while_the_heart_beats(glm3, tokenizer3, rows_path3, cac
     started = time.monotonic()
     rows, counts = load(glm3, tokenizer3, rows_path3)
     assert time.monotonic() - started > row_cache.SILENT_SECONDS
-    other.join(timeout=10)
+    other.join(timeout=120)
     assert found[0][1] == counts and found[0][0].ids.tolist() == rows.ids.tolist()
     assert os.listdir(cache) == [os.path.basename(heart).removesuffix(".encoding")]
 
@@ -921,7 +921,7 @@ def test_a_bad_row_is_told_by_the_process_that_found_it(glm3, tokenizer3, rows_p
         load(glm3, tokenizer3, rows_path3)
     failed = time.monotonic()
     assert os.listdir(cache) == []
-    other.join(timeout=10)
+    other.join(timeout=120)
     assert ended[0] - failed > 0.9 * row_cache.SILENT_SECONDS
 
 

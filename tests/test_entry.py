@@ -15,7 +15,7 @@ import time
 
 import pytest
 from conftest import GOLDEN, ROOT
-from launching import hears_ctrl_c
+from launching import hears_signals
 from refusing import here  # noqa: F401  a fixture
 
 import arguments
@@ -120,9 +120,9 @@ def test_ctrl_c_is_one_line():
     """While a command imports, and while it works; a thread that is at work is not waited for."""
     for code in ("raise KeyboardInterrupt", "entry.run(lambda argv: signal.raise_signal(signal.SIGINT))"):
         code = f"import entry, signal, sys, threading, time\nsys.argv = ['x.py']\n{code}"
-        code = code.replace("entry.run", "threading.Thread(target=time.sleep, args=[30]).start()\nentry.run")
+        code = code.replace("entry.run", "threading.Thread(target=time.sleep, args=[600]).start()\nentry.run")
         words = [sys.executable, "-c", code]
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=20, preexec_fn=hears_ctrl_c)
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=180, preexec_fn=hears_signals)
         assert (done.returncode, done.stderr) == (130, "\nx.py: stopped\n")
 
 
@@ -158,16 +158,16 @@ def test_a_request_before_the_training(handlers, monkeypatch, capsys):
 
 HEARS = """import signal, sys, time
 for n in (2, 15): signal.signal(n, lambda number, frame: (print(signal.Signals(number).name, flush=True), sys.exit(75)))
-print("ready", flush=True); time.sleep(30)"""
+print("ready", flush=True); time.sleep(600)"""
 
 
 def press(words, number, **kwargs):
     """(exit code, lines on both streams) of a command that gets a signal when it has said that it is ready."""
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(words, preexec_fn=hears_ctrl_c, start_new_session=True, **streams, **kwargs)
+    process = subprocess.Popen(words, preexec_fn=hears_signals, start_new_session=True, **streams, **kwargs)
     lines = [process.stdout.readline()]
     os.killpg(process.pid, number)  # as a terminal does
-    rest, _ = process.communicate(timeout=20)
+    rest, _ = process.communicate(timeout=180)
     return process.returncode, [line.strip() for line in [*lines, *rest.splitlines(keepends=True)]]
 
 
@@ -329,7 +329,7 @@ def converse(turns, **environment):
     """(exit code, screen) of a talk on a terminal. turns: (what is typed, what must be seen before the next)."""
     process, screen = pty.fork()
     if process == 0:
-        hears_ctrl_c()
+        hears_signals()
         os.chdir(ROOT)
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG"))}
         os.execve(sys.executable, [sys.executable, "-c", STUB], {**kept, "TERM": "dumb", **environment})

@@ -279,7 +279,7 @@ def run_script(tmp_path, *argv, **environment):
         },
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
 
 

@@ -16,7 +16,7 @@ from tuning import TRAIN_TYPES, count_parameters, matches
 LEVELS = [
     {"exits", "glm_common", "glm1", "glm2", "glm3"},
     {
-        *("entry", "utils", "modes", "tasks", "folders", "holding", "watch", "plots", "steps", "report_words"),
+        *("entry", "utils", "modes", "tasks", "folders", "holding", "hosts", "watch", "plots", "steps", "report_words"),
         *("file_kinds", "row_checks"),
     },
     {

@@ -12,10 +12,11 @@ import torch
 from batches import Updates, collate
 from data_set import Columns, encode_row, read_rows
 from ds_config import complete_config, read_ds_file
+from hosts import start_distributed
 from modes import MODES
 from optimizer import build_optimizer
 from tuning import TRAIN_TYPES
-from utils import start_distributed, stop_distributed
+from utils import stop_distributed
 
 
 def main(mode_name, folder, rows_path, output_dir):

@@ -14,8 +14,9 @@ import torch
 
 import weights
 from ds_config import read_ds_file
+from hosts import start_distributed
 from modes import MODES
-from utils import start_distributed, stop_distributed
+from utils import stop_distributed
 
 CONFIGS = {
     "no_offload": {"stage": 3},

@@ -6,7 +6,6 @@ import os
 import pathlib
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +14,10 @@ import time
 import psutil
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from launching import free_port, hears_signals  # noqa: E402
+
 SCRIPT = ROOT / "tests" / "faults" / "faulty_train.py"
 TYPES = {
     "freeze": "--train_type freeze --freeze_module_name layers.1. --ds_file ds_zero3_offload.json",
@@ -53,7 +56,7 @@ class Run:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # the tests' parent may ignore it
+            preexec_fn=hears_signals,
         )
         self.started = time.monotonic()
         threading.Thread(target=self.read, daemon=True).start()
@@ -68,7 +71,7 @@ class Run:
         """Everything that was printed so far."""
         return "".join(self.output)
 
-    def wait_for(self, pattern, seconds=120):
+    def wait_for(self, pattern, seconds=300):
         """Wait until a pattern is printed; False where the run ended before."""
         while not re.search(pattern, self.text):
             if self.process.poll() is not None:
@@ -81,7 +84,7 @@ class Run:
     def end(self, seconds=300):
         """Wait for the end; the exit code. No process of the run is left then."""
         code = self.process.wait(seconds)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while others := self.ranks():
             assert time.monotonic() < deadline, f"still there: {others}"
             time.sleep(0.1)
@@ -110,13 +113,6 @@ class Run:
     def steps(self):
         """Steps whose state is saved, as the run has said."""
         return [int(step) for step in re.findall(r"saved \S+/state-step-(\d+)", self.text)]
-
-
-def free_port():
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def prepare(folder, num_rows=11):

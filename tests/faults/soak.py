@@ -31,6 +31,7 @@ import psutil
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "faults")]
 
+import try_hosts  # noqa: E402
 from faulty_train import POINTS, REPLACING  # noqa: E402
 from harness import TYPES, Run, last_weights, log_of, prepare  # noqa: E402
 
@@ -462,6 +463,7 @@ class Part:
     heading: str = ""
     group: Callable = field(default=lambda row: TOGETHER)
     has_total: bool = False
+    missing: Callable = lambda: None  # why this machine cannot run it
 
     def table(self, rows):
         """What is shown of the rows."""
@@ -567,6 +569,21 @@ PARTS = {
         "processes · 进程数",
         lambda row: row["case"].rpartition(", ")[2],
     ),
+    "hosts": Part(
+        "Several hosts · 多台主机",
+        10,
+        try_hosts.trials,
+        lambda rows: [f"{row['case']}: not as documented" for row in rows if not row["holds"]],
+        {
+            "hosts · 主机": largest("hosts", "d"),
+            "exit codes · 退出码": lambda rows: ", ".join(str(code) for row in rows for code in row["codes"]),
+            "seconds · 秒": largest("seconds", ".1f"),
+            "as documented · 与说明一致": lambda rows: "yes · 是" if all(row["holds"] for row in rows) else "no · 否",
+        },
+        "trial · 试验",
+        lambda row: row["case"],
+        missing=try_hosts.missing,
+    ),
 }
 
 
@@ -638,7 +655,7 @@ def parse(argv):
     parser.add_argument("--types", choices=TYPES, nargs="+", default=list(TYPES), help="kills: train types")
     parser.add_argument("--kills", type=int, default=25, help="kills: those at random moments, for each train type")
     parser.add_argument("--limit", type=int, default=0, help="the first cases of a part only; 0: all")
-    parser.add_argument("--inputs", default="", help="inputs: pattern of the ids to run; left out: all")
+    parser.add_argument("--inputs", default="", help="inputs, hosts: the ids to run, by a part of them; left out: all")
     parser.add_argument("--seed", type=int, default=1, help="of the random moments")
     parser.add_argument("--json", type=pathlib.Path, default=FIGURES, help="figures; another file leaves docs/ alone")
     parser.add_argument("--keep", type=pathlib.Path, help="new folder for the runs, which stay there")
@@ -658,6 +675,9 @@ def main(argv):
             part, rows, start = PARTS[name], [], time.monotonic()
             print(f"{name}: {part.title.partition(' ·')[0]}, about {part.minutes} minutes")
             found = []
+            if reason := part.missing():
+                print(f"{name}: skipped: {reason}")
+                continue
             try:
                 for row in part.run(args, folder / name):
                     rows.append(row)
