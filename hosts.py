@@ -16,7 +16,7 @@ import threading
 import time
 from typing import NamedTuple
 
-from exits import EXIT_STALLED, NotStarted, UserError
+from exits import EXIT_STALLED, EXIT_WRONG_INPUT, NotStarted, UserError
 from utils import free_port, is_local_main, is_main, local_rank, on_main, print_rank_0, rank, visible, world_size
 
 START_MINUTES = 10.0  # of --start_timeout
@@ -243,6 +243,12 @@ def reach(place, end, minutes):
         thread.join(max(0.0, min(CONNECT_SECONDS, end - time.monotonic())))
         if found:
             return found[0]
+        if thread.is_alive() and time.monotonic() < end:
+            raise NotStarted(
+                f"--master_port {place.port}: what answers {host_name()} at {place.name} is another program: choose"
+                " another port",
+                EXIT_WRONG_INPUT,
+            )
         time.sleep(POLL_SECONDS)
     what = "what listens there is another program" if answers else "does it run, and is the port open?"
     raise NotStarted(

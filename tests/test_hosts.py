@@ -241,6 +241,17 @@ def test_a_first_process_that_does_not_answer(launched, listens):
     assert ("another program" in str(stop.value)) == listens
 
 
+def test_another_program_where_the_first_process_should_be(launched, monkeypatch):
+    """torch would wait for it without end; it is known long before --start_timeout."""
+    monkeypatch.setattr(hosts, "CONNECT_SECONDS", 0.3)
+    launched(RANK=1)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        launched(MASTER_PORT=other.getsockname()[1])
+        with pytest.raises(NotStarted, match=r"--master_port \d+: what answers \S+ at 127.0.0.1 is another") as stop:
+            hosts.meet(10)
+    assert stop.value.code == 2
+
+
 def rolls():
     """The store of the run that `launched` describes, as another process sees it, when it is there."""
     end = time.monotonic() + 60
