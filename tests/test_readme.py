@@ -64,7 +64,7 @@ def test_both_languages_say_the_same():
 def test_flags_and_files_in_the_text_exist(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     known = {option for parser in PARSERS.values() for action in parser()._actions for option in action.option_strings}
-    known |= {"--master_port", "--lora_"}
+    known |= {"--master_port", "--master_addr", "--lora_"}
     assert set(re.findall(r"--[a-z_]+", text)) <= known
     for path in re.findall(r"`((?:scripts|data|configs)/[\w./]+|\w+\.py|ds_\w+\.json)`", text):
         assert (ROOT / path).exists() or (ROOT / "configs" / path).exists(), path
