@@ -5,9 +5,11 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -57,8 +59,8 @@ def files_in(folder):
     return sorted(name for name in found if name != MANIFEST)
 
 
-def close_folder(scratch, folder, sizes=None):
-    """Flush what lies in `scratch`, close it with a manifest, and give it its name. A folder that has the name goes.
+def seal(scratch, sizes=None):
+    """Flush what lies in `scratch` and close it with a manifest.
 
     sizes: {relative path: bytes} that must be there. OSError where they are not.
     """
@@ -82,6 +84,11 @@ def close_folder(scratch, folder, sizes=None):
         file.write(json.dumps({"files": entries}, indent=1, sort_keys=True).encode())
     flush_path(manifest)
     flush_path(scratch)
+
+
+def close_folder(scratch, folder, sizes=None):
+    """`seal` what lies in `scratch`, and give it its name. A folder that has the name goes."""
+    seal(scratch, sizes)
     reached("before the rename")
     if os.path.exists(folder):
         os.rename(folder, folder + REPLACED)
@@ -174,6 +181,52 @@ def hold(folder):
             pass
         held[folder] = handle
         return
+
+
+def try_lock(path):
+    """A handle with the lock of a folder, None where a living process has it. OSError on file systems without locks."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return handle
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    except OSError:
+        os.close(handle)
+        raise
+
+
+@contextlib.contextmanager
+def scratch_folder(parent, purpose):
+    """A new folder in `parent` for this process alone; it goes at the end, and with it those that the dead have left.
+
+    A process holds the lock of its folder as long as it lives. Locks are not seen from other hosts everywhere, so a
+    folder says which host it is of, and those of others stay. purpose: begins its name.
+    """
+    start = f"{purpose}-{re.sub(r'[^A-Za-z0-9]', '_', platform.node())}-"
+    parent_handle = os.open(parent, os.O_RDONLY)
+    handle = None
+    try:
+        with contextlib.suppress(OSError):
+            # Held between the making of a folder and its lock, so that nobody takes it for one that was left.
+            fcntl.flock(parent_handle, fcntl.LOCK_EX)
+            for name in filter(lambda name: name.startswith(start), os.listdir(parent)):
+                with contextlib.suppress(OSError):  # of another user
+                    if (left := try_lock(os.path.join(parent, name))) is not None:
+                        shutil.rmtree(os.path.join(parent, name), ignore_errors=True)
+                        os.close(left)
+        scratch = tempfile.mkdtemp(prefix=start, dir=parent)
+        with contextlib.suppress(OSError):
+            handle = try_lock(scratch)
+    finally:
+        os.close(parent_handle)  # and with it its lock
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
 
 
 def last_named(path):
