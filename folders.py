@@ -14,6 +14,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from exits import UserError
+from plain_files import open_plain, other_kind, parse_json, read_json_text
 
 MANIFEST = "manifest.json"
 PARTIAL, REPLACED = ".partial", ".replaced"  # endings of a folder that is being written, and of one on its way out
@@ -45,7 +46,7 @@ def flush_path(path):
 def file_entry(path):
     """{"bytes", "sha256"} of a file."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_plain(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return {"bytes": os.path.getsize(path), "sha256": digest.hexdigest()}
@@ -122,8 +123,7 @@ def verify(folder, full=True):
     if not os.path.exists(path):
         return []
     try:
-        with open(path, encoding="utf-8") as file:
-            entries = json.load(file)["files"]
+        entries = parse_json(read_json_text(path))["files"]
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
         is_good = all(
             not os.path.isabs(name) and ".." not in name.split(os.sep) and type(size) is int and type(digest) is str
@@ -137,6 +137,8 @@ def verify(folder, full=True):
     def problem(name):
         target = os.path.join(folder, name)
         try:
+            if what := other_kind(target):
+                return f"{target}: is {what}, not a file"
             if os.path.getsize(target) != expected[name][0]:
                 return f"{target}: has {os.path.getsize(target):,} bytes, it was saved with {expected[name][0]:,}"
             if full and file_entry(target)["sha256"] != expected[name][1]:

@@ -10,6 +10,7 @@ import warnings
 
 from exits import EXIT_WRONG_INPUT, UserError
 
+MOST_MESSAGE = 2000  # characters of an error
 BLANKS = "\n\t\xa0\u3000"  # not printable, but no harm to a terminal
 
 
@@ -110,8 +111,13 @@ def fail(problems, prog=None, code=EXIT_WRONG_INPUT):
         time.sleep(5)
         prog = f"{prog}: rank {rank()}"
     for problem in [problems] if isinstance(problems, str) else problems:
-        print(f"{prog}: error: {visible(problem)}", file=sys.stderr, flush=True)
+        print(f"{prog}: error: {shortened(visible(problem))}", file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def shortened(text):
+    """A message that a terminal can show: of one that a stranger's value makes too long, the beginning and the fix."""
+    return text if len(text) <= MOST_MESSAGE else f"{text[: MOST_MESSAGE - 300]} ... {text[-300:]}"
 
 
 def visible(text, as_lines=False):
