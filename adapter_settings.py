@@ -10,13 +10,13 @@ import re
 
 from exits import UserError
 from modes import read_json
+from plain_files import shown
 from tuning import LORA_TARGETS, SETTINGS_FILE
 
 OWN_ADVICE = "copy the folder again"
 ADVICE = "merge it with the tool that made it, then give the merged folder"
 PREFIX = "base_model.model."  # in front of the model's own names in the weights of an adapter
 MATRIX = re.compile(rf"{re.escape(PREFIX)}([\w.]+)\.lora_([AB])\.weight")
-MOST_SHOWN = 60  # characters of a value in a message
 OTHER_TYPES = {  # peft_type: what that is
     "ADALORA": "AdaLoRA, whose ranks differ and carry a third weight",
     "IA3": "IA3, vectors that scale activations",
@@ -68,7 +68,9 @@ OBEYED = {  # key: (is its value good, rule)
         "must be a table of numbers by the names of modules: expressions are not run here",
     ),
     "layers_to_transform": (
-        lambda value: value is None or all(type(n) is int for n in (value if isinstance(value, list) else [value])),
+        lambda value: value is None or all(
+            type(n) is int and n >= 0 for n in (value if isinstance(value, list) else [value])
+        ),
         "must be numbers of layers",
     ),
     "layers_pattern": (lambda value: not value or isinstance(value, (str, list)), "must be a name or names"),
@@ -95,12 +97,6 @@ REASONS = {  # key that is refused where it has another value than peft's usual 
     "trainable_token_indices": "vectors of tokens were trained too",
     "use_dora": "DoRA also rescales the base's weights",
 }
-
-
-def shown(value):
-    """A value of a stranger's file, short enough for a message."""
-    text = repr(value)
-    return text if len(text) <= MOST_SHOWN else text[: MOST_SHOWN - 3] + "..."
 
 
 def read_settings(folder, is_own=True):

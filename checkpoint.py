@@ -1,8 +1,10 @@
 """Runs on disk: folders opened and understood, weights saved with the run.json beside them."""
 
+import functools
 import importlib.metadata
 import math
 import os
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -12,6 +14,7 @@ from file_kinds import BROUGHT_ELSE, explain
 from folders import file_entry, last_named, new_folder, numbered, require_space
 from foreign import foreign_file, foreign_kind, named_base
 from modes import MODES, Mode, possible_modes, read_json
+from plain_files import shown
 from released_files import (
     COMPANIONS,
     copy_companions,
@@ -22,7 +25,7 @@ from released_files import (
 )
 from trained_weights import TRAINED_FILES, check_trained, prefix_settings, put_trained, trained_shapes
 from tuning import SETTINGS_FILE, TRAIN_TYPES
-from utils import is_main, on_main
+from utils import is_main, on_main, print_rank_0, visible
 from weights import (
     bin_shapes,
     check_weights,
@@ -37,7 +40,7 @@ from weights import (
 
 RUN_FILE = "run.json"
 CHECKPOINT = r"epoch-\d+-step-(\d+)"
-MOST_NAMED = 4  # checkpoints that a message names
+MOST_NAMED = 4  # checkpoints, or keys of a file, that a message names
 BASE_FIX = "give its place with --model_name_or_path"  # of a base that is not where it was
 TOKENIZER_BYTES = 4 << 20  # room for what lies beside the weights
 
@@ -66,14 +69,45 @@ def resolve_folder(name, flag="--model_name_or_path"):
 
 def read_config(folder, mode, changes=None):
     """The family's configuration with changed settings; UserError that names the file for values not supported."""
-    if not os.path.isfile(os.path.join(folder, "config.json")):
+    path = os.path.join(folder, "config.json")
+    if not os.path.isfile(path):
         raise UserError(f"{folder}: no config.json in it: name a folder with a whole checkpoint")
+    values = read_json(path)
     try:
-        return mode.config_class.from_pretrained(folder, **(changes or {}))
-    except (TypeError, AttributeError, OSError) as error:
-        raise UserError(f"{folder}/config.json: {error}") from None
-    except ValueError as error:
-        raise UserError(f"{folder}/{str(error).removeprefix('/')}") from None
+        config = mode.config_class.from_dict(values, **(changes or {}))
+    except UserError as error:
+        raise UserError(f"{folder}/{error}") from None
+    except (TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise UserError(f"{path}: {error}") from None
+    tell_unused(path, tuple(mode.config_class.unused_keys(values)))
+    return config
+
+
+@functools.cache
+def tell_unused(path, names):
+    """Say once, on the first process, which keys of a file are not used."""
+    if names:
+        more = f" and {len(names) - MOST_NAMED} others" if len(names) > MOST_NAMED else ""
+        said = ", ".join(visible(name[:60]) for name in names[:MOST_NAMED])
+        print_rank_0(f"note: {path}: not used here: {said}{more}", file=sys.stderr)
+
+
+def read_tokenizer_settings(folder, mode):
+    """What tokenizer_config.json gives the family's tokenizer; keys that it has no use for reach no library."""
+    path = os.path.join(folder, "tokenizer_config.json")
+    if not os.path.exists(path):
+        return {}
+    values = {name: value for name, value in read_json(path).items() if value is not None}
+    settings = mode.tokenizer_class.settings
+    for name in filter(values.__contains__, settings):
+        is_good, rule = settings[name]
+        value = values[name]
+        if name.endswith("_token") and isinstance(value, dict):  # as an AddedToken is written
+            value = values[name] = value.get("content")
+        if not is_good(value):
+            raise UserError(f"{path}: {name} = {shown(value)}: must be {rule}: copy it from the release")
+    tell_unused(path, tuple(name for name in values if name not in (*settings, *mode.tokenizer_class.free_settings)))
+    return {name: value for name, value in values.items() if name in settings}
 
 
 def read_tokenizer(folder, mode, config):
@@ -83,8 +117,12 @@ def read_tokenizer(folder, mode, config):
         raise UserError(f"{folder}/{vocab_name}: missing: copy it from the release (--mode {mode.name} needs it)")
     if said := explain(os.path.join(folder, vocab_name), BROUGHT_ELSE):
         raise UserError(f"{folder}/{vocab_name}: {said}")
+    settings = read_tokenizer_settings(folder, mode)
     try:
-        tokenizer = mode.tokenizer_class.from_pretrained(folder)
+        tokenizer = mode.tokenizer_class(os.path.join(folder, vocab_name), name_or_path=folder, **settings)
+    except UserError as error:  # names the file alone where it is the settings'
+        said = str(error)
+        raise UserError(f"{folder}/{said}" if said.startswith("tokenizer_config.json") else said) from None
     except (TypeError, AttributeError, KeyError) as error:  # the library does not look at types before it uses them
         raise UserError(f"{folder}/tokenizer_config.json: {error}: copy it from the release") from None
     if tokenizer.vocab_size > config.vocab_size:

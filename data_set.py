@@ -1,7 +1,6 @@
 """Rows: read, checked and turned into ids."""
 
 import codecs
-import collections
 import functools
 import io
 import itertools
@@ -13,6 +12,7 @@ from typing import NamedTuple
 
 import file_kinds
 from exits import UserError
+from plain_files import KeyTwice, make_object, open_plain, other_kind
 from row_checks import Columns, Notes, Number, check_row, wrapped  # noqa: F401, Columns belong to reading
 
 BOM = b"\xef\xbb\xbf"
@@ -40,6 +40,8 @@ def data_files(paths):
             files += inside
         elif os.path.isfile(path):
             files.append(path)
+        elif what := other_kind(path):
+            raise UserError(f"{path}: is {what}: rows are read more than once: write them to a file and name that")
         else:
             raise UserError(f"{path}: no such file or folder: check the path")
     return files
@@ -136,21 +138,9 @@ def read_lines(path):
 def open_rows(path):
     """The file's bytes; UserError where it may not be read."""
     try:
-        return open(path, "rb")
+        return open_plain(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): check its permissions") from None
-
-
-class KeyTwice(ValueError):
-    """A key that stands twice in an object."""
-
-
-def make_object(pairs):
-    """The object of (key, value) pairs; json alone would keep the last of two values and say nothing."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise KeyTwice(collections.Counter(key for key, _ in pairs).most_common(1)[0][0])
-    return found
 
 
 read_json = json.JSONDecoder(object_pairs_hook=make_object, parse_int=Number, parse_float=Number).raw_decode

@@ -4,6 +4,8 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
+from plain_files import open_plain
+
 HEAD_BYTES = 4096  # of a file, in which its kind shows
 TO_JSON_LINES = 'to_json("rows.jsonl", orient="records", lines=True, force_ascii=False)'
 
@@ -77,7 +79,7 @@ BROUGHT_ELSE = ("lfs", "page", "zip", "gzip", "archive")  # what a download brin
 
 def kind_of(path: str) -> str | None:
     """The name in KINDS of what a file is; None where it is none of them. OSError where it cannot be read."""
-    with open(path, "rb") as file:
+    with open_plain(path) as file:
         head = file.read(HEAD_BYTES)
     for name, kind in KINDS.items():
         if kind.is_head(head) or (str(path).lower().endswith(kind.endings) and not is_json(head)):

@@ -2,16 +2,20 @@
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import stat
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 from exits import UserError
+from plain_files import open_plain, parse_json, read_json_text
 
 MANIFEST = "manifest.json"
 PARTIAL, REPLACED = ".partial", ".replaced"  # endings of a folder that is being written, and of one on its way out
@@ -41,7 +45,7 @@ def flush_path(path):
 def file_entry(path):
     """{"bytes", "sha256"} of a file."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_plain(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return {"bytes": os.path.getsize(path), "sha256": digest.hexdigest()}
@@ -55,8 +59,8 @@ def files_in(folder):
     return sorted(name for name in found if name != MANIFEST)
 
 
-def close_folder(scratch, folder, sizes=None):
-    """Flush what lies in `scratch`, close it with a manifest, and give it its name. A folder that has the name goes.
+def seal(scratch, sizes=None):
+    """Flush what lies in `scratch` and close it with a manifest.
 
     sizes: {relative path: bytes} that must be there. OSError where they are not.
     """
@@ -80,6 +84,11 @@ def close_folder(scratch, folder, sizes=None):
         file.write(json.dumps({"files": entries}, indent=1, sort_keys=True).encode())
     flush_path(manifest)
     flush_path(scratch)
+
+
+def close_folder(scratch, folder, sizes=None):
+    """`seal` what lies in `scratch`, and give it its name. A folder that has the name goes."""
+    seal(scratch, sizes)
     reached("before the rename")
     if os.path.exists(folder):
         os.rename(folder, folder + REPLACED)
@@ -145,8 +154,7 @@ def read_manifest(folder):
     try:
         if path_problem(folder, MANIFEST):
             return None
-        with open(path, encoding="utf-8") as file:
-            entries = json.load(file)["files"]
+        entries = parse_json(read_json_text(path))["files"]
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
         is_good = all(type(size) is int and type(digest) is str for size, digest in expected.values())
         return expected if expected and is_good else None
@@ -200,6 +208,52 @@ def verify(folder, full=True):
 def is_whole(folder, full=True):
     """Was the folder closed, and are its files as they were then?"""
     return os.path.lexists(os.path.join(folder, MANIFEST)) and not verify(folder, full)
+
+
+def try_lock(path):
+    """A handle with the lock of a folder, None where a living process has it. OSError on file systems without locks."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return handle
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    except OSError:
+        os.close(handle)
+        raise
+
+
+@contextlib.contextmanager
+def scratch_folder(parent, purpose):
+    """A new folder in `parent` for this process alone; it goes at the end, and with it those that the dead have left.
+
+    A process holds the lock of its folder as long as it lives. Locks are not seen from other hosts everywhere, so a
+    folder says which host it is of, and those of others stay. purpose: begins its name.
+    """
+    start = f"{purpose}-{re.sub(r'[^A-Za-z0-9]', '_', platform.node())}-"
+    parent_handle = os.open(parent, os.O_RDONLY)
+    handle = None
+    try:
+        with contextlib.suppress(OSError):
+            # Held between the making of a folder and its lock, so that nobody takes it for one that was left.
+            fcntl.flock(parent_handle, fcntl.LOCK_EX)
+            for name in filter(lambda name: name.startswith(start), os.listdir(parent)):
+                with contextlib.suppress(OSError):  # of another user
+                    if (left := try_lock(os.path.join(parent, name))) is not None:
+                        shutil.rmtree(os.path.join(parent, name), ignore_errors=True)
+                        os.close(left)
+        scratch = tempfile.mkdtemp(prefix=start, dir=parent)
+        with contextlib.suppress(OSError):
+            handle = try_lock(scratch)
+    finally:
+        os.close(parent_handle)  # and with it its lock
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
 
 
 def last_named(path):

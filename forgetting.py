@@ -13,7 +13,6 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import re
 
 from arguments import collect, forgetting_parser, opened_problems, output_file_problems, range_problems

@@ -3,13 +3,14 @@
 import contextlib
 import os
 
-from adapter_settings import MATRIX, read_settings, shown
+from adapter_settings import MATRIX, read_settings
 from bases import OTHER_BASE_FIX
 from checkpoint import BASE_FIX, RUN_FILE, check_opened, open_checkpoint, read_run
 from exits import UserError
 from folders import file_entry
 from foreign import NO_BASE_FIX, has, holds_adapter
 from modes import read_json
+from plain_files import shown
 from trained_weights import TRAINED_FILES, fill, settings_of, trained_shapes
 from tuning import LORA_TARGETS, SETTINGS_FILE, TRAIN_TYPES, add_lora, split_names
 

@@ -19,7 +19,7 @@ from foreign import foreign_kind, not_mergeable
 from holding import holding, require_there
 from released_files import copy_companions, save_config
 from utils import choose_device, prepare_environment, torch_dtype
-from weights import saved_dtype, write_json, write_weights
+from weights import finite_problem, saved_dtype, write_json, write_weights
 
 SAMPLE = "发动机水温高，风扇始终是低速转动，高速档不工作。"
 TOLERANCE = 1e-3  # of the largest logit: adapter and merged model are the same function in float32
@@ -114,6 +114,9 @@ def compare(base_logits, adapter_logits, merged_logits, rounded_logits):
 def write_merged(model, tokenizer, output_dir, run, dtype):
     """The merged checkpoint; its folder appears whole or not at all."""
     state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+    if bad := finite_problem(state.items()):
+        what = str(dtype).removeprefix("torch.")
+        raise UserError(f"{bad} in {what}: use --precision bf16 or fp32: nothing was saved")
     require_there(output_dir)
     with new_folder(output_dir) as scratch:
         save_config(model.config, scratch, dtype)

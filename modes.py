@@ -1,13 +1,13 @@
 """The table of `--mode`: one folder per model family. Adding a family is a folder and a line here."""
 
 import importlib
-import json
 import os
 import re
 from dataclasses import dataclass
 
 from exits import UserError
 from file_kinds import BROUGHT_ELSE, explain
+from plain_files import open_plain, parse_json, read_json_text
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def other_family(folder, config):
 def is_tiktoken(path):
     """Does a tokenizer file begin with a token in base64 and its rank, as tiktoken's do?"""
     try:
-        with open(path, "rb") as file:
+        with open_plain(path) as file:
             return re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", file.read(4096)) is not None
     except OSError:
         return False
@@ -129,8 +129,9 @@ def read_json(path):
     if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device may have no end
         raise UserError(f"{path}: is no regular file: give a complete file")
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            value = json.load(file)
+        value = parse_json(read_json_text(path))
+    except UserError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         if os.path.isfile(path) and (said := explain(path, BROUGHT_ELSE)):
             raise UserError(f"{path}: {said}") from None

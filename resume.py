@@ -31,6 +31,7 @@ from folders import (
 )
 from going_on import start_hashes
 from modes import read_json
+from pickles import check_pickle
 from state_checks import KINDS, STATE, STATE_FILE, TAG, check_range, read_info, state_problems
 from utils import is_main, on_main, world_size
 from weights import dump_json, finite_problem, weight_files, write_json
@@ -62,8 +63,11 @@ def load_tensors(path, map_location="cpu"):
     import torch
 
     try:
+        check_pickle(path, tuple(f"{kind.__module__}.{kind.__qualname__}" for kind in safe_classes()))
         with torch.serialization.safe_globals(safe_classes()):
             return torch.load(path, map_location=map_location, weights_only=True)
+    except UserError as error:
+        raise UserError(f"--resume: {error}") from None
     except pickle.UnpicklingError as error:
         reason = "holds more than tensors: it is not read, since that could run code of others"
         raise UserError(f"--resume: {path}: {reason} ({str(error).splitlines()[0][:80]}): do not use it") from None

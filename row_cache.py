@@ -11,7 +11,6 @@ import os
 import pathlib
 import signal
 import sys
-import tempfile
 import threading
 import time
 from dataclasses import asdict, dataclass
@@ -31,10 +30,11 @@ from data_set import (
     read_file,
 )
 from exits import UserError
+from folders import MANIFEST, scratch_folder, seal, verify
 from modes import Mode
-from utils import is_main, print_rank_0, progress_bar
+from utils import barrier, is_main, print_rank_0, progress_bar
 
-ENCODING_VERSION = 4  # part of the cache key: raise it when the same row would give other ids, or other files
+ENCODING_VERSION = 5  # part of the cache key: raise it when the same row would give other ids, or other files
 BATCH_ROWS, BATCH_BYTES = 1000, 1 << 20  # what a process encodes at a time: the first limit that is reached
 BATCHES_IN_FLIGHT = 3  # for each process, being encoded or waiting; this bounds the memory
 MIN_POOL_BATCHES = 20  # fewer are encoded by one process before several have started
@@ -245,8 +245,8 @@ class EncodedRows:
             self.counts["first_bad_row"] = next(iter(self.bad_rows), None)
         except (OSError, ValueError):
             is_whole = False
-        if not is_whole:  # the machine went down before the disk had it all
-            raise UserError(f"{folder}: encoded rows are damaged: remove this folder, they will be encoded again")
+        if not is_whole:  # changed since the process of this host that encodes has looked at them
+            raise UserError(f"{folder}: encoded rows are damaged: start again, they will be encoded again")
 
     def __len__(self):
         return len(self.num_unlabelled)
@@ -279,7 +279,9 @@ def load_rows(
     """(EncodedRows, dict of counts) of the training set, from the cache where it is there.
 
     Otherwise it is encoded by `num_proc` processes (0: all cores) if this process is the one that `encodes`, and
-    waited for in the others. skip_bad_rows: leave out the rows that are not right; else the first one is an error.
+    waited for in the others. That one also compares what is there with its SHA-256, and encodes it again where it is
+    not as it was. Collective, where there are ranks. skip_bad_rows: leave out the rows that are not right; else the
+    first one is an error.
     """
     encoding = Encoding(columns, tokenizer, mode, max_len, max_src_len, is_skip, skip_bad_rows)
     settings = [mode.name, columns.prompt, columns.response, max_len, max_src_len, is_skip, skip_bad_rows]
@@ -287,22 +289,36 @@ def load_rows(
     folder = os.path.join(cache_folder(), cache_key(files, tokenizer, settings))
     if not encodes:
         wait_for_rows(folder)
-    elif not os.path.isdir(folder):
+    elif problem := kept_problem(folder):
+        if os.path.isdir(folder):
+            print(f"encoded rows are damaged, they are encoded again ({problem})", flush=True)
         encode_to_folder(folder, paths, encoding, num_proc)
+    barrier()  # a damaged folder has been replaced before another process opens it
     rows = EncodedRows(folder, files)
     rows.counts["files_left"] = files_left(paths)
     return rows, rows.counts
 
 
+def kept_problem(folder):
+    """What is wrong with kept rows, as a line; None where they are as they were written."""
+    if not os.path.isfile(os.path.join(folder, MANIFEST)):
+        return f"{folder}: has no {MANIFEST}"
+    return next(iter(verify(folder)), "").removesuffix(": copy the folder again") or None
+
+
 def encode_to_folder(folder, paths, encoding, num_proc):
-    """Encode all rows into `folder`, which appears whole or not at all."""
+    """Encode all rows into `folder`, which appears whole or not at all; a damaged one is replaced."""
     parent = os.path.dirname(folder)
     try:
         os.makedirs(parent, exist_ok=True)
-        with heartbeat(f"{folder}.encoding"), tempfile.TemporaryDirectory(dir=parent) as scratch:
-            whole = os.path.join(scratch, "whole")
+        remove_silent_hearts(parent)
+        with heartbeat(f"{folder}.encoding"), scratch_folder(parent, "encoding") as scratch:
+            whole, damaged = os.path.join(scratch, "whole"), os.path.join(scratch, "damaged")
             os.mkdir(whole)
             write_rows(whole, paths, encoding, num_proc)
+            seal(whole)
+            if os.path.isdir(folder) and kept_problem(folder):
+                os.rename(folder, damaged)
             try:
                 os.rename(whole, folder)
             except OSError:  # another run was faster and its folder holds the same
@@ -400,6 +416,14 @@ def heartbeat(path):
         is_over.set()
         thread.join()
         pathlib.Path(path).unlink(missing_ok=True)
+
+
+def remove_silent_hearts(parent):
+    """Remove what killed processes have left of `heartbeat`; one that lives makes its file again."""
+    for path in pathlib.Path(parent).glob("*.encoding"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > SILENT_SECONDS:
+                path.unlink()
 
 
 def wait_for_rows(folder):

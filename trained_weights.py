@@ -1,11 +1,23 @@
 """What was trained on top of a base: weights of adapters and prefix encoders, read, checked and put onto the model."""
 
+import os
 import re
 
 from adapter_settings import PREFIX, lora_config, read_settings
 from exits import UserError
-from tuning import ADAPTER_FILE, PREFIX_FILE, add_lora
-from weights import WEIGHT_FILES, check_dtypes, empty_model, file_shapes, file_tensors, put_part, put_whole, released_name
+from tuning import ADAPTER_FILE, PREFIX_FILE, SETTINGS_FILE, add_lora
+from weights import (
+    WEIGHT_FILES,
+    check_dtypes,
+    empty_model,
+    file_shapes,
+    file_tensors,
+    is_finite,
+    not_finite,
+    put_part,
+    put_whole,
+    released_name,
+)
 
 # {kind of weights: names of the file that holds them, the first one ours}
 TRAINED_FILES = {"adapter": (ADAPTER_FILE, "adapter_model.bin"), "prefix": (PREFIX_FILE, *WEIGHT_FILES)}
@@ -63,8 +75,13 @@ def check_trained(opened, config):
     check_dtypes(opened.trained_path, found)
     model = empty_model(opened.mode, config)
     if opened.weights == "adapter":
-        with torch.device("meta"):
-            model = add_lora(model, settings_of(opened, found))
+        settings = settings_of(opened, found)
+        try:
+            with torch.device("meta"):
+                model = add_lora(model, settings)
+        except ValueError as error:  # peft finds no layer that the settings choose
+            path = os.path.join(opened.folder, SETTINGS_FILE)
+            raise UserError(f"{path}: {error}: it is of another base model") from None
     wanted = {name: tuple(tensor.shape) for name, tensor in trained_parameters(model, opened.weights).items()}
     check_shapes(wanted, {name: shape for name, (shape, _) in found.items()}, opened.trained_path)
     return found
@@ -89,14 +106,20 @@ def put_trained(model, opened):
 
 
 def fill(model, opened):
-    """Copy the stored values into the model's parameters, split over the ranks (ZeRO-3) or not. Collective if split."""
+    """Copy the stored values into the model's parameters, split over the ranks (ZeRO-3) or not. Collective if split.
+
+    UserError where one is not finite.
+    """
     import torch
 
-    parameters = trained_parameters(model, opened.weights)
+    parameters, bad = trained_parameters(model, opened.weights), None
     with torch.no_grad():
         for name, tensor in trained_tensors(opened).items():
             put = put_part if hasattr(parameters[name], "ds_tensor") else put_whole
-            put(parameters[name], tensor)
+            if not put(parameters[name], tensor) and bad is None:
+                bad = name, is_finite(tensor), parameters[name].dtype
+    if bad:
+        raise not_finite(opened.trained_path, *bad)
 
 
 def check_shapes(wanted, found, path):

@@ -12,6 +12,7 @@ from exits import EXIT_WRONG_INPUT, UserError
 
 # What a terminal obeys: control characters but for tab and line end, and marks that turn the direction of writing.
 OBEYED = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+MOST_MESSAGE = 2000  # characters of an error
 BLANKS = "\n\t\xa0\u3000"  # not printable, but no harm to a terminal
 
 
@@ -160,8 +161,13 @@ def fail(problems, prog=None, code=EXIT_WRONG_INPUT):
         time.sleep(5)
         prog = f"{prog}: rank {rank()}"
     for problem in [problems] if isinstance(problems, str) else problems:
-        print(f"{prog}: error: {visible(problem)}", file=sys.stderr, flush=True)
+        print(f"{prog}: error: {shortened(visible(problem))}", file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def shortened(text):
+    """A message that a terminal can show: of one that a stranger's value makes too long, the beginning and the fix."""
+    return text if len(text) <= MOST_MESSAGE else f"{text[: MOST_MESSAGE - 300]} ... {text[-300:]}"
 
 
 def visible(text, as_lines=False):

@@ -13,12 +13,21 @@ from contextlib import contextmanager, nullcontext
 from exits import UserError
 from file_kinds import BROUGHT_ELSE, explain
 from modes import read_json
-from utils import is_main, progress_bar
+from pickles import NotPlain, TooLarge, check_pickle
+from plain_files import open_plain, shown
+from utils import is_main, print_rank_0, progress_bar, visible
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}  # {name in safetensors: in torch} of what is read
 MAX_SHARD_SIZE = "5GB"
+MOST_HEADER_BYTES = 8 << 20  # of a .safetensors file; a network's here has some ten thousand
+# Keys of generation_config.json: what flags of predict.py decide, or what every release has; what says nothing.
+GENERATION_KEYS = (
+    *("bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_p", "top_k", "num_beams"),
+    *("repetition_penalty", "max_length", "max_new_tokens", "num_return_sequences"),
+)
+FREE_GENERATION_KEYS = ("_from_model_config", "transformers_version")
 # First parts of weights' names in the network inside `transformer.`, as it is stored where it was saved alone.
 INNER_PARTS = (
     *("word_embeddings.", "layers.", "final_layernorm."),
@@ -131,6 +140,11 @@ def safetensors_shapes(path):
     from safetensors import SafetensorError, safe_open
 
     try:
+        with open_plain(path) as file:
+            size = int.from_bytes(file.read(8), "little")
+        if size > MOST_HEADER_BYTES:
+            reason = f"truncated or not safetensors (a header of {size:,} bytes)"
+            raise UserError(not_weights(path, f"{reason}: download it again"))
         with safe_open(path, framework="pt") as file:
             return {
                 key: (tuple(file.get_slice(key).get_shape()), file.get_slice(key).get_dtype()) for key in file.keys()
@@ -154,11 +168,20 @@ def read_bin(path):
 
     import torch
 
-    is_archive = zipfile.is_zipfile(path)
+    not_plain = f"{path}: not a weight file (not a plain table of tensors): download it again"
     try:
+        check_pickle(path)
+        is_archive = zipfile.is_zipfile(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's notes about kinds of tensors that are refused anyway
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+    except UserError:
+        raise
+    except TooLarge:
+        reason = "its tensors claim more than it holds, or it is compressed"
+        raise UserError(f"{path}: {reason}: download it again") from None
+    except NotPlain:
+        raise UserError(not_plain) from None
     except pickle.UnpicklingError:
         usual = "holds more than tensors, or is no weight file: it is not read, since that could run code of others"
         raise UserError(not_weights(path, f"{usual}: do not use it")) from None
@@ -166,15 +189,13 @@ def read_bin(path):
         reason = f"{type(error).__name__} while reading"
         raise UserError(not_weights(path, f"truncated or not a weight file ({reason}): download it again")) from None
     if not isinstance(state, dict) or not all(isinstance(n, str) and is_plain(t) for n, t in state.items()):
-        raise UserError(f"{path}: not a weight file (not a plain table of tensors): download it again")
-    storages = {}
-    for name, tensor in state.items():
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        if tensor.numel() * tensor.element_size() > storage.nbytes():  # an expanded tensor: a few bytes claim a disk
+        raise UserError(not_plain)
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in state.items()}
+    for name, size in sizes.items():
+        if size > state[name].untyped_storage().nbytes():  # an expanded tensor: a few bytes claim a disk
             raise UserError(f"{path}: {name} claims more than is stored of it: do not use it")
-    if is_archive and sum(storages.values()) > stored_bytes(path):
-        raise UserError(f"{path}: its tensors claim more than it holds, or it is compressed: download it again")
+    if sum(sizes.values()) > 2 * os.path.getsize(path):  # twice: a tied output layer may lie where its embedding does
+        raise UserError(f"{path}: many weights lie in the same bytes of it: do not use it")
     return state
 
 
@@ -185,16 +206,6 @@ def is_plain(value):
     if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.is_nested:
         return False
     return value.layout == torch.strided and value.device.type == "cpu"
-
-
-def stored_bytes(path):
-    """Bytes of tensors in a .bin file that is an archive; compressed ones, which cannot be mapped, do not count."""
-    with zipfile.ZipFile(path) as archive:
-        return sum(
-            record.file_size
-            for record in archive.infolist()
-            if "/data/" in record.filename and record.compress_type == zipfile.ZIP_STORED
-        )
 
 
 def empty_model(mode, config):
@@ -284,7 +295,7 @@ def load_base(folder, mode, config, dtype, device="cpu", ds_config=None, attn_im
 
     ds_config: DeepSpeed's configuration. With stage 3 every rank reads and holds its own part of each weight, in the
     place that the configuration names; otherwise all weights go to `device`, one by one. Weights other than a new
-    prefix must all be there: UserError names the difference.
+    prefix must all be there, and all must be finite: UserError names the difference.
     """
     import torch
 
@@ -301,7 +312,7 @@ def load_base(folder, mode, config, dtype, device="cpu", ds_config=None, attn_im
     tied = set(model.all_tied_weights_keys)  # the stored copy is not read
     wanted = {name: p for name, p in model.named_parameters(remove_duplicate=False) if name not in tied}
     put = put_part if is_split else put_whole
-    missing, unexpected, wrong = set(wanted), [], []
+    missing, unexpected, wrong, bad = set(wanted), [], [], None
     with torch.no_grad(), loading_bar(len(wanted)) as bar:
         for name, shape, rows in stored_tensors(folder):
             parameter = wanted.get(name)
@@ -311,12 +322,15 @@ def load_base(folder, mode, config, dtype, device="cpu", ds_config=None, attn_im
             elif shape != tuple(getattr(parameter, "ds_shape", parameter.shape)):
                 wrong.append(name)
             else:
-                put(parameter, rows)
+                if not put(parameter, rows) and bad is None:
+                    bad = name, is_finite(rows[:])
                 bar.update()
             missing.discard(name)
     missing = sorted(name for name in missing if "prefix_encoder." not in name)
     if missing or unexpected or wrong:
         raise UserError(f"{folder}: missing {missing}, unexpected {unexpected}, wrong {wrong}")
+    if bad:
+        raise not_finite(os.path.join(folder, file_of(folder, bad[0])), *bad, dtype)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         assert not tensor.is_meta and tensor.dtype == dtype, f"{name} is {tensor.dtype} on {tensor.device}, not {dtype}"
     if generation_config is not None:
@@ -331,7 +345,15 @@ def read_generation_config(folder):
     path = os.path.join(folder, "generation_config.json")
     if not os.path.isfile(path):
         return None
-    values = read_json(path)
+    values = {name: value for name, value in read_json(path).items() if value is not None}
+    unused = [name for name in values if name not in (*GENERATION_KEYS, *FREE_GENERATION_KEYS)]
+    if unused:
+        print_rank_0(f"note: {path}: not used here: {visible(', '.join(unused)[:200])}", file=sys.stderr)
+    values = {name: value for name, value in values.items() if name in GENERATION_KEYS}
+    for name, value in values.items():
+        is_list = name == "eos_token_id" and isinstance(value, list)
+        if not all(type(v) in (bool, int, float) and abs(v) < 1e9 for v in (value if is_list else [value])):
+            raise UserError(f"{path}: {name} = {shown(value)}: must be a number, or true or false: mend or remove it")
     try:
         return GenerationConfig.from_dict(values)
     except (ValueError, TypeError, AttributeError) as error:  # the class does not look at types before it uses them
@@ -401,21 +423,47 @@ def stored_tensors(folder):
                 yield released_name(name), tuple(rows.shape), rows
 
 
+def file_of(folder, name):
+    """The file of a folder that holds a weight."""
+    paths = {file: map(released_name, file_shapes(os.path.join(folder, file))) for file in weight_files(folder)}
+    return next(file for file, names in paths.items() if name in names)
+
+
+def not_finite(path, name, is_finite_there, dtype):
+    """The error for a weight that holds NaN or an infinity: in its file, or (is_finite_there) only in this dtype."""
+    if is_finite_there:
+        what = str(dtype).removeprefix("torch.")
+        return UserError(f"{path}: {name} is too large for {what}: use --precision bf16 or fp32")
+    return UserError(
+        f"{path}: {name} holds values that are not finite: the file is damaged, or of a training that went wrong: use"
+        " another one"
+    )
+
+
+def is_finite(tensor):
+    """Are all values finite? A sum is quick and not finite if a value is not; it can also run over, hence two looks."""
+    import torch
+
+    return not tensor.is_floating_point() or bool(
+        torch.isfinite(tensor.sum(dtype=torch.float32)) or torch.isfinite(tensor).all()
+    )
+
+
 def put_whole(parameter, rows):
-    """Copy a stored tensor into a parameter, in the parameter's precision."""
+    """Copy a stored tensor into a parameter, in the parameter's precision. Is what it holds now finite?"""
     parameter.copy_(rows[:])
+    return is_finite(parameter)
 
 
 def put_part(parameter, rows):
     """Copy this rank's part of a stored tensor into a parameter that is split over the ranks (ZeRO-3). Collective.
 
-    DeepSpeed cuts the flattened tensor into equal parts, `ds_tensor`, the last one padded.
+    DeepSpeed cuts the flattened tensor into equal parts, `ds_tensor`, the last one padded. Is this rank's part finite?
     """
     part = parameter.ds_tensor
     if part.final_location is not None or parameter.ds_secondary_tensor is not None or hasattr(part, "ds_quant_scale"):
         # The part lies on a disk, or is quantised, or there is a second one: DeepSpeed makes these from the whole.
-        put_from_main(parameter, rows)
-        return
+        return put_from_main(parameter, rows)
     start = min(parameter.ds_zero_partition_rank * part.ds_numel, parameter.ds_numel)
     stop = min(start + part.ds_numel, parameter.ds_numel)
     row_size = parameter.ds_numel // parameter.ds_shape[0]
@@ -423,15 +471,15 @@ def put_part(parameter, rows):
     flat = rows[first_row : -(-stop // row_size)].reshape(-1)
     part[: stop - start].copy_(flat[start - first_row * row_size : stop - first_row * row_size])
     part[stop - start :].zero_()
+    return is_finite(part)
 
 
 def put_from_main(parameter, rows):
-    """Fill a split parameter from the first process, which alone reads the tensor. Collective."""
+    """Fill a split parameter from the first process, which alone reads the tensor. Collective. Is it finite there?"""
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
-        if is_main():
-            parameter.copy_(rows[:])
+        return put_whole(parameter, rows) if is_main() else True
 
 
 def loading_bar(total):
@@ -443,14 +491,8 @@ def loading_bar(total):
 
 def finite_problem(named_tensors):
     """The first of (name, tensor) that holds an infinity or NaN, as a line; None without one."""
-    import torch
-
-    for name, tensor in named_tensors:
-        # A sum is quick and not finite if a value is not; it can also run over, hence the second look.
-        if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
-            if not torch.isfinite(tensor).all():
-                return f"{name} holds values that are not finite"
-    return None
+    bad = next((name for name, tensor in named_tensors if not is_finite(tensor)), None)
+    return None if bad is None else f"{bad} holds values that are not finite"
 
 
 def write_safetensors(state, path):

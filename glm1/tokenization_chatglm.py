@@ -18,6 +18,9 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
     """Text + `[gMASK] <sop>`; the model file normalises with NFKC, so full-width punctuation becomes ASCII."""
 
     vocab_files_names = {"vocab_file": "ice_text.model"}
+    settings = SentencePieceTokenizer.settings | {
+        "num_image_tokens": (lambda value: type(value) is int and value >= 0, "a whole number")
+    }
 
     def __init__(
         self,

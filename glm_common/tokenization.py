@@ -13,6 +13,16 @@ from exits import UserError
 SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 RELEASED_MAP = {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]}
 NEW_KEYS = ("backend", "is_local", "local_files_only", "model_specific_special_tokens")  # of transformers 5 alone
+MOST_TOKEN = 100  # characters of the name of a control token
+
+
+def is_token(value):
+    """Is it the name of a control token?"""
+    return isinstance(value, str) and 0 < len(value) <= MOST_TOKEN and value.isprintable()
+
+
+TOKEN = is_token, "the name of a token"
+TOKEN_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token", "gmask_token", "end_token")
 
 
 class SentencePieceTokenizer(PreTrainedTokenizer):
@@ -25,6 +35,18 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
 
     model_input_names = ["input_ids", "attention_mask"]
     appended_tokens = ()
+    settings = {  # keys of tokenizer_config.json that are obeyed: (is a value good, rule)
+        **dict.fromkeys(TOKEN_NAMES, TOKEN),
+        "padding_side": (lambda value: value in ("left", "right"), "left or right"),
+        "encode_special_tokens": (lambda value: type(value) is bool, "true or false"),
+    }
+    # Keys of releases, and of what libraries write, that decide nothing here: text never becomes one of these tokens.
+    free_settings = (
+        *("name_or_path", "tokenizer_class", "auto_map", "model_max_length", "model_input_names", "processor_class"),
+        *("remove_space", "do_lower_case", "clean_up_tokenization_spaces", "split_special_tokens", "use_fast"),
+        *("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens", "chat_template"),
+        *("special_tokens_map_file", "tokenizer_file", "vocab_file", "sp_model_kwargs", *NEW_KEYS),
+    )
     read_only_keys = ()  # settings that the released class cannot be given: it has properties without setters
 
     def __init__(self, vocab_file, padding_side="left", encode_special_tokens=False, **kwargs):

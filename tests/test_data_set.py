@@ -19,6 +19,7 @@ import data_set
 import row_cache
 from batches import collate
 from data_set import Columns, Part, data_files, encode_row, read_rows, show_row
+from exits import UserError
 from modes import MODES
 from row_cache import Encoding, load_rows
 
@@ -585,16 +586,56 @@ def test_ids_take_16_bits_where_the_vocabulary_fits(glm3, tokenizer3, tmp_path, 
 FILES = ["ids.bin", "offsets.bin", "num_unlabelled.bin", "places.bin", "bad_rows.txt", "counts.json"]
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("share", [0, 0.5])
-def test_damaged_rows_are_noticed(glm3, tokenizer3, tmp_path, cache, name, share):
+@pytest.mark.parametrize("name", [*FILES, "manifest.json"])
+@pytest.mark.parametrize("damage", ["empty", "half", "bit", "gone"])
+def test_damaged_rows_are_encoded_again(glm3, tokenizer3, tmp_path, cache, capsys, name, damage):
+    """What is kept is compared before it is believed: a flipped bit has the size, and the key, of the right rows."""
     path = write(tmp_path / "rows.json", *as_lines(glm3.values["rows"] + [ROW]), "{", "{", "{")
-    load(glm3, tokenizer3, path, skip_bad_rows=True)
+    rows, _ = load(glm3, tokenizer3, path, skip_bad_rows=True)
+    right = [row["input_ids"].tolist() for row in rows]
     [folder] = cache.iterdir()
     content = (folder / name).read_bytes()
-    (folder / name).write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(ValueError, match=f"{folder}: encoded rows are damaged: remove this folder"):
-        load(glm3, tokenizer3, path, skip_bad_rows=True)
+    changed = {"empty": b"", "half": content[: len(content) // 2], "bit": bytes([content[0] ^ 1]) + content[1:]}
+    (folder / name).unlink() if damage == "gone" else (folder / name).write_bytes(changed[damage])
+    capsys.readouterr()
+    again, _ = load(glm3, tokenizer3, path, skip_bad_rows=True)
+    assert [row["input_ids"].tolist() for row in again] == right and again.key == rows.key
+    said = [line for line in capsys.readouterr().out.splitlines() if "damaged" in line]
+    assert len(said) == 1 and str(folder) in said[0]
+    assert (folder / name).read_bytes() == content and list(cache.iterdir()) == [folder]
+
+
+def test_rows_that_change_while_they_are_opened_are_refused(glm3, tokenizer3, tmp_path, cache, monkeypatch):
+    path = write(tmp_path / "rows.json", *as_lines(glm3.values["rows"]))
+    load(glm3, tokenizer3, path)
+    [folder] = cache.iterdir()
+    monkeypatch.setattr(row_cache, "barrier", lambda: (folder / "offsets.bin").write_bytes(b""))
+    with pytest.raises(UserError, match=f"{folder}: encoded rows are damaged: start again"):
+        load(glm3, tokenizer3, path)
+
+
+def test_what_killed_processes_have_left_goes(glm3, tokenizer3, rows_path3, cache, monkeypatch):
+    """Scratch folders go when no process holds them, and stay while one does, however old they are."""
+    cache.mkdir(exist_ok=True)
+    code = (
+        "import folders, sys\nwith folders.scratch_folder(sys.argv[1], 'encoding') as path:\n"
+        " open(path + '/ids.bin', 'w').close(); print(path, flush=True); sys.stdin.read()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(cache)], cwd=ROOT, **pipes) for _ in range(2)]
+    killed, alive = (process.stdout.readline().strip() for process in processes)
+    processes[0].kill()
+    processes[0].wait()
+    (cache / "of-a-killed-one.encoding").touch()
+    (cache / "of-a-living-one.encoding").touch()
+    for path in (alive, cache / "of-a-killed-one.encoding"):
+        os.utime(path, (0, 0))
+    rows, _ = load(glm3, tokenizer3, rows_path3)
+    left = {name for name in os.listdir(cache) if name != rows.key}
+    assert left == {os.path.basename(alive), "of-a-living-one.encoding"} and os.listdir(alive) == ["ids.bin"]
+    assert os.path.dirname(killed) == str(cache)
+    processes[1].communicate("")
+    assert not os.path.exists(alive)
 
 
 # ---------------------------------------------------------------- places and bad rows
@@ -751,7 +792,7 @@ def test_two_processes_give_the_same_files_as_one(glm3, tokenizer3, tmp_path, sm
         assert [rows.place(n) for n in range(len(rows))] == kept
         found.append({str(p.relative_to(cache)): p.read_bytes() for p in cache.rglob("*") if p.is_file()})
         said.append(capsys.readouterr().out)
-    assert found[0] == found[1] and len(found[0]) == 6
+    assert found[0] == found[1] and len(found[0]) == 7
     assert said[0].startswith("encoded 2,967 rows in ") and said[0].endswith(" s with 1 process\n")
     assert said[1].startswith("encoded 2,967 rows in ") and said[1].endswith(" s with 2 processes\n")
     assert not multiprocessing.active_children()

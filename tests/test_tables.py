@@ -14,7 +14,7 @@ from tuning import TRAIN_TYPES, count_parameters, matches
 
 # A file may import those of its own level and below.
 LEVELS = [
-    {"exits", "glm_common", "glm1", "glm2", "glm3"},
+    {"exits", "plain_files", "pickles", "glm_common", "glm1", "glm2", "glm3"},
     {
         *("entry", "utils", "modes", "tasks", "folders", "holding", "hosts", "watch", "plots", "steps", "report_words"),
         *("file_kinds", "row_checks"),

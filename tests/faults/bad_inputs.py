@@ -492,7 +492,7 @@ MODELS = [
     ("generation-config-array", PROMPT_MODEL, r"model/generation_config\.json: is a list, not a JSON object",
      model(put("generation_config.json", "[]"))),
     ("generation-config-type", PROMPT_MODEL, r"model/generation_config\.json: ",
-     model(put("generation_config.json", '{"watermarking_config": 5}'))),
+     model(put("generation_config.json", '{"temperature": "warm"}'))),
     ("tokenizer-missing", PROMPT_MODEL, r"model/tokenizer\.model: missing: copy it", model(drop("tokenizer.model"))),
     ("tokenizer-spoilt", TRAIN_MODEL, r"tokenizer\.model: not a sentence", model(put("tokenizer.model", "x" * 99))),
     ("tokenizer-of-another-family", TRAIN_MODEL, r"model: \w+ is \d+ in config\.json but .* of different releases",

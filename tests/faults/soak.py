@@ -428,6 +428,14 @@ def inputs(args, folder):
     yield json.loads((folder / "counts.json").read_text(encoding="utf-8"))
 
 
+def fuzzed(args, folder):
+    """Files that are nearly right, given to the code that reads them; a row for each kind."""
+    import fuzz  # and with it all reading code
+
+    rows, _ = fuzz.fuzz(args.limit or fuzz.NUM_INPUTS, args.seed, keep=fuzz.KEEP)
+    yield from rows
+
+
 # ---------------------------------------------------------------- the table of parts
 
 
@@ -515,6 +523,23 @@ PARTS = {
             "inputs · 输入": lambda rows: rows[0]["total"],
             "answered as documented · 按说明处理": lambda rows: rows[0]["as_documented"],
         },
+    ),
+    "fuzz": Part(
+        "Files nearly right · 几乎正确的文件",
+        12,
+        fuzzed,
+        lambda rows: [f"{row['target']}: {row['problem']} neither taken nor refused" for row in rows if row["problem"]],
+        {
+            "files · 文件数": lambda rows: f"{sum(row['inputs'] for row in rows):,}",
+            "taken · 接受": lambda rows: f"{sum(row['accepted'] for row in rows):,}",
+            "refused in one line · 一行拒绝": lambda rows: f"{sum(row['refused'] for row in rows):,}",
+            "neither · 都不是": lambda rows: sum(row["problem"] for row in rows),
+            "s at most · 最多用时": largest("seconds", ".1f"),
+            "MB at most · 最多内存": largest("megabytes", "d"),
+        },
+        "kind · 种类",
+        lambda row: row["target"],
+        has_total=True,
     ),
     "deaths": Part(
         "A process dies · 一个进程死亡",
