@@ -21,6 +21,7 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}  # {name in safetensors: in torch} of what is read
 MAX_SHARD_SIZE = "5GB"
+FINITE_PIECE = {"cpu": 1 << 16, "cuda": 1 << 24}  # values that are looked at together
 MOST_HEADER_BYTES = 8 << 20  # of a .safetensors file; a network's here has some ten thousand
 # Keys of generation_config.json: what flags of predict.py decide, or what every release has; what says nothing.
 GENERATION_KEYS = (
@@ -444,9 +445,11 @@ def is_finite(tensor):
     """Are all values finite? A sum is quick and not finite if a value is not; it can also run over, hence two looks."""
     import torch
 
-    return not tensor.is_floating_point() or bool(
-        torch.isfinite(tensor.sum(dtype=torch.float32)) or torch.isfinite(tensor).all()
-    )
+    if not tensor.is_floating_point():
+        return True
+    # In pieces, because the sum makes a float32 copy first; in large ones on a GPU, which is waited for.
+    pieces = tensor.detach().reshape(-1).split(FINITE_PIECE.get(tensor.device.type, 1 << 24))
+    return all(torch.isfinite(p.sum(dtype=torch.float32)) or torch.isfinite(p).all() for p in pieces)
 
 
 def put_whole(parameter, rows):
