@@ -126,8 +126,6 @@ def possible_modes(folder):
 
 def read_json(path):
     """A JSON object from a file; UserError that names the file otherwise."""
-    if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device may have no end
-        raise UserError(f"{path}: is no regular file: give a complete file")
     try:
         value = parse_json(read_json_text(path))
     except UserError:

@@ -283,7 +283,7 @@ def test_rows(here, content, says):
 
 def test_rows_that_may_not_be_read(here, monkeypatch):
     """Permissions do not stop the superuser, who may run the tests."""
-    real_open = open
+    real_open = os.open
 
     def refuse(path, *args, **kwargs):
         if str(path).endswith("secret.json"):
@@ -291,7 +291,7 @@ def test_rows_that_may_not_be_read(here, monkeypatch):
         return real_open(path, *args, **kwargs)
 
     here.write("secret.json", ROW_LINE)
-    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr("os.open", refuse)
     says = r"secret\.json: cannot be read \(Permission denied\): check its permissions"
     here.train_fails("--train_path secret.json", says)
 
