@@ -21,6 +21,13 @@ from round_trip import come_back
 from row_sets import RowSet, hold_out, mix
 
 
+@pytest.mark.parametrize("every, due", [(0, [3, 6, 9, 10]), (2, [2, 4, 6, 8, 10]), (3, [3, 6, 9, 10])])
+def test_when_it_is_time(every, due):
+    """At each epoch's end, or every so many updates; and always after the last one."""
+    evaluation = Evaluation(SimpleNamespace(eval_step=every), None, [], None, None, None, None, False)
+    assert [step for step in range(1, 11) if evaluation.is_due(step, step % 3 == 0, step == 10)] == due
+
+
 class Rows:
     """Stands for EncodedRows."""
 
@@ -54,6 +61,10 @@ def test_rows_are_held_out():
     rows = Rows("a", range(2, 22))
     kept, held_out = hold_out(rows, 0.25, seed=3)
     assert len(held_out) == 5 and sorted([*kept.lengths, *held_out.lengths]) == list(range(2, 22))
+    for part in (kept, held_out):
+        assert part.lengths.tolist() == sorted(part.lengths), "in the files' order"
+        assert [rows.lengths[int(part[n][2:-1])] for n in range(len(part))] == part.lengths.tolist()
+    assert held_out.lengths.tolist() != list(range(2, 7)), "drawn, not the first ones"
     again = hold_out(rows, 0.25, seed=3)
     assert again[1].lengths.tolist() == held_out.lengths.tolist() != hold_out(rows, 0.25, seed=4)[1].lengths.tolist()
     assert len(hold_out(rows, 0.001, seed=3)[1]) == 1
@@ -67,6 +78,7 @@ def test_general_rows_are_mixed_in():
     assert len(mixed) == 15 and mixed.lengths[:10].tolist() == list(range(2, 12))
     counts = [mixed.lengths.tolist().count(length) for length in (20, 21, 22)]
     assert sorted(counts) == [1, 2, 2], "each as often as the others, as far as it goes"
+    assert mixed.lengths[10:].tolist() == sorted(mixed.lengths[10:]), "in the files' order"
     assert len(mix(hold_out(rows, 0.2, 1)[0], others, 0.0, seed=1)) == 8
 
 

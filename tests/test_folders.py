@@ -1,5 +1,6 @@
 """Folders that are whole or absent: manifests, what a killed process leaves, what is kept, room."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -141,3 +142,60 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path, monkeypatch, capsys):
     folders.hold(str(tmp_path))  # one's own
     folders.hold(str(tmp_path / "new"))  # not there
     assert not (tmp_path / "new").exists()
+
+
+def test_a_file_that_is_not_as_it_was_written(tmp_path):
+    """A short, a long or a missing file: the folder does not get its name."""
+    for sizes, is_good in (({"a": 5}, True), ({"a": 4}, False), ({"a": 6}, False), ({"a": 5, "b": 1}, False), ({}, True)):
+        scratch = tmp_path / "new.partial"
+        scratch.mkdir(exist_ok=True)
+        (scratch / "a").write_bytes(b"12345")
+        if is_good:
+            folders.close_folder(str(scratch), str(tmp_path / "new"), sizes)
+        else:
+            with pytest.raises(OSError, match="[ab] is not as it was written"):
+                folders.close_folder(str(scratch), str(tmp_path / "new"), sizes)
+            assert os.listdir(tmp_path) == ["new.partial"]
+        folders.shutil.rmtree(tmp_path / "new", ignore_errors=True)
+
+
+def test_a_folder_without_a_manifest_is_not_whole(tmp_path):
+    (tmp_path / "a").write_text("x")
+    assert folders.verify(str(tmp_path)) == [] and not folders.is_whole(str(tmp_path))
+    assert not folders.is_whole(str(tmp_path / "absent"))
+
+
+def test_sizes_alone_are_looked_at_where_that_is_enough(tmp_path):
+    write(tmp_path / "new")
+    (tmp_path / "new" / "a").write_bytes(b"y" * 100)
+    assert folders.is_whole(str(tmp_path / "new"), full=False) and not folders.is_whole(str(tmp_path / "new"))
+    (tmp_path / "new" / "a").write_bytes(b"y")
+    assert not folders.is_whole(str(tmp_path / "new"), full=False)
+
+
+def test_files_can_be_read_by_those_who_may(tmp_path):
+    """safetensors makes files for their owner alone: they get the rights that the umask gives any other file."""
+    with folders.new_folder(str(tmp_path / "new")) as scratch:
+        for name in ("a", "inside/b"):
+            os.makedirs(os.path.dirname(os.path.join(scratch, name)), exist_ok=True)
+            os.close(os.open(os.path.join(scratch, name), os.O_CREAT | os.O_WRONLY, 0o600))
+    wanted = 0o666 & ~folders.UMASK
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "new").rglob("*") if path.is_file()} == {wanted}
+    assert wanted != 0o600
+
+
+def test_what_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
+    """Every file and folder is flushed, then the manifest, then the folder with its name; then it is renamed."""
+    calls, flush, rename = [], folders.flush_path, os.rename
+    monkeypatch.setattr(folders, "flush_path", lambda path: calls.append(os.path.relpath(path, tmp_path)) or flush(path))
+    monkeypatch.setattr(folders, "reached", lambda point: calls.append(point))
+    monkeypatch.setattr(folders.os, "rename", lambda *paths: calls.append("rename") or rename(*paths))
+    write(tmp_path / "new")
+    start, end = calls.index("before the manifest"), calls.index("before the rename")
+    assert {"new.partial/a", "new.partial/inside/b", "new.partial/inside", "new.partial"} == set(calls[:start])
+    assert calls[start + 1 : end] == ["new.partial/manifest.json", "new.partial"]
+    assert calls[end + 1 :] == ["rename", ".", "after the rename"]
+    entries = json.loads((tmp_path / "new" / "manifest.json").read_text())["files"]
+    assert entries["a"] == {"bytes": 100, "sha256": hashlib.sha256(b"x" * 100).hexdigest()}
+    write(tmp_path / "new", b"y")
+    assert os.listdir(tmp_path) == ["new"] and (tmp_path / "new" / "a").read_bytes() == b"y"

@@ -113,3 +113,32 @@ def test_rows_and_module_are_named(monkeypatch):
 def test_few_rows_are_named():
     assert guard.name_rows(["a", "b"]) == "a, b"
     assert guard.name_rows([str(n) for n in range(12)]) == "0, 1, 2, 3, 4, 5, 6, 7 and 4 more"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_bad_weight_is_found_in_this_ranks_part(value):
+    """Under ZeRO-3 the parameter itself is empty: what this rank holds is beside it."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    assert guard.bad_weight(model) is None
+    split = model[1].weight
+    split.ds_tensor = torch.tensor([1.0, 1.0])
+    assert guard.bad_weight(model) is None
+    split.ds_tensor[1] = value
+    assert guard.bad_weight(model) == "1.weight"
+    with torch.no_grad():
+        model[0].bias[1] = value
+    assert guard.bad_weight(model) == "0.bias"
+
+
+def test_what_is_far_above_the_usual_loss():
+    """Both measures count: six deviations and half as much again; at most so, it is none, and becomes usual."""
+    for variance, loss, is_spike in ((0.01, 3.01, True), (0.01, 2.99, False), (0.25, 4.9, False), (0.25, 5.1, True)):
+        usual = guard.UsualLoss(count=50, mean=2.0, variance=variance)
+        assert usual.is_spike(loss) == is_spike
+        assert (usual.count, usual.mean) == ((50, 2.0) if is_spike else (51, pytest.approx(2 + 0.02 * (loss - 2))))
+    for count, is_spike in ((19, False), (20, True)):
+        assert guard.UsualLoss(count=count, mean=2.0).is_spike(9.0) == is_spike
+    usual = guard.UsualLoss()
+    for loss in (3.0, 5.0, 4.0):  # few: their plain mean and variance
+        usual.is_spike(loss)
+    assert (usual.count, usual.mean, usual.variance) == (3, 4.0, pytest.approx(2 / 3))
