@@ -293,3 +293,16 @@ def test_what_an_interrupted_run_may_change(tmp_path):
         before = key()
         (tmp_path / name / "weights").write_text("xxx")
         assert key() != before
+
+
+def test_a_merged_model_that_answers_otherwise_is_not_saved():
+    """A thousandth of the largest logit, or of 1 where that is smaller; what is not finite is no agreement."""
+    base, adapter = torch.tensor([[0.0, 1.0]]), torch.tensor([[2.0, -40.0]])
+    check = merge_lora.compare(base, adapter, adapter + 0.039, adapter - 0.5)
+    found = [check[name] for name in ("max_difference", "max_difference_saved", "adapter_effect", "max_logit")]
+    assert found == pytest.approx([0.039, 0.5, 41, 40], rel=1e-3)
+    small = torch.tensor([0.5, -0.25])
+    merge_lora.compare(small, small, small + 0.0009, small)
+    for adapted, merged in ((adapter, adapter + 0.041), (small, small - 0.0011), (small, small * float("nan"))):
+        with pytest.raises(ValueError, match="merged logits differ from the adapter's by .*: nothing was saved"):
+            merge_lora.compare(base, adapted, merged, adapted)
