@@ -40,12 +40,13 @@ PAGE = Path(ROOT, "docs", "testing.md")
 BEGIN, END = "<!-- figures of scripts/mutate.py -->", "<!-- end of the figures -->"
 BAR = 95.0  # per cent of the faults that the tests must find
 SEED = "1"  # of the choice among the faults that a function's syntax gives
-EACH = 4  # faults chosen in a function
+EACH = 2  # faults chosen in a function, unless the table says another number
 # Imported once, before the forks. Nothing of the project: each fork imports its own copy.
 LIBRARIES = (
-    "_pytest.assertion.rewrite deepspeed hypothesis jieba nltk.translate.bleu_score peft peft.tuners.lora pytest"
-    " rouge_chinese safetensors.torch sentencepiece torch.distributed torch.utils.tensorboard tqdm transformers"
-    " transformers.generation yaml"
+    "_pytest.assertion.rewrite deepspeed deepspeed.ops.adam deepspeed.runtime.zero.muon.muon_optimizer hypothesis jieba"
+    " matplotlib.pyplot nltk.translate.bleu_score peft peft.tuners.lora pytest rouge_chinese safetensors.torch"
+    " sentencepiece torch.distributed torch.nn.attention.flex_attention torch.utils.tensorboard tqdm transformers"
+    " transformers.generation transformers.modeling_layers yaml"
 ).split()
 PYTEST = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not launch and not gpu"]
 SPARE_SECONDS, SPARE_FACTOR = 20, 5  # tests that take this much longer than without the fault have found it
@@ -89,15 +90,20 @@ def read_table(path):
         for file, names in group.get("functions", {}).items():
             source = read(file)
             found = functions_in(ast.parse(source))
-            for name in names.split():
+            for name, _, number in (word.partition(":") for word in names.split()):
                 if name not in found:
                     raise UserError(f"{path.name}: {file} has no function {name}: mend the table")
-                mutants += chosen(made_from(source, found[name], file, name, group["tests"]))
+                made = made_from(source, found[name], file, name, group["tests"])
+                mutants += chosen(made, int(number or EACH))
         for file, before, after in group.get("faults", []):
             source = read(file)
             if source.count(before) != 1:
                 raise UserError(f"{path.name}: {before!r} is {source.count(before)} times in {file}: mend the table")
             mutants.append(Mutant(file, source.index(before), before, after, group["tests"]))
+    by_result = {}
+    for mutant in mutants:  # the same fault, written by hand and made
+        by_result.setdefault((mutant.file, mutant.text(read(mutant.file))), mutant)
+    mutants = list(by_result.values())
     reasons = {tuple(entry[:3]): tuple(entry[3:]) for entry in table.get("no_fault", [])}
     for mutant in mutants:
         describe(mutant)
@@ -135,14 +141,14 @@ def functions_in(tree, prefix=""):
     return found
 
 
-def chosen(mutants):
-    """Some of a function's faults: those with the smallest hashes, whatever line they stand on."""
+def chosen(mutants, number):
+    """So many of a function's faults: those with the smallest hashes, whatever line they stand on."""
 
     def draw(mutant):
         text = f"{SEED} {mutant.file} {mutant.function} {mutant.before} {mutant.after}"
         return hashlib.sha256(text.encode()).hexdigest()
 
-    return sorted(mutants, key=draw)[:EACH]
+    return sorted(mutants, key=draw)[:number]
 
 
 def made_from(source, function, file, name, tests):
@@ -158,7 +164,8 @@ def made_from(source, function, file, name, tests):
     found, seen = [], set()
     for node in code_in(function):
         for new in changes_of(node):
-            start, end = place(node.lineno, node.col_offset), place(node.end_lineno, node.end_col_offset)
+            part, new = new if isinstance(new, tuple) else (node, new)
+            start, end = place(part.lineno, part.col_offset), place(part.end_lineno, part.end_col_offset)
             before, after = source[start:end], new if isinstance(new, str) else ast.unparse(new)
             if isinstance(new, (ast.Compare, ast.BoolOp, ast.BinOp, ast.UnaryOp, ast.IfExp)):
                 after = f"({after})"
@@ -182,7 +189,7 @@ def code_in(node):
 
 
 def changes_of(node):
-    """Yield what a node may be replaced by: another node, or a text."""
+    """Yield what a node may be replaced by: another node or a text, or (a part of it, what that may be replaced by)."""
 
     def changed(**values):
         new = copy.deepcopy(node)
@@ -206,13 +213,15 @@ def changes_of(node):
         yield f"{ast.unparse(node.target)} = {ast.unparse(node.value)}"
     elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
         yield "pass"
-    elif isinstance(node, ast.Return) and node.value is not None:
-        yield "return None"
-    elif isinstance(node, (ast.If, ast.IfExp, ast.While)) and isinstance(node.test, (ast.Name, ast.Attribute, ast.Call)):
-        if isinstance(node, ast.IfExp):
-            yield changed(body=node.orelse, orelse=node.body)
+    elif isinstance(node, ast.IfExp):
+        yield changed(body=node.orelse, orelse=node.body)
+    elif isinstance(node, (ast.If, ast.While)) and isinstance(node.test, (ast.Name, ast.Attribute, ast.Call)):
+        yield node.test, f"not {ast.unparse(node.test)}"
+    elif isinstance(node, ast.comprehension) and node.ifs:
+        yield node.ifs[0], "True"
     if isinstance(node, ast.Call):
-        if len(node.args) > 1 and not any(isinstance(arg, ast.Starred) for arg in node.args[:2]):
+        is_symmetric = getattr(node.func, "id", "") in ("min", "max", "zip")
+        if len(node.args) > 1 and not is_symmetric and not any(isinstance(arg, ast.Starred) for arg in node.args[:2]):
             yield changed(args=[node.args[1], node.args[0], *node.args[2:]])
         for number, keyword in enumerate(node.keywords):
             if keyword.arg:
@@ -257,6 +266,8 @@ class Tree:
         process = os.fork()
         if process == 0:
             os.setsid()
+            for number, handler in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+                signal.signal(number, handler)
             code = 99
             try:
                 code = run_tests(self.folder, tests)
@@ -289,8 +300,13 @@ def run_tests(folder, tests):
             del sys.modules[name]
     sys.dont_write_bytecode = True
     sys.excepthook = sys.__excepthook__
+    import hypothesis
     import pytest
 
+    # An example that fails is enough: none simpler is looked for.
+    phases = [phase for phase in hypothesis.Phase if phase.name not in ("shrink", "explain")]
+    hypothesis.settings.register_profile("mutants", phases=phases, database=None)
+    hypothesis.settings.load_profile("mutants")
     return int(pytest.main([*PYTEST, f"--basetemp={folder / 'tmp'}", f"--rootdir={folder / 'tree'}", *shlex.split(tests)]))
 
 
@@ -425,6 +441,7 @@ def main(argv):
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes at a time, default: one for each core")
     parser.add_argument("--list", action="store_true", help="show the faults and run nothing")
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the copies go
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs}: give at least 1")
     mutants = [m for m in read_table(TABLE) if args.only in name_of(m) or fnmatch.fnmatch(name_of(m), f"*{args.only}*")]
