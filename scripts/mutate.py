@@ -51,6 +51,8 @@ LIBRARIES = (
 PYTEST = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not launch and not gpu"]
 SPARE_SECONDS, SPARE_FACTOR = 20, 5  # tests that take this much longer than without the fault have found it
 
+SYMMETRIC = ("min", "max", "zip", "transpose")  # functions whose first arguments are not swapped
+HARMLESS = ("device", "encoding", "errors", "file", "flush", "total", "desc")  # arguments that may be dropped on a CPU
 FLIPS = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
     ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Add: ast.Sub, ast.Sub: ast.Add,
@@ -83,22 +85,28 @@ class Mutant:
 
 
 def read_table(path):
-    """All faults of the table: a list of Mutants. UserError for one whose text is not in its file once."""
-    table = yaml.safe_load(path.read_text(encoding="utf-8"))
-    mutants = []
+    """(all faults of the table, a list of Mutants; problems: what of the table is no longer in the files)."""
+    try:
+        table = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())}): mend it") from None
+    mutants, problems = [], []
     for group in table["groups"]:
         for file, names in group.get("functions", {}).items():
             source = read(file)
             found = functions_in(ast.parse(source))
             for name, _, number in (word.partition(":") for word in names.split()):
                 if name not in found:
-                    raise UserError(f"{path.name}: {file} has no function {name}: mend the table")
+                    problems.append(f"{path.name}: {file} has no function {name}: mend the table")
+                    continue
                 made = made_from(source, found[name], file, name, group["tests"])
                 mutants += chosen(made, int(number or EACH))
         for file, before, after in group.get("faults", []):
             source = read(file)
             if source.count(before) != 1:
-                raise UserError(f"{path.name}: {before!r} is {source.count(before)} times in {file}: mend the table")
+                number = source.count(before)
+                problems.append(f"{path.name}: {before!r} is {number} times in {file}, not once: mend the table")
+                continue
             mutants.append(Mutant(file, source.index(before), before, after, group["tests"]))
     by_result = {}
     for mutant in mutants:  # the same fault, written by hand and made
@@ -110,7 +118,7 @@ def read_table(path):
         for (file, text, change), reason in reasons.items():
             if mutant.file == file and text in mutant.shown.split(" → ")[0] and change in mutant.shown.split(" → ")[1]:
                 mutant.reason = reason
-    return mutants
+    return mutants, problems
 
 
 def read(file):
@@ -169,7 +177,7 @@ def made_from(source, function, file, name, tests):
             before, after = source[start:end], new if isinstance(new, str) else ast.unparse(new)
             if isinstance(new, (ast.Compare, ast.BoolOp, ast.BinOp, ast.UnaryOp, ast.IfExp)):
                 after = f"({after})"
-            if (start, after) not in seen:
+            if (start, after) not in seen and after != before:
                 seen.add((start, after))
                 found.append(Mutant(file, start, before, after, tests, name))
     return found
@@ -208,7 +216,7 @@ def changes_of(node):
     elif isinstance(node, ast.Constant) and type(node.value) is bool:
         yield str(not node.value)
     elif isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        yield str(node.value + 1 if type(node.value) is int else node.value * 2)
+        yield str(node.value * 2 if type(node.value) is float and node.value else node.value + 1)
     elif isinstance(node, ast.AugAssign):
         yield f"{ast.unparse(node.target)} = {ast.unparse(node.value)}"
     elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
@@ -220,11 +228,11 @@ def changes_of(node):
     elif isinstance(node, ast.comprehension) and node.ifs:
         yield node.ifs[0], "True"
     if isinstance(node, ast.Call):
-        is_symmetric = getattr(node.func, "id", "") in ("min", "max", "zip")
+        is_symmetric = getattr(node.func, "id", getattr(node.func, "attr", "")) in SYMMETRIC
         if len(node.args) > 1 and not is_symmetric and not any(isinstance(arg, ast.Starred) for arg in node.args[:2]):
             yield changed(args=[node.args[1], node.args[0], *node.args[2:]])
         for number, keyword in enumerate(node.keywords):
-            if keyword.arg:
+            if keyword.arg not in (None, *HARMLESS):
                 yield changed(keywords=[*node.keywords[:number], *node.keywords[number + 1 :]])
 
 
@@ -244,7 +252,7 @@ class Tree:
     """A copy of the project for one process at a time."""
 
     def __init__(self, folder):
-        self.folder = Path(folder)
+        self.folder, self.number = Path(folder), 0
         names = subprocess.run(
             ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
             cwd=ROOT, capture_output=True, text=True, check=True,
@@ -260,9 +268,11 @@ class Tree:
         self.restore = None
         if mutant:
             path = self.folder / "tree" / mutant.file
-            source = path.read_text(encoding="utf-8")
+            source, changed = path.read_text(encoding="utf-8"), path.stat().st_mtime
             path.write_text(mutant.text(source), encoding="utf-8")
-            self.restore = path, source
+            self.number += 1  # compiled files are told apart by the time of their source: none is taken for another
+            os.utime(path, (changed + 10 * self.number,) * 2)
+            self.restore = path, source, changed
         process = os.fork()
         if process == 0:
             os.setsid()
@@ -283,8 +293,9 @@ class Tree:
         except (ProcessLookupError, PermissionError):
             pass
         if self.restore:
-            path, source = self.restore
+            path, source, changed = self.restore
             path.write_text(source, encoding="utf-8")
+            os.utime(path, (changed, changed))
         shutil.rmtree(self.folder / "tmp", ignore_errors=True)
 
 
@@ -298,7 +309,6 @@ def run_tests(folder, tests):
     for name, module in list(sys.modules.items()):
         if is_of_project(module):
             del sys.modules[name]
-    sys.dont_write_bytecode = True
     sys.excepthook = sys.__excepthook__
     import hypothesis
     import pytest
@@ -444,7 +454,8 @@ def main(argv):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the copies go
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs}: give at least 1")
-    mutants = [m for m in read_table(TABLE) if args.only in name_of(m) or fnmatch.fnmatch(name_of(m), f"*{args.only}*")]
+    mutants, problems = read_table(TABLE)
+    mutants = [m for m in mutants if args.only in name_of(m) or fnmatch.fnmatch(name_of(m), f"*{args.only}*")]
     if not mutants:
         parser.error(f"--only {args.only}: no fault has it: see --list")
     if args.list:
@@ -457,11 +468,12 @@ def main(argv):
             print(f"lives: {name_of(mutant)}")
         elif mutant.found and mutant.reason:
             print(f"found, although scripts/mutants.yaml says that it is no fault: {name_of(mutant)}")
-    share = share_found(mutants)
-    print(f"{share:.1f} % of {sum(faults for faults, _ in summary(mutants).values())} faults were found, the bar is {BAR:g} %")
+    print("".join(f"{problem}\n" for problem in problems), end="")
+    share, faults = share_found(mutants), sum(faults for faults, _ in summary(mutants).values())
+    print(f"{share:.1f} % of {faults} faults were found, the bar is {BAR:g} %")
     if not args.only:
         PAGE.write_text(page_with(PAGE.read_text(encoding="utf-8"), mutants), encoding="utf-8")
-    return 0 if share >= BAR else 1
+    return 1 if problems or share < BAR else 0
 
 
 if __name__ == "__main__":

@@ -396,3 +396,47 @@ def test_rope_ratio(mode_name, ratio, divisor, base):
     assert cos.shape == (1, 1, 4, size // 2)
     torch.testing.assert_close(cos[0, 0], wanted.cos().double(), atol=1e-5, rtol=0)
     torch.testing.assert_close(sin[0, 0], wanted.sin().double(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("trains, num_rows, wanted", [("hidden", 5, 5), ("weight", 5, 2), ("hidden", 1000, 23), ("no", 5, 5)])
+def test_logits_that_exist_at_one_time(trains, num_rows, wanted, monkeypatch):
+    """MAX_LOGITS_BYTES of float32, a quarter of it where the output layer trains; the rows are shared out evenly."""
+    monkeypatch.setattr(loss_module, "MAX_LOGITS_BYTES", num_rows * 50 * 4)
+    shapes, empty = [], torch.empty
+    monkeypatch.setattr(loss_module.torch, "empty", lambda *size, **more: shapes.append(size) or empty(*size, **more))
+    hidden = torch.randn(23, 16).requires_grad_(trains == "hidden")
+    weight = torch.randn(50, 16).requires_grad_(trains == "weight")
+    loss_module.LinearCrossEntropy.apply(hidden, weight, torch.randint(50, (23,)), True)
+    assert shapes == [(wanted, 50)]
+
+
+def test_the_gradient_of_many_float16_rows_does_not_overflow():
+    """600 rows that all want the same token: their sum is beyond 65504, the mean is not."""
+    hidden = torch.full((600, 4), 200.0, dtype=torch.float16)
+    weight = torch.zeros(3, 4, dtype=torch.float16, requires_grad=True)
+    loss = loss_module.LinearCrossEntropy.apply(hidden, weight, torch.zeros(600, dtype=torch.long), True)
+    (loss / 600).backward()
+    assert loss.item() == pytest.approx(600 * 1.0986123, rel=1e-5)  # log 3
+    wanted = torch.tensor([-400 / 3, 200 / 3, 200 / 3])[:, None].expand(3, 4)
+    torch.testing.assert_close(weight.grad.float(), wanted, rtol=2e-3, atol=0)
+
+
+def test_targets_are_the_next_tokens():
+    """By hand: position n predicts token n + 1; what no label follows, and the last position, predict nothing."""
+    labels = torch.tensor([[-100, 3, -100, 5], [7, -100, -100, -100]])
+    assert loss_module.label_positions(labels).tolist() == [0, 2]
+    layer = loss_module.OutputLayer(2, 9)
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 4, 2)
+    rows = layer(hidden[0, [0, 2]])
+    wanted = torch.nn.functional.cross_entropy(rows, torch.tensor([3, 5]), reduction="sum")
+    for num_items, count in ((None, 2), (10, 10)):
+        found = loss_module.labelled_loss(hidden, labels, layer, num_items)
+        assert found.item() == pytest.approx(wanted.item() / count, rel=1e-6)
+
+
+def test_every_layer_is_recomputed_unless_an_interval_is_given():
+    _, model = build("glm3", "all")
+    checkpoint_layers(model)
+    layers = [module for module in model.modules() if type(module).__name__ == "GLMBlock"]
+    assert len(layers) > 1 and all(layer.gradient_checkpointing for layer in layers)

@@ -1,12 +1,13 @@
 """Learning rate, weight decay and the DeepSpeed configuration."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from ds_config import complete_config, conflicts, offloads, read_ds_file
+from ds_config import complete_config, conflicts, offloads, read_ds_file, wanted_precision
 from optimizer import build_optimizer, build_scheduler, choose_adam, learning_rate_factor, parameter_groups
 
 
@@ -154,3 +155,40 @@ def test_what_the_file_says_is_kept():
     assert config["data_types"] == {"grad_accum_dtype": "bf16"}
     assert config["checkpoint"] == {"tag_validation": "FAIL", "load_universal": True}
     assert json.dumps(file) == before, "the file's own values are not changed"
+
+
+@pytest.mark.parametrize(
+    "change, changes, says",
+    [
+        ({"optimizer": {"type": "SGD"}}, {}, "optimizer.type SGD: only AdamW is built: remove the section"),
+        ({"optimizer": {"type": "Adam", "params": {"lr": "auto", "betas": [0.9, 0.95]}}}, {}, None),
+        ({"optimizer": {"params": {"betas": [0.9, 0.999]}}}, {}, r"params.betas is .*: it is always \[0.9, 0.95\]"),
+        ({"optimizer": {"params": {"torch_adam": True}}}, {}, "torch_adam is True: train.py builds AdamW itself"),
+        ({"zero_force_ds_cpu_optimizer": True}, {}, "use --optimizer deepspeed_cpu instead"),
+        ({"zero_force_ds_cpu_optimizer": False}, {}, None),
+        ({"scheduler": {}}, {}, "scheduler: use --lr_scheduler_type and --warmup_ratio instead"),
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, {}, "bf16.enabled and fp16.enabled: choose one"),
+        ({"bf16": {"enabled": True}}, {"precision": "bf16"}, None),
+        ({"bf16": {"enabled": False}}, {"precision": "bf16"}, "bf16.enabled is False but --precision is bf16"),
+        ({"bf16": {"enabled": True}}, {"precision": "auto"}, None),
+        ({"train_batch_size": 8}, {}, "train_batch_size is 8 but batch size x accumulation x processes is 16"),
+        ({"gradient_clipping": 0.5}, {}, "gradient_clipping is 0.5 but --max_grad_norm is 1.0"),
+    ],
+)
+def test_each_conflict_is_said(change, changes, says):
+    """What the file and the flags say differently, one line each; what they say alike is none."""
+    problems = conflicts({**read_ds_file("ds_zero2_no_offload.json"), **change}, flags(**changes), 2)
+    assert len(problems) == (says is not None)
+    assert says is None or re.search(says, problems[0]), problems
+
+
+def test_the_precision_that_is_wanted():
+    """The flag's; where that is auto, the one that the file switches on."""
+    for config, flag, wanted in (
+        ({"bf16": {"enabled": True}}, "auto", "bf16"),
+        ({"fp16": {"enabled": True}, "bf16": {"enabled": "auto"}}, "auto", "fp16"),
+        ({"fp16": {"enabled": False}}, "auto", "auto"),
+        ({"bf16": {"enabled": True}}, "fp32", "fp32"),
+        ({}, "auto", "auto"),
+    ):
+        assert wanted_precision(config, flag) == wanted
