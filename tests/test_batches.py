@@ -271,3 +271,21 @@ def test_what_a_run_says_of_its_batches():
     packed = Updates(lengths, lengths, 2, 2, 0, 1, seed=1, pack_to=5)
     assert packed.waste() == 0 and packed.num_sequences == 2
     assert packed.describe() == "batches: 4 rows packed into 2 sequences, 5 tokens in each on average, no padding"
+
+
+def test_rows_of_one_length_keep_their_order():
+    """A stable order: which rows meet must not turn on how a processor sorts."""
+    from batches import group_by_length
+
+    order = numpy.random.default_rng(5).permutation(4096)
+    found = group_by_length(order, numpy.ones(4096, dtype=int), 4, numpy.random.default_rng(6))
+    places = numpy.empty(4096, dtype=int)
+    places[order] = numpy.arange(4096)
+    blocks = places[found].reshape(-1, 4)
+    assert (blocks == blocks[:, :1] + numpy.arange(4)).all() and (blocks[:, 0] % 4 == 0).all()
+    mixed = numpy.arange(4096) % 3
+    found = places[group_by_length(order, mixed, 4, numpy.random.default_rng(6))].reshape(-1, 4)
+    for block in found:
+        kinds = mixed[order[block]]
+        assert (numpy.diff(kinds) >= 0).all()
+        assert all((numpy.diff(block)[n] > 0) for n in range(3) if kinds[n] == kinds[n + 1])

@@ -764,6 +764,9 @@ def test_how_far_seeds_differ():
     assert found["tokens_per_second"] is None and found["forgetting"] == {"loss": None, "score": None}
     low, high = found["intervals"]["f1"]
     assert low < 30 < high
+    two = {"runs": [{**run, "rows": run["rows"][:2]} for run in runs]}
+    compare.summarize(two, find_task("extraction"))
+    assert two["intervals"]["f1"] == [pytest.approx(2 * 100 / 3), 100], "right, half right, right: two rows have ends"
     one = {"runs": runs[:1]}
     compare.summarize(one, find_task("extraction"))
     assert one["spread"] is None
@@ -798,7 +801,7 @@ def test_the_verdict_in_words():
 def test_figures_for_a_reader():
     durations = {0.4: "0 s", 59.6: "1 min 0 s", 83: "1 min 23 s", 3599: "59 min 59 s", 3661: "1 h 1 min"}
     assert {seconds: report_text.duration(seconds) for seconds in durations} == durations
-    counts = {999: "999", 1000: "1 K", 29_600: "29.6 K", 1e6: "1 M", 6.24e9: "6.24 B"}
+    counts = {999: "999", 1000: "1 K", 29_600: "29.6 K", 1e6: "1 M", 1e9: "1 B", 6.24e9: "6.24 B"}
     assert {number: report_text.count(number) for number in counts} == counts
     assert compare.mean([1, 2, 6]) == 3 and compare.mean([1, None]) is None
     assert compare.mean_interval([[1, 0, 2], [3, 2, 6]]) == [2, 1, 4] and compare.mean_interval([None, [1, 0, 2]]) is None

@@ -485,6 +485,13 @@ def test_a_change_of_rows_or_flags_is_noticed(golden, tokenizer, rows_path, cach
     assert len(os.listdir(cache)) == len(seen) + 1
 
 
+@pytest.mark.parametrize("vocab_size, name", [(1 << 16, "uint16"), ((1 << 16) + 1, "int32")])
+def test_the_smallest_type_that_holds_every_id(vocab_size, name):
+    """Ids begin at 0: 65536 of them fit into two bytes."""
+    encoding = Encoding(Columns(), SimpleNamespace(vocab_size=vocab_size), MODES["glm3"], 9, 9, False)
+    assert encoding.id_type == name
+
+
 def test_the_tokenizer_is_part_of_the_key(rows_path, tmp_path):
     """Another vocabulary file gives other ids; the same bytes in another folder do not. So do the rows' files."""
 

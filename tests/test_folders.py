@@ -30,6 +30,7 @@ def test_a_whole_folder(tmp_path):
     manifest = json.loads((tmp_path / "new" / "manifest.json").read_text())["files"]
     assert {name: entry["bytes"] for name, entry in manifest.items()} == {"a": 100, "inside/b": 100}
     assert folders.verify(str(tmp_path / "new")) == [] and folders.is_whole(str(tmp_path / "new"))
+    assert folders.files_in(str(tmp_path / "new")) == ["a", "inside/b"], "without the manifest"
 
 
 @pytest.mark.parametrize(
@@ -110,6 +111,23 @@ def test_the_newest_are_kept(tmp_path):
     folders.keep_newest(f"{tmp_path}/best", r"state-step-(\d+)", 1)
     assert sorted(os.listdir(tmp_path)) == ["state-step-10", "state-step-4"]
     assert folders.numbered(str(tmp_path / "absent"), "x") == []
+
+
+def test_only_folders_are_numbered(tmp_path):
+    for name in ("state-step-3", "state-step-12"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "state-step-7").write_text("a file")
+    assert folders.numbered(str(tmp_path), r"state-step-(\d+)") == ["state-step-12", "state-step-3"]
+
+
+def test_room_to_the_byte(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+    folders.require_space(str(tmp_path), 1000, "a state")
+    with pytest.raises(ValueError, match="a state takes about 1.0 KB, 1.0 KB are free"):
+        folders.require_space(str(tmp_path), 1001, "a state")
+    assert folders.size_text(999) == "999 bytes" and folders.size_text(1000) == "1.0 KB"
 
 
 def test_room(tmp_path):

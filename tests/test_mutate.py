@@ -18,6 +18,7 @@ def kept(values, limit=LIMIT, is_open=True):
         if not value or value <= limit:
             continue
         total += max(value, -1) * weigh(value, "a", scale=2)
+        print(value, 3)
         values.append(f"{value + 1}")
     if total > 9:
         raise ValueError(f"{total - 1} < 2")
@@ -93,7 +94,7 @@ def test_the_table_and_the_figures(mutate, tmp_path, monkeypatch):
     mutants, problems = mutate.read_table(tmp_path / "t.yaml")
     assert problems == [] and len(mutants) == 3 + 1 + 1
     [equal] = [mutant for mutant in mutants if mutant.reason]
-    assert mutate.name_of(equal) == "a.py:13: if total > 9: → if total > 90:"
+    assert mutate.name_of(equal) == "a.py:14: if total > 9: → if total > 90:"
     for mutant in mutants[:-1]:
         mutant.found = mutant is not mutants[1]
     assert mutate.summary(mutants) == {"a.py": (4, 3)} and mutate.share_found(mutants) == 75

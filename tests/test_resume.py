@@ -270,3 +270,21 @@ def test_the_kinds_of_values_in_a_state():
     cases += [({"a": 2}, {"a": 1}, True), ({"b": 2}, {"a": 1}, False), ({"a": "x"}, {"a": 1}, False), (1, {}, False)]
     for value, new, is_like in cases:
         assert resume.is_like(value, new) == is_like, (value, new)
+
+
+def test_random_states_of_a_gpu(monkeypatch):
+    """Kept and set where there is one; a state that was saved without one is taken as well."""
+    assert "cuda" not in resume.random_states() or torch.cuda.is_available()
+    state, given = torch.tensor([3, 1], dtype=torch.uint8), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: state)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", given.append)
+    states = resume.random_states()
+    assert states["cuda"] is state
+    resume.set_random_states(states)
+    assert len(given) == 1 and given[0] is state
+    del states["cuda"]
+    resume.set_random_states(states)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    resume.set_random_states({**states, "cuda": state})
+    assert len(given) == 1

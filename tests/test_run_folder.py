@@ -132,3 +132,68 @@ def test_each_rank_draws_its_own_dropout(monkeypatch):
     assert draws[7, 1] == draws[8, 0] and not set(draws[7, 0]) & set(draws[7, 1]) and not set(draws[8, 1]) & set(draws[8, 0])
     utils.set_seed(2**32 + 5)  # numpy takes 32 bits
     assert numpy.random.rand() == numpy.random.RandomState(6).rand()
+
+
+def test_what_a_checkpoint_takes():
+    """An adapter: its own weights; a prefix encoder: twice, while that is not much; a whole one: all; and some room."""
+    import checkpoint
+    import released_files
+
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5, bias=False), torch.nn.Linear(5, 7, bias=False).half())
+    model[0].requires_grad_(False)
+    sizes = {"adapter": 70, "prefix": 140, "whole": 60 + 70}
+    for weights, num_bytes in sizes.items():
+        train_type = SimpleNamespace(weights=weights)
+        assert checkpoint.checkpoint_bytes(model, train_type) == num_bytes + checkpoint.TOKENIZER_BYTES
+    model[1].weight.ds_numel = released_files.MOST_PREFIX_BIN_BYTES  # split over the ranks: this is the whole
+    wanted = 2 * released_files.MOST_PREFIX_BIN_BYTES + checkpoint.TOKENIZER_BYTES
+    assert checkpoint.checkpoint_bytes(model, SimpleNamespace(weights="prefix")) == wanted
+
+
+def test_whole_weights_come_back(tmp_path):
+    """All of them, under the released names, with what lies beside them."""
+    from checkpoint import load_opened, open_checkpoint
+
+    golden = Golden("glm3")
+    args = SimpleNamespace(mode="glm3", train_type="all", model_name_or_path=golden.folder)
+    model = TRAIN_TYPES["all"].prepare(golden.model(), args)
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            parameter.add_(0.01 * number)
+    run = describe_run(args, golden.folder, "fp32", epoch=2, step=5)
+    folder = tmp_path / "epoch-2-step-5"
+    assert save_checkpoint(model, golden.tokenizer(), str(folder), TRAIN_TYPES["all"], run, zero3=False) is None
+    again, _ = load_opened(open_checkpoint(str(folder)), torch.float32, torch.device("cpu"))
+    state = again.state_dict()
+    assert set(state) == set(model.state_dict())
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    said = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    assert (said["weights"], said["epoch"], said["step"], said["train_type"]) == ("whole", 2, 5, "all")
+
+
+def test_a_disk_that_fails_is_no_reason_to_end(lora, tmp_path, monkeypatch, capsys):
+    """The reason is given back for a checkpoint, and told for the best weights."""
+    import checkpoint
+    import run_folder
+
+    def broken(*args):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "write_checkpoint", broken)
+    assert save(lora, tmp_path / "x") == "Input/output error"
+    monkeypatch.setattr(run_folder, "is_whole", broken)
+    folder = RunFolder.__new__(RunFolder)
+    folder.args, folder.base_fingerprint = SimpleNamespace(output_dir=str(tmp_path)), ""
+    folder.take_best(str(tmp_path / "old" / "state-step-3"), 3)
+    assert capsys.readouterr().out.endswith("better than that of step 3: Input/output error\n")
+
+
+def test_large_values_are_finite():
+    """A sum that runs over is no infinity; whole numbers are looked over."""
+    from weights import finite_problem
+
+    good = {"a": torch.full((9,), 6e4, dtype=torch.float16), "b": torch.full((9,), 3e38), "c": torch.arange(3)}
+    assert finite_problem(good.items()) is None and finite_problem([]) is None
+    for value in (float("nan"), float("inf"), -float("inf")):
+        bad = {**good, "d": torch.tensor([1.0, value, 2.0]), "e": torch.tensor([value])}
+        assert finite_problem(bad.items()) == "d holds values that are not finite"

@@ -454,3 +454,12 @@ def test_the_empty_label_is_no_label():
         "other": {"": 1, "甲": 2},
     }
     assert result["accuracy"] == 20 and result["macro_f1"] == pytest.approx(100 / 3)
+
+
+def test_usual_numbers_of_resamples():
+    """A thousand, where nothing is said; two rows are enough for an interval, one is not."""
+    rows = mixed_rows(random.Random(4), 12)
+    assert bootstrap.intervals(rows, LABELS) == bootstrap.intervals(rows, LABELS, 1000, 1234)
+    assert bootstrap.differences(rows, rows[::-1], LABELS) == bootstrap.differences(rows, rows[::-1], LABELS, 1000)
+    assert bootstrap.weighted_mean([1, 2], num_resamples=200)[1:] == [1, 2]
+    assert bootstrap.intervals(rows[:1], ["f1"]) == {"f1": None} != bootstrap.intervals(rows[:2], ["accuracy"])

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,19 +33,24 @@ def read(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-class NoWatch(SimpleNamespace):
-    """Stands for the watch over the processes: there is one, and nobody asks it to leave."""
+NOTED = {"skipped": []}
 
-    asked, is_training = None, False
+
+class Noting:
+    """Stands for the watch over the processes: there is one, and nobody asks it to leave. Notes what it is told."""
+
+    def __init__(self):
+        self.asked, self.is_training, self.told = None, False, []
 
     def start(self, output_dir, step_timeout):
-        pass
+        self.told.append("start")
 
     def begin(self, step, rows, row_numbers):
-        pass
+        assert self.is_training
+        self.told.append((step, len(row_numbers)))
 
     def rest(self):
-        pass
+        self.told.append("rest")
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +68,18 @@ def runs(tmp_path_factory):
     torch.set_num_threads(1)  # the model is too small for two
     # DeepSpeed keeps the process group: one serves all runs.
     patch.setattr(train, "stop_distributed", lambda engine: engine.destroy())
+    patch.setattr(train, "check_skipped", lambda *values: NOTED["skipped"].append(values[:3]))
     for name, more in (
         ("plain", " --show_loss_step 1"),
         ("evaluated", f" --show_loss_step 2{held_out}"),
         ("answered", f" --show_loss_step 9{held_out} --eval_generate --eval_max_new_tokens 6"),
     ):
-        train.main(f"{common} --output_dir {folder}/{name}{more}".split(), NoWatch())
+        NOTED[name] = Noting()
+        train.main(f"{common} --output_dir {folder}/{name}{more}".split(), NOTED[name])
+    ptuning = f"--train_path {folder}/rows.json --model_name_or_path {BASE} --train_type ptuning --pre_seq_len 3"
+    ptuning += f" --max_len 300 --max_src_len {SHORT} --per_device_train_batch_size 1 --gradient_accumulation_steps 3"
+    ptuning += f" --num_train_epochs 1 --learning_rate 0.5 --device cpu --output_dir {folder}/prefix --seed 5"
+    train.main(ptuning.split(), Noting())
     yield folder
     patch.undo()
     torch.set_num_threads(num_threads)
@@ -155,6 +165,7 @@ def test_answers_while_training_are_those_of_predict(runs, tmp_path):
     assert [line["output"] for line in kept] == [row["output"] for row in HELD_OUT]
     assert [line["prediction"] for line in kept] == [line["prediction"] for line in lines]
     assert len({line["prediction"] for line in lines}) == 3, "answers that are alike would prove little"
+    assert "发动机水温高" in (runs / "answered" / "eval-step-9.jsonl").read_text(encoding="utf-8"), "text for readers"
     assert "source_tokens_cut" in lines[2] and "source_tokens_cut" not in lines[0]
     predict.main([*words, "--max_src_len", "300", "--overwrite"])
     assert read(tmp_path / "p.jsonl")[2]["prediction"] != lines[2]["prediction"], "the cut does not matter here"
@@ -166,6 +177,7 @@ def test_what_is_kept(runs):
     best = min(log, key=lambda line: line["loss"])
     run = json.loads((runs / "evaluated" / "best" / "run.json").read_text(encoding="utf-8"))
     assert (run["step"], run["scores"]) == (best["step"], {"loss": best["loss"]})
+    assert run["epoch"] == -(-best["step"] // 3) and run["flags"]["seed"] == 1234
     for name in ("plain", "evaluated"):
         assert sorted(path.name for path in (runs / name).glob("epoch-*")) == ["epoch-2-step-6", "epoch-3-step-9"]
         last = read(runs / name / "events.jsonl")[-1]
@@ -174,3 +186,31 @@ def test_what_is_kept(runs):
             sum(t.numel() for t in load_file(runs / name / "epoch-3-step-9/adapter_model.safetensors").values()),
             best["step"] if name == "evaluated" else 0,
         )
+
+
+def test_what_looks_after_a_run_is_told(runs):
+    """Each step with its rows, and when it rests; the updates left out are looked at after every one."""
+    for name in ("plain", "evaluated", "answered"):
+        told = NOTED[name].told
+        assert told[0] == "start" and NOTED[name].is_training
+        assert told[1:] == [part for step in range(1, 10) for part in ((step, 1 if step % 3 == 0 else 2), "rest")]
+    assert NOTED["skipped"][:9] == [(0, step, "fp32") for step in range(1, 10)]
+
+
+def read_flags(folder):
+    return json.loads((folder / "run.json").read_text(encoding="utf-8"))["flags"]
+
+
+def test_a_prefix_that_was_trained(runs):
+    """A new prefix encoder follows the seed, is trained and saved: two updates, of three rows and of two."""
+    [line] = read(runs / "prefix" / "train_log.jsonl")
+    assert line["step"] == 2 and line["learning_rate"] > 0
+    folder = runs / "prefix" / "epoch-1-step-2"
+    saved = load_file(folder / "prefix_encoder.safetensors")
+    parameters = dict(load_opened(open_checkpoint(str(folder)), torch.float32, torch.device("cpu"))[0].named_parameters())
+    assert saved and all(torch.equal(parameters[name], tensor) for name, tensor in saved.items())
+    [table] = [tensor for name, tensor in saved.items() if name.endswith("embedding.weight")]
+    assert len(table) == 3 and line["loss"] > 0
+    assert (len(saved) > 1) == read_flags(folder)["prefix_projection"]
+    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    assert (run["mode"], run["train_type"], run["weights"], run["epoch"]) == ("glm3", "ptuning", "prefix", 1)

@@ -5,6 +5,7 @@ import selectors
 import signal
 import socket
 import time
+from threading import Thread
 
 import pytest
 
@@ -75,6 +76,7 @@ def test_a_step_that_does_not_end(pair, monkeypatch):
 
     watch, line, other, told, selector = pair
     monkeypatch.setattr(module, "LOOK_SECONDS", 0)
+    Thread(target=time.sleep, args=(2,), daemon=True).start()
     watch.begin(7, type("Rows", (), {"place": staticmethod(lambda n: f"rows.json:{n}")})(), [4, 9])
     watch.step_timeout = 5
     other.sendall(b"stalled\n")
@@ -86,7 +88,8 @@ def test_a_step_that_does_not_end(pair, monkeypatch):
     with open(os.path.join(watch.output_dir, path)) as file:
         text = file.read()
     assert path == "stalled-rank-0.txt" and text.startswith("step 7, rows rows.json:4, rows.json:9; for 0 s")
-    assert "test_a_step_that_does_not_end" in text
+    assert "test_a_step_that_does_not_end" in text and text.count("hread 0x") > 1, "of every thread"
+    assert watch.is_training
 
 
 @pytest.mark.parametrize("seconds, timeout, is_late", [(10, 5, True), (3, 5, False), (10, 0, False)])
@@ -96,8 +99,8 @@ def test_the_clock_of_a_step(pair, monkeypatch, seconds, timeout, is_late):
     watch.lines, watch.launchers, watch.step_timeout = {}, [], timeout
     stalled = []
     monkeypatch.setattr(watch, "stalled", lambda: stalled.append(True) or watch.is_over.set())
-    looks = iter([False, True])
-    monkeypatch.setattr(watch.is_over, "wait", lambda wait: next(looks))
+    looks, waited = iter([False, True]), []
+    monkeypatch.setattr(watch.is_over, "wait", lambda seconds: waited.append(seconds) or next(looks))
     watch.work = time.monotonic() - seconds, 7, None, []
     watch.look_around()
     assert bool(stalled) == is_late
@@ -106,6 +109,7 @@ def test_the_clock_of_a_step(pair, monkeypatch, seconds, timeout, is_late):
     stalled.clear()
     watch.look_around()
     assert not stalled and watch.asked is None
+    assert waited == [1.0] * 4, "without lifelines it looks every second"
 
 
 def test_a_request_to_leave(pair, capsys):
