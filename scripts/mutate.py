@@ -307,7 +307,10 @@ def run_tests(folder, tests):
     for number in (1, 2):
         os.dup2(log, number)
     os.chdir(folder / "tree")
-    sys.path = [str(folder / "tree"), *(place for place in sys.path if not place.startswith(ROOT + "/scripts") and place != ROOT)]
+    sys.path = [
+        str(folder / "tree"),
+        *(place for place in sys.path if not place.startswith(ROOT + "/scripts") and place != ROOT),
+    ]
     for name, module in list(sys.modules.items()):
         if is_of_project(module):
             del sys.modules[name]
@@ -319,7 +322,9 @@ def run_tests(folder, tests):
     phases = [phase for phase in hypothesis.Phase if phase.name not in ("shrink", "explain")]
     hypothesis.settings.register_profile("mutants", phases=phases, database=None)
     hypothesis.settings.load_profile("mutants")
-    return int(pytest.main([*PYTEST, f"--basetemp={folder / 'tmp'}", f"--rootdir={folder / 'tree'}", *shlex.split(tests)]))
+    return int(
+        pytest.main([*PYTEST, f"--basetemp={folder / 'tmp'}", f"--rootdir={folder / 'tree'}", *shlex.split(tests)])
+    )
 
 
 def is_of_project(module):
@@ -449,8 +454,14 @@ def page_with(page, mutants):
 def main(argv):
     """Try the faults; the exit code is 1 where the tests find too few."""
     parser = OneLineParser(prog="mutate.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="text, or a pattern with *, in a fault's line (file:line: change); left out: all, and docs/testing.md is written")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes at a time, default: one for each core")
+    parser.add_argument(
+        "--only",
+        default="",
+        help="text, or a pattern with *, of file:line: change; left out: all, and docs/testing.md is written",
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes at a time, default: one for each core"
+    )
     parser.add_argument("--list", action="store_true", help="show the faults and run nothing")
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the copies go

@@ -804,4 +804,6 @@ def test_figures_for_a_reader():
     counts = {999: "999", 1000: "1 K", 29_600: "29.6 K", 1e6: "1 M", 1e9: "1 B", 6.24e9: "6.24 B"}
     assert {number: report_text.count(number) for number in counts} == counts
     assert compare.mean([1, 2, 6]) == 3 and compare.mean([1, None]) is None
-    assert compare.mean_interval([[1, 0, 2], [3, 2, 6]]) == [2, 1, 4] and compare.mean_interval([None, [1, 0, 2]]) is None
+    assert (
+        compare.mean_interval([[1, 0, 2], [3, 2, 6]]) == [2, 1, 4] and compare.mean_interval([None, [1, 0, 2]]) is None
+    )

@@ -89,7 +89,10 @@ def test_general_rows_are_mixed_in():
 def test_perfect_answers_have_perfect_scores(mode, task, metric, tmp_path):
     """Kind: exact metrics are 0 for a perfect model of a family whose tokenizer folds marks."""
     tokenizer = MODES[mode].tokenizer_class.from_pretrained(GOLDEN_FOLDERS[mode])
-    texts = [{"query": "问", "answer": text} for text in ("发动机组（汽油）_部件故障_漏油：ＡＢ１２！", "水泵（前）_部件_开裂。")]
+    texts = [
+        {"query": "问", "answer": text}
+        for text in ("发动机组（汽油）_部件故障_漏油：ＡＢ１２！", "水泵（前）_部件_开裂。")
+    ]
     answers = [come_back(row["answer"], tokenizer, MODES[mode].prompt) for row in texts]
     values = {}
     for off in (False, True):

@@ -398,7 +398,9 @@ def test_rope_ratio(mode_name, ratio, divisor, base):
     torch.testing.assert_close(sin[0, 0], wanted.sin().double(), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("trains, num_rows, wanted", [("hidden", 5, 5), ("weight", 5, 2), ("hidden", 1000, 23), ("no", 5, 5)])
+@pytest.mark.parametrize(
+    "trains, num_rows, wanted", [("hidden", 5, 5), ("weight", 5, 2), ("hidden", 1000, 23), ("no", 5, 5)]
+)
 def test_logits_that_exist_at_one_time(trains, num_rows, wanted, monkeypatch):
     """MAX_LOGITS_BYTES of float32, a quarter of it where the output layer trains; the rows are shared out evenly."""
     monkeypatch.setattr(loss_module, "MAX_LOGITS_BYTES", num_rows * 50 * 4)

@@ -164,7 +164,13 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path, monkeypatch, capsys):
 
 def test_a_file_that_is_not_as_it_was_written(tmp_path):
     """A short, a long or a missing file: the folder does not get its name."""
-    for sizes, is_good in (({"a": 5}, True), ({"a": 4}, False), ({"a": 6}, False), ({"a": 5, "b": 1}, False), ({}, True)):
+    for sizes, is_good in (
+        ({"a": 5}, True),
+        ({"a": 4}, False),
+        ({"a": 6}, False),
+        ({"a": 5, "b": 1}, False),
+        ({}, True),
+    ):
         scratch = tmp_path / "new.partial"
         scratch.mkdir(exist_ok=True)
         (scratch / "a").write_bytes(b"12345")
@@ -205,7 +211,9 @@ def test_files_can_be_read_by_those_who_may(tmp_path):
 def test_what_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
     """Every file and folder is flushed, then the manifest, then the folder with its name; then it is renamed."""
     calls, flush, rename = [], folders.flush_path, os.rename
-    monkeypatch.setattr(folders, "flush_path", lambda path: calls.append(os.path.relpath(path, tmp_path)) or flush(path))
+    monkeypatch.setattr(
+        folders, "flush_path", lambda path: calls.append(os.path.relpath(path, tmp_path)) or flush(path)
+    )
     monkeypatch.setattr(folders, "reached", lambda point: calls.append(point))
     monkeypatch.setattr(folders.os, "rename", lambda *paths: calls.append("rename") or rename(*paths))
     write(tmp_path / "new")

@@ -133,7 +133,13 @@ def test_a_bad_weight_is_found_in_this_ranks_part(value):
 
 def test_what_is_far_above_the_usual_loss():
     """Both measures count: six deviations and half as much again; at most so, it is none, and becomes usual."""
-    for variance, loss, is_spike in ((0.0, 3.0, False), (0.01, 3.01, True), (0.01, 2.99, False), (0.25, 4.9, False), (0.25, 5.1, True)):
+    for variance, loss, is_spike in (
+        (0.0, 3.0, False),
+        (0.01, 3.01, True),
+        (0.01, 2.99, False),
+        (0.25, 4.9, False),
+        (0.25, 5.1, True),
+    ):
         usual = guard.UsualLoss(count=50, mean=2.0, variance=variance)
         assert usual.is_spike(loss) == is_spike
         assert (usual.count, usual.mean) == ((50, 2.0) if is_spike else (51, pytest.approx(2 + 0.02 * (loss - 2))))

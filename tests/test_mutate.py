@@ -31,13 +31,13 @@ WANTED = [
     ("not value or value <= limit", "(not value and value <= limit)"),
     ("not value", "value"),
     ("value <= limit", "(value < limit)"),
-    ("total += max(value, -1) * weigh(value, \"a\", scale=2)", "total = max(value, -1) * weigh(value, 'a', scale=2)"),
+    ('total += max(value, -1) * weigh(value, "a", scale=2)', "total = max(value, -1) * weigh(value, 'a', scale=2)"),
     ("-1", "1"),
     ("1", "2"),
-    ("weigh(value, \"a\", scale=2)", "weigh('a', value, scale=2)"),
-    ("weigh(value, \"a\", scale=2)", "weigh(value, 'a')"),
+    ('weigh(value, "a", scale=2)', "weigh('a', value, scale=2)"),
+    ('weigh(value, "a", scale=2)', "weigh(value, 'a')"),
     ("2", "3"),
-    ("values.append(f\"{value + 1}\")", "pass"),
+    ('values.append(f"{value + 1}")', "pass"),
     ("total > 9", "(total >= 9)"),
     ("9", "10"),
     ("[v for v in values if v] if is_open else total - 1", "(total - 1 if is_open else [v for v in values if v])"),
@@ -109,7 +109,9 @@ def test_the_table_and_the_figures(mutate, tmp_path, monkeypatch):
 def test_a_table_that_is_out_of_date(mutate, tmp_path, monkeypatch):
     monkeypatch.setattr(mutate, "ROOT", str(tmp_path))
     (tmp_path / "a.py").write_text(SOURCE, encoding="utf-8")
-    (tmp_path / "t.yaml").write_text(TABLE.replace("kept:3", "gone").replace("total > 90", "x").replace("LIMIT = 3", "total"))
+    (tmp_path / "t.yaml").write_text(
+        TABLE.replace("kept:3", "gone").replace("total > 90", "x").replace("LIMIT = 3", "total")
+    )
     mutants, problems = mutate.read_table(tmp_path / "t.yaml")
     assert len(mutants) == 2 and [problem.partition(": mend")[0] for problem in problems] == [
         "t.yaml: a.py has no function gone",

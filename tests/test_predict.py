@@ -233,8 +233,18 @@ def test_where_an_answer_ends():
     line = predict.output_row(3, {"query": "问", "answer": "答"}, first)
     assert (line["stopped"], line["cut"], line["empty"]) == ([True, False], [False, True], [False, False])
     assert (line["index"], line["source_tokens_cut"], line["predictions"]) == (3, 4, ["水温高", cut])
-    line = predict.output_row(0, {"query": "问", "answer": None}, {"predictions": [" "], "stopped": [False], "source_cut": 0})
-    assert line == {"index": 0, "query": "问", "prediction": " ", "stopped": False, "cut": True, "empty": True, "repeated": False}
+    line = predict.output_row(
+        0, {"query": "问", "answer": None}, {"predictions": [" "], "stopped": [False], "source_cut": 0}
+    )
+    assert line == {
+        "index": 0,
+        "query": "问",
+        "prediction": " ",
+        "stopped": False,
+        "cut": True,
+        "empty": True,
+        "repeated": False,
+    }
 
 
 def test_every_decoding_flag_reaches_generate():

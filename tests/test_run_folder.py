@@ -129,7 +129,11 @@ def test_each_rank_draws_its_own_dropout(monkeypatch):
             utils.set_seed(seed)
             assert torch.initial_seed() == seed + rank
             draws[seed, rank] = random.random(), numpy.random.rand(), torch.rand(1).item()
-    assert draws[7, 1] == draws[8, 0] and not set(draws[7, 0]) & set(draws[7, 1]) and not set(draws[8, 1]) & set(draws[8, 0])
+    assert (
+        draws[7, 1] == draws[8, 0]
+        and not set(draws[7, 0]) & set(draws[7, 1])
+        and not set(draws[8, 1]) & set(draws[8, 0])
+    )
     utils.set_seed(2**32 + 5)  # numpy takes 32 bits
     assert numpy.random.rand() == numpy.random.RandomState(6).rand()
 

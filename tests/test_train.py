@@ -142,7 +142,7 @@ def row_loss(model, tokenizer, row):
 
 
 def test_the_loss_over_held_out_rows(runs):
-    """By hand from the saved weights: the sum over all supervised tokens, divided by their number; the last step's too."""
+    """By hand from the saved weights: the sum over all supervised tokens, by their number; after the last step, too."""
     log = read(runs / "evaluated" / "eval_log.jsonl")
     assert [line["step"] for line in log] == [2, 4, 6, 8, 9]
     for step in (6, 9):
@@ -207,7 +207,9 @@ def test_a_prefix_that_was_trained(runs):
     assert line["step"] == 2 and line["learning_rate"] > 0
     folder = runs / "prefix" / "epoch-1-step-2"
     saved = load_file(folder / "prefix_encoder.safetensors")
-    parameters = dict(load_opened(open_checkpoint(str(folder)), torch.float32, torch.device("cpu"))[0].named_parameters())
+    parameters = dict(
+        load_opened(open_checkpoint(str(folder)), torch.float32, torch.device("cpu"))[0].named_parameters()
+    )
     assert saved and all(torch.equal(parameters[name], tensor) for name, tensor in saved.items())
     [table] = [tensor for name, tensor in saved.items() if name.endswith("embedding.weight")]
     assert len(table) == 3 and line["loss"] > 0
