@@ -399,11 +399,12 @@ def test_rope_ratio(mode_name, ratio, divisor, base):
 
 
 @pytest.mark.parametrize(
-    "trains, num_rows, wanted", [("hidden", 5, 5), ("weight", 5, 2), ("hidden", 1000, 23), ("no", 5, 5)]
+    "trains, num_rows, wanted",
+    [("hidden", 5, 5), ("weight", 5, 2), ("hidden", 1000, 23), ("no", 5, 5), ("hidden", 0.5, 1)],
 )
 def test_logits_that_exist_at_one_time(trains, num_rows, wanted, monkeypatch):
     """MAX_LOGITS_BYTES of float32, a quarter of it where the output layer trains; the rows are shared out evenly."""
-    monkeypatch.setattr(loss_module, "MAX_LOGITS_BYTES", num_rows * 50 * 4)
+    monkeypatch.setattr(loss_module, "MAX_LOGITS_BYTES", int(num_rows * 50 * 4))
     shapes, empty = [], torch.empty
     monkeypatch.setattr(loss_module.torch, "empty", lambda *size, **more: shapes.append(size) or empty(*size, **more))
     hidden = torch.randn(23, 16).requires_grad_(trains == "hidden")
@@ -442,3 +443,14 @@ def test_every_layer_is_recomputed_unless_an_interval_is_given():
     checkpoint_layers(model)
     layers = [module for module in model.modules() if type(module).__name__ == "GLMBlock"]
     assert len(layers) > 1 and all(layer.gradient_checkpointing for layer in layers)
+
+
+def test_layers_above_trained_embeddings_are_recomputed():
+    """Where the embeddings alone train, gradients flow through every layer."""
+    model = TRAIN_TYPES["freeze"].prepare(Golden("glm3").model(), SimpleNamespace(freeze_module_name="embedding."))
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        "transformer.embedding.word_embeddings.weight"
+    ]
+    checkpoint_layers(model)
+    layers = [module for module in model.modules() if type(module).__name__ == "GLMBlock"]
+    assert all(layer.gradient_checkpointing for layer in layers)
