@@ -463,3 +463,17 @@ def test_usual_numbers_of_resamples():
     assert bootstrap.differences(rows, rows[::-1], LABELS) == bootstrap.differences(rows, rows[::-1], LABELS, 1000)
     assert bootstrap.weighted_mean([1, 2], num_resamples=200)[1:] == [1, 2]
     assert bootstrap.intervals(rows[:1], ["f1"]) == {"f1": None} != bootstrap.intervals(rows[:2], ["accuracy"])
+
+
+def test_full_stops_of_a_label_that_is_not_folded():
+    """With --no_normalize the full-width one is still there."""
+    for text in ("制动组．", "制动组。", "制动组.", " 制动组 ．。.\n"):
+        assert metrics.clean_label(text) == "制动组"
+    result = score.score_rows(["制动组．"], ["制动组"], "classification", normalize=False)
+    assert result["accuracy"] == 100
+
+
+def test_from_two_questions_on_they_are_several():
+    for number in (1, 2, 3):
+        row = metrics.score_questions([f"第{n}个部件在哪里" for n in "一二三"[:number]])
+        assert (row["num_questions"], row["has_several"]) == (number, int(number > 1))
