@@ -93,6 +93,8 @@ class Reader(pickle._Unpickler):
             self.stack[-1] = collections.OrderedDict()
         elif not isinstance(function, StandIn) or not isinstance(arguments, tuple):
             raise pickle.UnpicklingError("a call of no known kind")
+        elif function.what == "_rebuild_from_type_v2" and self.more_globals and is_with_attributes(arguments):
+            self.stack[-1] = StandIn("tensor")
         elif function.what == "_rebuild_tensor_v2" and len(arguments) >= 4 and is_sizes(arguments[2], arguments[3]):
             if arguments[0] != StandIn("memory"):
                 raise NotPlain
@@ -143,6 +145,15 @@ def set_items(table, items):
     if not isinstance(table, dict) or len(items) % 2 or not all(type(key) in (str, int) for key in items[::2]):
         raise NotPlain
     table.update(zip(items[::2], items[1::2]))
+
+
+def is_with_attributes(arguments):
+    """Are these of a plain tensor with attributes of its own, as DeepSpeed writes the parts of ZeRO-3?"""
+    if len(arguments) != 4 or arguments[:2] != (StandIn("_rebuild_tensor_v2"), StandIn("Tensor")):
+        return False
+    parts = arguments[2]
+    is_tensor = isinstance(parts, tuple) and len(parts) >= 4 and parts[0] == StandIn("memory")
+    return is_tensor and is_sizes(parts[2], parts[3]) and isinstance(arguments[3], dict)
 
 
 def is_sizes(*values):

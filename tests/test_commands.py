@@ -80,6 +80,8 @@ def test_command_runs_as_written(command, models, tmp_path):
     num_cards = 4 if "0,1,2,3" in command else 1
     process = run_command(command.replace(PORT, f"--master_port {free_port()} "), tmp_path, LOCAL_SIZE=str(num_cards))
     check_done(process)
+    # The launcher ends with 0, too, where its second process is killed from outside: the run itself must have said it.
+    assert "done: " in process.stdout, f"{process.stdout[-3000:]}\n{process.stderr[-3000:]}"
     args = train_parser().parse_args(parts(command)[1])
     [log] = tmp_path.glob("output-glm*/train_log.jsonl")
     updates_per_epoch = -(-5 // (args.per_device_train_batch_size * args.gradient_accumulation_steps * num_cards))

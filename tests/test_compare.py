@@ -718,3 +718,97 @@ def test_every_text_has_its_words():
     for english, chinese in report_words.ZH.items():
         assert set(re.findall(r"{(\w+)}", english)) == set(re.findall(r"{(\w+)}", chinese)), english
     assert set(report_words.TITLES_ZH) == set(METRICS)
+
+
+def test_the_best_weights_are_compared(tmp_path):
+    """best/ where the training chose one by held-out rows; a folder that is no checkpoint does not count."""
+    for name in ("epoch-1-step-9", "epoch-2-step-18", "best"):
+        (tmp_path / name).mkdir()
+    for name in ("epoch-1-step-9", "epoch-2-step-18"):
+        (tmp_path / name / "run.json").write_text("{}")
+    assert compare.checkpoint_of(str(tmp_path)) == str(tmp_path / "epoch-2-step-18")
+    (tmp_path / "best" / "run.json").write_text("{}")
+    assert compare.checkpoint_of(str(tmp_path)) == str(tmp_path / "best")
+
+
+def test_a_methods_own_flag_goes_before_that_of_all(here):
+    """The flags of a method, then those of all methods, then the defaults."""
+    common = {**FLAGS, "lora_dim": 8, "num_train_epochs": 5, "save_total_limit": 3}
+    own = method(flags={"lora_dim": 2}, grid={"num_train_epochs": [7]})
+    write_config({**GOOD, "train_flags": common, **own})
+    [found] = read_plan("c.yaml")[0].methods
+    assert found.flags == {"lora_dim": 2, "num_train_epochs": 7}
+    wanted = {**FLAGS, "lora_dim": 2, "num_train_epochs": 7, "save_total_limit": 3, "save_state_step": 100}
+    assert found.all == wanted
+    words = compare_plan.train_words(read_plan("c.yaml")[0], found, 5, "out")
+    args = train_parser().parse_args(words)
+    assert (args.lora_dim, args.num_train_epochs, args.seed, args.output_dir) == (2, 7, 5, "out")
+
+
+def test_two_names_that_differ_in_case_are_one_folder(here, capsys):
+    """On some file systems they would be."""
+    twins = [{"name": "Lora", "train_type": "lora"}, {"name": "lorA", "train_type": "lora"}]
+    write_config({**GOOD, "methods": twins})
+    [line] = refused(["c.yaml"], capsys)
+    assert "methods[1].name lorA: is taken: give another" in line
+
+
+def test_how_far_seeds_differ():
+    """Kind: a figure that is 0 or null wherever it is looked at. The sample's deviation: 10, 20, 60 have 26.46."""
+    reference = [row["output"] for row in ROWS[:10]]
+    runs = []
+    for right in (1, 2, 6):
+        answers = reference[:right] + [""] * (10 - right)
+        rows = compare.score_rows(answers, reference, "extraction")["rows"]
+        runs.append({"status": "done", "rows": rows, "done": {"seconds": right}, "checkpoint_bytes": 3 * right})
+    found = {"runs": runs}
+    compare.summarize(found, find_task("extraction"))
+    assert found["metrics"]["f1"] == pytest.approx(30) and found["spread"] == pytest.approx(700**0.5)
+    assert [run["metrics"]["f1"] for run in runs] == pytest.approx([10, 20, 60])
+    assert (found["seconds"], found["checkpoint_bytes"], found["num_rows"]) == (3, 9, 10)
+    assert found["tokens_per_second"] is None and found["forgetting"] == {"loss": None, "score": None}
+    low, high = found["intervals"]["f1"]
+    assert low < 30 < high
+    two = {"runs": [{**run, "rows": run["rows"][:2]} for run in runs]}
+    compare.summarize(two, find_task("extraction"))
+    assert two["intervals"]["f1"] == [pytest.approx(2 * 100 / 3), 100], "right, half right, right: two rows have ends"
+    one = {"runs": runs[:1]}
+    compare.summarize(one, find_task("extraction"))
+    assert one["spread"] is None
+    unfinished = {"runs": [runs[0], {"status": "failed with exit code 3"}]}
+    compare.summarize(unfinished, find_task("extraction"))
+    assert unfinished["status"] == "failed with exit code 3" and "metrics" not in unfinished
+
+
+@pytest.mark.parametrize(
+    "change, is_forgotten",
+    [([0.4, 0.3, 0.5], True), ([-0.4, -0.5, -0.3], False), ([0.4, -0.1, 0.9], False), (None, False)],
+)
+def test_what_is_called_forgetting(change, is_forgotten):
+    """A loss on general questions that rose by more than the noise; one that fell is none."""
+    methods = [entry("m", 50.0, to_best=None, forgetting={"loss": change, "score": None})]
+    text = " ".join(report_text.verdict({**RESULTS, "methods": methods}))
+    assert ("Forgetting: the loss on general questions rose by more than the noise with m." in text) == is_forgotten
+
+
+def test_the_verdict_in_words():
+    """The best first; what the noise does not tell apart is said, and what of it costs least."""
+    text = " ".join(report_text.verdict(RESULTS))
+    assert "Best: 法, f1 81.75 [76.75, 86.75] on 50 test rows." in text
+    assert "The base model has 11.25; the difference is +60.00 [+50.00, +70.00]." in text
+    assert "With these 50 rows it cannot be told apart from all:" in text and "freeze:" not in text
+    assert "all takes the least memory (400.0 MB)" in text and "trains fastest" not in text
+    assert "Without figures: late." in text
+    clear = {**RESULTS, "methods": [RESULTS["methods"][1], RESULTS["methods"][2]]}
+    assert "Its lead over every other method is larger than the noise" in " ".join(report_text.verdict(clear))
+
+
+def test_figures_for_a_reader():
+    durations = {0.4: "0 s", 59.6: "1 min 0 s", 83: "1 min 23 s", 3599: "59 min 59 s", 3661: "1 h 1 min"}
+    assert {seconds: report_text.duration(seconds) for seconds in durations} == durations
+    counts = {999: "999", 1000: "1 K", 29_600: "29.6 K", 1e6: "1 M", 1e9: "1 B", 6.24e9: "6.24 B"}
+    assert {number: report_text.count(number) for number in counts} == counts
+    assert compare.mean([1, 2, 6]) == 3 and compare.mean([1, None]) is None
+    assert (
+        compare.mean_interval([[1, 0, 2], [3, 2, 6]]) == [2, 1, 4] and compare.mean_interval([None, [1, 0, 2]]) is None
+    )

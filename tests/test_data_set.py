@@ -486,6 +486,27 @@ def test_a_change_of_rows_or_flags_is_noticed(golden, tokenizer, rows_path, cach
     assert len(os.listdir(cache)) == len(seen) + 1
 
 
+@pytest.mark.parametrize("vocab_size, name", [(1 << 16, "uint16"), ((1 << 16) + 1, "int32")])
+def test_the_smallest_type_that_holds_every_id(vocab_size, name):
+    """Ids begin at 0: 65536 of them fit into two bytes."""
+    encoding = Encoding(Columns(), SimpleNamespace(vocab_size=vocab_size), MODES["glm3"], 9, 9, False)
+    assert encoding.id_type == name
+
+
+def test_the_tokenizer_is_part_of_the_key(rows_path, tmp_path):
+    """Another vocabulary file gives other ids; the same bytes in another folder do not. So do the rows' files."""
+
+    def key(vocabulary, paths=(rows_path,), settings=("glm3", 3)):
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.model"
+        path.write_bytes(vocabulary)
+        return row_cache.cache_key(list(paths), SimpleNamespace(vocab_file=str(path)), list(settings))
+
+    assert key(b"a") == key(b"a") and len(key(b"a")) == 32
+    assert len({key(b"a"), key(b"b"), key(b""), key(b"a", [rows_path] * 2), key(b"a", settings=("glm3", 4))}) == 5
+    ab, c, a, bc = (write(tmp_path / name, text) for name, text in (("1", "ab"), ("2", "c"), ("3", "a"), ("4", "bc")))
+    assert key(b"a", [ab, c]) != key(b"a", [a, bc]), "where a file ends matters"
+
+
 def test_families_do_not_share_cached_rows(tokenizer, golden, rows_path):
     """glm2 and glm3 have the same vocabulary file."""
     keys = {

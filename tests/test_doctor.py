@@ -221,6 +221,8 @@ def test_memory_to_predict(here, monkeypatch):
         (doctor.Facts(), "1.4 MB to predict in fp32"),
         (doctor.Facts(cards=[CARD]), "698.5 KB to predict in bf16, and the tokens; 70.0 GB free"),
         (doctor.Facts(cards=[CARD._replace(capability=(7, 5))]), "in fp16"),
+        (doctor.Facts(cards=[CARD._replace(capability=(8, 0))]), "in bf16"),  # an A100
+        (doctor.Facts(cards=[CARD, CARD._replace(capability=(7, 5), free=2 * 10**9)]), "in fp16"),
     ):
         assert says in text_of(look(folder, facts=facts), "memory")
     monkeypatch.setattr(doctor, "memory", lambda: (1000, 1000))
@@ -308,6 +310,8 @@ def test_memory_limits(tmp_path):
     for line, files, limit in (
         ("0::/job/step", {"job/memory.max": "500", "job/step/memory.max": "max"}, 500),
         ("0::/not/seen/here", {"memory.max": "700"}, 700),
+        ("0::/job/step", {"job/memory.max": "900", "job/step/memory.max": "800"}, 800),
+        ("0::/job/step", {"job/memory.max": "600", "job/step/memory.max": "650"}, 600),
         ("9:cpu:/\n4:memory:/job", {"memory/job/memory.limit_in_bytes": "300"}, 300),
         ("0::/", {}, float("inf")),
     ):

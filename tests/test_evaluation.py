@@ -21,6 +21,13 @@ from round_trip import come_back
 from row_sets import RowSet, hold_out, mix
 
 
+@pytest.mark.parametrize("every, due", [(0, [3, 6, 9, 10]), (2, [2, 4, 6, 8, 10]), (3, [3, 6, 9, 10])])
+def test_when_it_is_time(every, due):
+    """At each epoch's end, or every so many updates; and always after the last one."""
+    evaluation = Evaluation(SimpleNamespace(eval_step=every), None, [], None, None, None, None, False)
+    assert [step for step in range(1, 11) if evaluation.is_due(step, step % 3 == 0, step == 10)] == due
+
+
 class Rows:
     """Stands for EncodedRows."""
 
@@ -46,6 +53,7 @@ def test_rows_are_chosen_and_joined():
     assert [rows.place(n) for n in (0, 3)] == ["a:3", "b:2"]
     assert rows.lengths.tolist() == [7, 5, 9, 9] and rows.num_labels.tolist() == [6, 4, 8, 8]
     assert rows.key == "a+b" and len(rows.bad_rows) == 2
+    assert RowSet([(a, []), (b, [1])]).lengths.tolist() == [9], "a part may be empty"
     with pytest.raises(IndexError):
         rows[4]
 
@@ -54,6 +62,11 @@ def test_rows_are_held_out():
     rows = Rows("a", range(2, 22))
     kept, held_out = hold_out(rows, 0.25, seed=3)
     assert len(held_out) == 5 and sorted([*kept.lengths, *held_out.lengths]) == list(range(2, 22))
+    for part in (kept, held_out):
+        assert part.lengths.tolist() == sorted(part.lengths), "in the files' order"
+        assert [rows.lengths[int(part[n][2:-1])] for n in range(len(part))] == part.lengths.tolist()
+    # Pinned: a run that goes on with another version must hold out the same rows.
+    assert held_out.lengths.tolist() == [4, 9, 15, 18, 19]
     again = hold_out(rows, 0.25, seed=3)
     assert again[1].lengths.tolist() == held_out.lengths.tolist() != hold_out(rows, 0.25, seed=4)[1].lengths.tolist()
     assert len(hold_out(rows, 0.001, seed=3)[1]) == 1
@@ -67,6 +80,7 @@ def test_general_rows_are_mixed_in():
     assert len(mixed) == 15 and mixed.lengths[:10].tolist() == list(range(2, 12))
     counts = [mixed.lengths.tolist().count(length) for length in (20, 21, 22)]
     assert sorted(counts) == [1, 2, 2], "each as often as the others, as far as it goes"
+    assert mixed.lengths[10:].tolist() == sorted(mixed.lengths[10:]), "in the files' order"
     assert len(mix(hold_out(rows, 0.2, 1)[0], others, 0.0, seed=1)) == 8
 
 
@@ -75,7 +89,10 @@ def test_general_rows_are_mixed_in():
 def test_perfect_answers_have_perfect_scores(mode, task, metric, tmp_path):
     """Kind: exact metrics are 0 for a perfect model of a family whose tokenizer folds marks."""
     tokenizer = MODES[mode].tokenizer_class.from_pretrained(GOLDEN_FOLDERS[mode])
-    texts = [{"query": "问", "answer": text} for text in ("发动机组（汽油）_部件故障_漏油：ＡＢ１２！", "水泵（前）_部件_开裂。")]
+    texts = [
+        {"query": "问", "answer": text}
+        for text in ("发动机组（汽油）_部件故障_漏油：ＡＢ１２！", "水泵（前）_部件_开裂。")
+    ]
     answers = [come_back(row["answer"], tokenizer, MODES[mode].prompt) for row in texts]
     values = {}
     for off in (False, True):

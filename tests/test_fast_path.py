@@ -9,6 +9,7 @@ from conftest import Golden
 from batches import collate
 from benchmarks.plain import pad, plain_loss, plain_settings
 from glm_common import loss as loss_module
+from glm_common.functions import MaskFromSeed, RMSNormOnCPU, SeededDropout
 from tuning import TRAIN_TYPES, checkpoint_layers
 
 MODES = ["glm", "glm2", "glm3"]
@@ -278,3 +279,178 @@ def test_flex_attention_sees_the_same(mode_name, kind, monkeypatch):
         assert masks and all(isinstance(mask, BlockMask) for mask in masks)
         masks.clear()
         model.config._attn_implementation = "sdpa"
+
+
+@pytest.mark.parametrize("p", [0.1, 0.25, 0.9])
+def test_dropout_of_lora(p):
+    """The gradient has the forward's mask; what is kept is 1 / (1 - p) as large, so that the mean stays; about p go."""
+    torch.manual_seed(3)
+    layer, hidden = SeededDropout(p).train(), torch.ones(101, 997, requires_grad=True)
+    output = layer(hidden)
+    output.sum().backward()
+    assert torch.equal(hidden.grad, output.detach())
+    values = output.detach().unique().tolist()
+    assert values == pytest.approx([0, 1 / (1 - p)])
+    assert (output == 0).float().mean().item() == pytest.approx(p, abs=0.006)
+    assert output.mean().item() == pytest.approx(1, abs=0.01 / (1 - p))
+    assert (output[:, 1:] == 0).ne(output[:, :-1] == 0).any() and not torch.equal(output[0], output[1])
+    with torch.no_grad():
+        other = layer(hidden)
+        assert not torch.equal(other, output), "each forward draws anew"
+        torch.manual_seed(3)
+        assert torch.equal(layer(hidden), output), "from torch's seed"
+        assert torch.equal(layer.eval()(hidden), hidden) and torch.equal(SeededDropout(0.0).train()(hidden), hidden)
+
+
+def test_dropout_by_autograd():
+    """Twice as much comes from outside: twice the gradient; no gradient for p and seed."""
+    hidden = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: MaskFromSeed.apply(x, 0.4, 17), (hidden,))
+    mask = MaskFromSeed.times_mask(torch.ones(5, 7, dtype=torch.float64), 0.4, 17)
+    torch.testing.assert_close(MaskFromSeed.apply(hidden, 0.4, 17), hidden * mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_norm_on_a_cpu(dtype):
+    """Against the formula x / sqrt(mean(x^2) + eps) * weight, and its gradients by autograd."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, 5, 8, dtype=torch.float64), 1 + 0.1 * torch.randn(8, dtype=torch.float64)
+    results = []
+    for norm in (
+        lambda x, w: RMSNormOnCPU.apply(x, w, 0.5),
+        lambda x, w: x * (x.square().mean(-1, keepdim=True) + 0.5).rsqrt() * w,
+    ):
+        kind = dtype if not results else torch.float64
+        x, w = (tensor.to(dtype).to(kind).requires_grad_() for tensor in (hidden, weight))
+        output = norm(x, w)
+        (output * torch.arange(80.0).view(2, 5, 8)).sum().backward()
+        results.append([tensor.double() for tensor in (output.detach(), x.grad, w.grad)])
+    tolerance = dict(rtol=1e-10, atol=1e-10) if dtype == torch.float64 else dict(rtol=0.02, atol=0.5)
+    for found, wanted in zip(*results):
+        torch.testing.assert_close(found, wanted, **tolerance)
+    frozen = torch.ones(8)
+    RMSNormOnCPU.apply(torch.randn(3, 8, requires_grad=True), frozen, 1e-5).sum().backward()
+    assert frozen.grad is None
+
+
+@pytest.mark.parametrize("mode_name", MODES)
+def test_flags_of_lora_reach_the_layers(mode_name):
+    """Kind: a flag that every fixture leaves at its default. Rank, alpha / rank, and the dropout of each layer."""
+    flags = dict(lora_dim=4, lora_alpha=10, lora_dropout=0.25, lora_module_name="query_key_value,dense_4h_to_h")
+    golden = Golden(mode_name)
+    model = TRAIN_TYPES["lora"].prepare(golden.model(), SimpleNamespace(**flags))
+    from peft.tuners.lora import LoraLayer
+
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    assert {name.rpartition(".")[2] for name in layers} == {"query_key_value", "dense_4h_to_h"}
+    assert len(layers) == 2 * golden.config().num_layers
+    for layer in layers.values():
+        assert layer.scaling == {"default": 2.5} and layer.r == {"default": 4}
+        assert {type(part) for part in layer.lora_dropout.values()} == {SeededDropout}
+        assert [part.p for part in layer.lora_dropout.values()] == [0.25]
+    config = model.peft_config["default"]
+    found = (config.r, config.lora_alpha, config.lora_dropout, config.bias, config.task_type)
+    assert found == (4, 10, 0.25, "none", "CAUSAL_LM")
+    trained = {name.split(".")[-3] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"lora_A", "lora_B"}
+
+
+@pytest.mark.parametrize("mode_name", MODES)
+def test_dropout_of_the_prefix(mode_name):
+    """The released prefix encoder drops a tenth while it trains, and nothing afterwards."""
+    golden = Golden(mode_name)
+    encoder = golden.prefix_model("prefix_embedding").transformer.prefix_encoder
+    torch.nn.init.constant_(encoder.embedding.weight, 1.0)
+    torch.manual_seed(0)
+    made = encoder.train()(64, torch.float32)
+    assert made.unique().tolist() == pytest.approx([0, 1 / 0.9])
+    assert (made == 0).float().mean().item() == pytest.approx(0.1, abs=0.01)
+    assert encoder.eval()(2, torch.float32).unique().tolist() == [1.0]
+
+
+def test_a_new_prefix_has_the_bounds_of_linear_layers():
+    """Uniform within +- 1 / sqrt(inputs), as torch makes them; the table is standard normal."""
+    from glm_common.prefix import PrefixEncoder
+
+    torch.manual_seed(0)
+    encoder = PrefixEncoder(64, 2, 2, 8, True, embedding_size=64, hidden_size=400)
+    encoder.reset_parameters()
+    for layer, inputs in ((encoder.trans[0], 64), (encoder.trans[2], 400)):
+        for parameter in (layer.weight, layer.bias):
+            most = parameter.abs().max().item()
+            assert 0.9 * inputs**-0.5 < most <= inputs**-0.5
+            assert parameter.min() < 0 < parameter.max()
+    assert encoder.embedding.weight.std().item() == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("mode_name, ratio, divisor, base", [("glm2", 16, 16, 1e4), ("glm3", 50, 1, 5e5)])
+def test_rope_ratio(mode_name, ratio, divisor, base):
+    """glm2 divides positions by it (ChatGLM2-6B-32k has 16), glm3 multiplies the base (ChatGLM3-6B-32k has 50)."""
+    from glm2.modeling_chatglm import rotary_angles
+
+    config = Golden(mode_name).config(rope_ratio=ratio)
+    positions = torch.tensor([[0, 1, 7, 300]])
+    cos, sin = rotary_angles(positions, config, torch.float64)
+    size = config.kv_channels // 2
+    wanted = torch.tensor([[p / divisor / base ** (2 * i / size) for i in range(size // 2)] for p in (0, 1, 7, 300)])
+    assert cos.shape == (1, 1, 4, size // 2)
+    torch.testing.assert_close(cos[0, 0], wanted.cos().double(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(sin[0, 0], wanted.sin().double(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "trains, num_rows, wanted",
+    [("hidden", 5, 5), ("weight", 5, 2), ("hidden", 1000, 23), ("no", 5, 5), ("hidden", 0.5, 1)],
+)
+def test_logits_that_exist_at_one_time(trains, num_rows, wanted, monkeypatch):
+    """MAX_LOGITS_BYTES of float32, a quarter of it where the output layer trains; the rows are shared out evenly."""
+    monkeypatch.setattr(loss_module, "MAX_LOGITS_BYTES", int(num_rows * 50 * 4))
+    shapes, empty = [], torch.empty
+    monkeypatch.setattr(loss_module.torch, "empty", lambda *size, **more: shapes.append(size) or empty(*size, **more))
+    hidden = torch.randn(23, 16).requires_grad_(trains == "hidden")
+    weight = torch.randn(50, 16).requires_grad_(trains == "weight")
+    loss_module.LinearCrossEntropy.apply(hidden, weight, torch.randint(50, (23,)), True)
+    assert shapes == [(wanted, 50)]
+
+
+def test_the_gradient_of_many_float16_rows_does_not_overflow():
+    """600 rows that all want the same token: their sum is beyond 65504, the mean is not."""
+    hidden = torch.full((600, 4), 200.0, dtype=torch.float16)
+    weight = torch.zeros(3, 4, dtype=torch.float16, requires_grad=True)
+    loss = loss_module.LinearCrossEntropy.apply(hidden, weight, torch.zeros(600, dtype=torch.long), True)
+    (loss / 600).backward()
+    assert loss.item() == pytest.approx(600 * 1.0986123, rel=1e-5)  # log 3
+    wanted = torch.tensor([-400 / 3, 200 / 3, 200 / 3])[:, None].expand(3, 4)
+    torch.testing.assert_close(weight.grad.float(), wanted, rtol=2e-3, atol=0)
+
+
+def test_targets_are_the_next_tokens():
+    """By hand: position n predicts token n + 1; what no label follows, and the last position, predict nothing."""
+    labels = torch.tensor([[-100, 3, -100, 5], [7, -100, -100, -100]])
+    assert loss_module.label_positions(labels).tolist() == [0, 2]
+    layer = loss_module.OutputLayer(2, 9)
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 4, 2)
+    rows = layer(hidden[0, [0, 2]])
+    wanted = torch.nn.functional.cross_entropy(rows, torch.tensor([3, 5]), reduction="sum")
+    for num_items, count in ((None, 2), (10, 10)):
+        found = loss_module.labelled_loss(hidden, labels, layer, num_items)
+        assert found.item() == pytest.approx(wanted.item() / count, rel=1e-6)
+
+
+def test_every_layer_is_recomputed_unless_an_interval_is_given():
+    _, model = build("glm3", "all")
+    checkpoint_layers(model)
+    layers = [module for module in model.modules() if type(module).__name__ == "GLMBlock"]
+    assert len(layers) > 1 and all(layer.gradient_checkpointing for layer in layers)
+
+
+def test_layers_above_trained_embeddings_are_recomputed():
+    """Where the embeddings alone train, gradients flow through every layer."""
+    model = TRAIN_TYPES["freeze"].prepare(Golden("glm3").model(), SimpleNamespace(freeze_module_name="embedding."))
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        "transformer.embedding.word_embeddings.weight"
+    ]
+    checkpoint_layers(model)
+    layers = [module for module in model.modules() if type(module).__name__ == "GLMBlock"]
+    assert all(layer.gradient_checkpointing for layer in layers)

@@ -1,5 +1,6 @@
 """Folders that are whole or absent: manifests, what a killed process leaves, what is kept, room."""
 
+import hashlib
 import json
 import os
 
@@ -26,6 +27,7 @@ def test_a_whole_folder(tmp_path):
     manifest = json.loads((tmp_path / "new" / "manifest.json").read_text())["files"]
     assert {name: entry["bytes"] for name, entry in manifest.items()} == {"a": 100, "inside/b": 100}
     assert folders.verify(str(tmp_path / "new")) == [] and folders.is_whole(str(tmp_path / "new"))
+    assert folders.files_in(str(tmp_path / "new")) == ["a", "inside/b"], "without the manifest"
 
 
 @pytest.mark.parametrize(
@@ -108,6 +110,23 @@ def test_the_newest_are_kept(tmp_path):
     assert folders.numbered(str(tmp_path / "absent"), "x") == []
 
 
+def test_only_folders_are_numbered(tmp_path):
+    for name in ("state-step-3", "state-step-12"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "state-step-7").write_text("a file")
+    assert folders.numbered(str(tmp_path), r"state-step-(\d+)") == ["state-step-12", "state-step-3"]
+
+
+def test_room_to_the_byte(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+    folders.require_space(str(tmp_path), 1000, "a state")
+    with pytest.raises(ValueError, match="a state takes about 1.0 KB, 1.0 KB are free"):
+        folders.require_space(str(tmp_path), 1001, "a state")
+    assert folders.size_text(999) == "999 bytes" and folders.size_text(1000) == "1.0 KB"
+
+
 def test_room(tmp_path):
     folders.require_space(str(tmp_path / "a" / "b"), 1, "a state")
     with pytest.raises(
@@ -116,3 +135,68 @@ def test_room(tmp_path):
         folders.require_space(str(tmp_path / "a" / "b"), 10**15, "a state")
     sizes = {5: "5 bytes", 16_200: "16.2 KB", 12_400_000_000: "12.4 GB", 10**15: "1000.0 TB"}
     assert {number: folders.size_text(number) for number in sizes} == sizes
+
+
+def test_a_file_that_is_not_as_it_was_written(tmp_path):
+    """A short, a long or a missing file: the folder does not get its name."""
+    for sizes, is_good in (
+        ({"a": 5}, True),
+        ({"a": 4}, False),
+        ({"a": 6}, False),
+        ({"a": 5, "b": 1}, False),
+        ({}, True),
+    ):
+        scratch = tmp_path / "new.partial"
+        scratch.mkdir(exist_ok=True)
+        (scratch / "a").write_bytes(b"12345")
+        if is_good:
+            folders.close_folder(str(scratch), str(tmp_path / "new"), sizes)
+        else:
+            with pytest.raises(OSError, match="[ab] is not as it was written"):
+                folders.close_folder(str(scratch), str(tmp_path / "new"), sizes)
+            assert os.listdir(tmp_path) == ["new.partial"]
+        folders.shutil.rmtree(tmp_path / "new", ignore_errors=True)
+
+
+def test_a_folder_without_a_manifest_is_not_whole(tmp_path):
+    (tmp_path / "a").write_text("x")
+    assert folders.verify(str(tmp_path)) == [] and not folders.is_whole(str(tmp_path))
+    assert not folders.is_whole(str(tmp_path / "absent"))
+
+
+def test_sizes_alone_are_looked_at_where_that_is_enough(tmp_path):
+    write(tmp_path / "new")
+    (tmp_path / "new" / "a").write_bytes(b"y" * 100)
+    assert folders.is_whole(str(tmp_path / "new"), full=False) and not folders.is_whole(str(tmp_path / "new"))
+    (tmp_path / "new" / "a").write_bytes(b"y")
+    assert not folders.is_whole(str(tmp_path / "new"), full=False)
+
+
+def test_files_can_be_read_by_those_who_may(tmp_path):
+    """safetensors makes files for their owner alone: they get the rights that the umask gives any other file."""
+    with folders.new_folder(str(tmp_path / "new")) as scratch:
+        for name in ("a", "inside/b"):
+            os.makedirs(os.path.dirname(os.path.join(scratch, name)), exist_ok=True)
+            os.close(os.open(os.path.join(scratch, name), os.O_CREAT | os.O_WRONLY, 0o600))
+    wanted = 0o666 & ~folders.UMASK
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "new").rglob("*") if path.is_file()} == {wanted}
+    assert wanted != 0o600
+
+
+def test_what_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
+    """Every file and folder is flushed, then the manifest, then the folder with its name; then it is renamed."""
+    calls, flush, rename = [], folders.flush_path, os.rename
+    monkeypatch.setattr(
+        folders, "flush_path", lambda path: calls.append(os.path.relpath(path, tmp_path)) or flush(path)
+    )
+    monkeypatch.setattr(folders, "reached", lambda point: calls.append(point))
+    monkeypatch.setattr(folders.os, "rename", lambda *paths: calls.append("rename") or rename(*paths))
+    write(tmp_path / "new")
+    start, end = calls.index("before the manifest"), calls.index("before the rename")
+    assert {"new.partial/a", "new.partial/inside/b", "new.partial/inside", "new.partial"} == set(calls[:start])
+    assert calls[start + 1 : end] == ["new.partial/manifest.json", "new.partial"]
+    assert calls[end + 1 :] == ["rename", ".", "after the rename"]
+    entries = json.loads((tmp_path / "new" / "manifest.json").read_text())["files"]
+    assert entries["a"] == {"bytes": 100, "sha256": hashlib.sha256(b"x" * 100).hexdigest()}
+    write(tmp_path / "new", b"y")
+    assert os.listdir(tmp_path) == ["new"] and (tmp_path / "new" / "a").read_bytes() == b"y"

@@ -112,4 +112,63 @@ def test_rows_and_module_are_named(monkeypatch):
 
 def test_few_rows_are_named():
     assert guard.name_rows(["a", "b"]) == "a, b"
+    assert guard.name_rows([str(n) for n in range(8)]) == "0, 1, 2, 3, 4, 5, 6, 7"
     assert guard.name_rows([str(n) for n in range(12)]) == "0, 1, 2, 3, 4, 5, 6, 7 and 4 more"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_bad_weight_is_found_in_this_ranks_part(value):
+    """Under ZeRO-3 the parameter itself is empty: what this rank holds is beside it."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    assert guard.bad_weight(model) is None
+    split = model[1].weight
+    split.ds_tensor = torch.tensor([1.0, 1.0])
+    assert guard.bad_weight(model) is None
+    split.ds_tensor[1] = value
+    assert guard.bad_weight(model) == "1.weight"
+    with torch.no_grad():
+        model[0].bias[1] = value
+    assert guard.bad_weight(model) == "0.bias"
+
+
+def test_what_is_far_above_the_usual_loss():
+    """Both measures count: six deviations and half as much again; at most so, it is none, and becomes usual."""
+    for variance, loss, is_spike in (
+        (0.0, 3.0, False),
+        (0.01, 3.01, True),
+        (0.01, 2.99, False),
+        (0.25, 4.9, False),
+        (0.25, 5.1, True),
+    ):
+        usual = guard.UsualLoss(count=50, mean=2.0, variance=variance)
+        assert usual.is_spike(loss) == is_spike
+        assert (usual.count, usual.mean) == ((50, 2.0) if is_spike else (51, pytest.approx(2 + 0.02 * (loss - 2))))
+    for count, is_spike in ((19, False), (20, True)):
+        assert guard.UsualLoss(count=count, mean=2.0).is_spike(9.0) == is_spike
+    usual = guard.UsualLoss()
+    for loss in (3.0, 5.0, 4.0):  # few: their plain mean and variance
+        usual.is_spike(loss)
+    assert (usual.count, usual.mean, usual.variance) == (3, 4.0, pytest.approx(2 / 3))
+
+
+class Odd(torch.nn.Module):
+    """Modules whose outputs are pairs, None and whole numbers; all are finite, the loss is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = torch.nn.Identity()
+        self.part.forward = lambda hidden: (hidden, None, torch.ones(2, dtype=torch.long))
+
+    def forward(self, input_ids, num_items_in_batch, **batch):
+        hidden, *_ = self.part(input_ids.float())
+        return SimpleNamespace(loss=hidden.sum() * float("inf"))
+
+
+def test_a_loss_that_no_module_explains(monkeypatch):
+    """Only the rows are named then."""
+    monkeypatch.setattr(guard, "gather", lambda value: [value])
+    rows = Rows({"input_ids": [5, 6], "num_unlabelled": 1} for _ in range(3))
+    with pytest.raises(BadNumbers) as error:
+        guard.explain_bad_loss(Odd(), Update([[0, 2]], [0, 2], 2), rows, 7, 9, torch.device("cpu"), "fp32")
+    said = "rows rows.json:1, rows.json:3: lower --learning_rate, or look at these rows"
+    assert str(error.value) == f"step 7: the loss is not finite, the update was not applied; {said}"

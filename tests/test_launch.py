@@ -218,7 +218,7 @@ def test_packing_takes_the_same_steps(tmp_path):
 
 
 def test_a_run_that_cannot_train_says_so(tmp_path):
-    """A base with a NaN: the run ends at its first step and says where the NaN is."""
+    """A base whose numbers overflow: the run ends at its first step and says where they do."""
     import shutil
 
     from safetensors.torch import save_file
@@ -228,11 +228,11 @@ def test_a_run_that_cannot_train_says_so(tmp_path):
     shutil.copytree(
         GOLDEN_FOLDERS["glm3"], tmp_path / "base", ignore=shutil.ignore_patterns("*.bin", "*.index.json", "golden*")
     )
-    state = MODES["glm3"].model_class.from_pretrained(GOLDEN_FOLDERS["glm3"]).state_dict()
-    state["transformer.encoder.layers.0.mlp.dense_4h_to_h.weight"][0, 0] = math.nan
+    state = MODES["glm3"].model_class.from_pretrained(GOLDEN_FOLDERS["glm3"]).float().state_dict()
+    state["transformer.encoder.layers.0.mlp.dense_4h_to_h.weight"].fill_(3e38)
     save_file(state, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     process = run_command("python train.py --train_path rows.json --model_name_or_path base --output_dir out", tmp_path)
     assert process.returncode == 3 and "Traceback" not in process.stderr
     assert "step 1: the loss is not finite, the update was not applied; rows rows.json:" in process.stderr
-    assert "transformer.encoder.layers.0.mlp.dense_4h_to_h; the weight " in process.stderr
+    assert "transformer.encoder.layers.0.mlp.dense_4h_to_h" in process.stderr
     assert not list((tmp_path / "out").glob("epoch*")) and not (tmp_path / "out" / "train_log.jsonl").exists()

@@ -319,3 +319,35 @@ def test_hub_name_is_read_from_the_hub_cache(golden, tmp_path, monkeypatch):
     assert check_weights(resolve_folder("THUDM/some-model"), golden.mode, golden.config())
     with pytest.raises(ValueError, match="THUDM/other: cannot be fetched from the hub"):
         resolve_folder("THUDM/other")
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("mode_name", ["glm2", "glm3"])
+@torch.no_grad()
+def test_dropout_of_attention(mode_name, implementation):
+    """config.json's attention_dropout: in training alone, and drawn anew each time; no release has it."""
+    from conftest import Golden
+
+    golden = Golden(mode_name)
+    ids = golden.tensors["one.input_ids"]
+    plain = golden.model(attn_implementation=implementation)(ids).logits
+    model = golden.model(attn_implementation=implementation, attention_dropout=0.5)
+    assert torch.equal(model(ids).logits, plain)
+    torch.manual_seed(0)
+    first, second = (model.train()(ids).logits for _ in range(2))
+    assert largest(first - plain) > 0.01 and largest(first - second) > 0.01
+
+
+def test_each_row_has_its_own_dropout_of_the_prefix():
+    """Without a cache as many draws as rows; with one a single prefix, made once, that all rows share."""
+    from types import SimpleNamespace
+
+    from conftest import Golden
+
+    model = Golden("glm3").prefix_model("prefix_embedding").train().transformer
+    prefix = model.prefix_keys_values(3, None, torch.float32)
+    assert prefix.shape[1] == 3 and not torch.equal(prefix[:, 0], prefix[:, 1])
+    cache = SimpleNamespace()
+    prefix = model.prefix_keys_values(3, cache, torch.float32)
+    assert torch.equal(prefix[:, 0], prefix[:, 2]) and cache.prefix_keys_values.shape[1] == 1
+    assert torch.equal(model.prefix_keys_values(2, cache, torch.float32)[:, 1], prefix[:, 0])

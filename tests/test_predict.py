@@ -58,7 +58,6 @@ def test_a_batch_answers_like_single_rows(golden, tmp_path):
     assert single == batch
     assert [line["index"] for line in batch] == list(range(5))
     assert set(batch[0]) == {"index", "query", "output", "prediction", "stopped", "cut", "empty", "repeated"}
-    assert all(line["cut"] != line["stopped"] for line in batch)
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -144,7 +143,7 @@ def test_an_interrupted_run_is_gone_on_with(tmp_path, monkeypatch, capsys):
     assert answers(model, rows, output, "--batch_size", "2") == whole
     assert asked[4:] == [2, 1], "three rows were left"
     text = capsys.readouterr().out
-    assert "2 of 5 rows are answered already" in text and "cut at --max_new_tokens 8" in text
+    assert "2 of 5 rows are answered already" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p.jsonl", "rows.json", "whole.jsonl"]
 
 
@@ -156,6 +155,13 @@ def test_an_interrupted_run_is_gone_on_with(tmp_path, monkeypatch, capsys):
         ("好" * 19, False),
         ("一二三四五六七八九十" * 3, False),
         ("", False),
+        ("一二三四五六七" * 3, False),  # of twenty characters and more, but three times
+        ("abcdefghi " * 4, True),  # its last character may have been a blank
+        (("abcdefghi " * 4)[:-2], False),
+        ("一二三四五 " * 4, True),
+        ("一二三四 " * 4, False),  # nineteen characters
+        ("".join(map(chr, range(0x4E00, 0x4E00 + 100))) * 4, True),
+        ("".join(map(chr, range(0x4E00, 0x4E00 + 101))) * 4, False),
     ],
 )
 def test_loops_are_found(text, is_loop):
@@ -175,3 +181,153 @@ def test_two_processes_answer_like_one(tmp_path):
     check_done(process)
     assert [json.loads(line) for line in (tmp_path / "two.jsonl").read_text(encoding="utf-8").splitlines()] == alone
     assert not list(tmp_path.glob("*.partial"))
+
+
+class Planned:
+    """Stands for a model: answers with the ids that it was given, and keeps what it was asked."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, new_ids):
+        self.new_ids, self.asked = torch.tensor(new_ids), None
+
+    def generate(self, input_ids, **asked):
+        self.asked = {"input_ids": input_ids, **asked}
+        return torch.cat([input_ids.repeat_interleave(len(self.new_ids) // len(input_ids), dim=0), self.new_ids], dim=1)
+
+
+def answerer(model, *flags):
+    """An Answerer of glm3 with flags of predict.py."""
+    from arguments import predict_parser
+    from modes import MODES
+
+    mode = MODES["glm3"]
+    tokenizer = mode.tokenizer_class.from_pretrained(GOLDEN_FOLDERS["glm3"])
+    args = predict_parser().parse_args(["--model_path", "x", "--prompt", "x", "--max_src_len", "64", *flags])
+    return predict.Answerer(model, tokenizer, mode.prompt, args)
+
+
+def test_where_an_answer_ends():
+    """An answer is its text up to the first id that ends it, and stopped; without one it is cut at its last id.
+
+    Kind: a test that holds whatever the values are, such as that cut is the opposite of stopped.
+    """
+    tokenizer = answerer(None).tokenizer
+    a, b = (tokenizer.encode_text(text) for text in ("水温高", "风扇"))
+    user, end, pad = tokenizer.get_command("<|user|>"), tokenizer.get_command("</s>"), tokenizer.pad_token_id
+    length = 1 + max(len(a), len(b))
+    new_ids = [
+        [*a, end] + [pad] * (length - len(a) - 1),
+        ([*b] * length)[:length],
+        [user] + [*b, *[pad] * length][: length - 1],
+        ([*a, user] + [end] * length)[:length],
+    ]
+    model = Planned(new_ids)
+    answer = answerer(model, "--num_return_sequences", "2", "--do_sample")
+    first, second = answer([([5, 6, 7], 4), ([8], 0)])
+    cut = tokenizer.decode_text(([*b] * length)[:length]).strip()
+    assert first == {"predictions": ["水温高", cut], "stopped": [True, False], "source_cut": 4}
+    assert second == {"predictions": ["", "水温高"], "stopped": [True, True], "source_cut": 0}
+    assert model.asked["input_ids"].tolist() == [[5, 6, 7], [pad, pad, 8]]
+    assert model.asked["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    line = predict.output_row(3, {"query": "问", "answer": "答"}, first)
+    assert (line["stopped"], line["cut"], line["empty"]) == ([True, False], [False, True], [False, False])
+    assert (line["index"], line["source_tokens_cut"], line["predictions"]) == (3, 4, ["水温高", cut])
+    line = predict.output_row(
+        0, {"query": "问", "answer": None}, {"predictions": [" "], "stopped": [False], "source_cut": 0}
+    )
+    assert line == {
+        "index": 0,
+        "query": "问",
+        "prediction": " ",
+        "stopped": False,
+        "cut": True,
+        "empty": True,
+        "repeated": False,
+    }
+
+
+def test_every_decoding_flag_reaches_generate():
+    """Kind: a flag that is taken and not obeyed. Greedy search has none of the three of sampling."""
+    usual = ["--max_new_tokens", "9", "--repetition_penalty", "1.25"]
+    sampling = ["--do_sample", "--temperature", "0.7", "--top_p", "0.6", "--top_k", "11"]
+    stop = answerer(None).tokenizer.get_command("</s>")
+    for flags, wanted, is_ours in (
+        ([], {"num_beams": 1, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}, True),
+        (sampling, {"do_sample": True, "temperature": 0.7, "top_p": 0.6, "top_k": 11}, True),
+        (["--num_beams", "3", "--num_return_sequences", "1"], {"num_beams": 3, "num_return_sequences": 1}, False),
+    ):
+        model = Planned([[stop]])
+        answerer(model, *usual, *flags)([([5], 0)])
+        settings = model.asked["generation_config"]
+        wanted |= {"max_new_tokens": 9, "repetition_penalty": 1.25, "pad_token_id": 0}
+        assert {name: getattr(settings, name) for name in wanted} == wanted
+        assert settings.eos_token_id[0] == stop and len(settings.eos_token_id) == 3
+        assert (model.asked["custom_generate"] is predict_decode()) == is_ours and model.asked["synced_gpus"] is False
+
+
+def predict_decode():
+    from glm_common.decoding import decode
+
+    return decode
+
+
+# Flags that may differ between an interrupted run and the one that goes on with its answers.
+FREE = "test_path output_path overwrite batch_size batch_tokens local_rank device prompt allow_other_base".split()
+
+
+def test_what_an_interrupted_run_may_change(tmp_path):
+    """Kind: a list of exceptions that one more would not show. Every other flag, the rows and the files decide."""
+    from argparse import Namespace
+
+    from arguments import predict_parser
+
+    args = vars(predict_parser().parse_args(["--model_path", "x", "--prompt", "x"]))
+    assert set(FREE) < set(args)
+    folders = Namespace(folder=str(tmp_path / "a"), base_folder=str(tmp_path / "b"))
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text("xx")
+    rows = [{"query": "问", "answer": "答"}]
+
+    def key(rows=rows, precision="fp32", **changes):
+        return predict.key_of(Namespace(**{**args, **changes}), folders, rows, precision)
+
+    first = key()
+    for name in args:
+        if name != "precision":
+            assert (key(**{name: "another"}) == first) == (name in FREE), name
+    assert first not in (key(precision="bf16"), key(rows * 2), key([{**rows[0], "answer": None}]))
+    for name in "ab":
+        before = key()
+        (tmp_path / name / "weights").write_text("xxx")
+        assert key() != before
+
+
+def test_a_merged_model_that_answers_otherwise_is_not_saved():
+    """A thousandth of the largest logit, or of 1 where that is smaller; what is not finite is no agreement."""
+    base, adapter = torch.tensor([[0.0, 1.0]]), torch.tensor([[2.0, -40.0]])
+    check = merge_lora.compare(base, adapter, adapter + 0.039, adapter - 0.5)
+    found = [check[name] for name in ("max_difference", "max_difference_saved", "adapter_effect", "max_logit")]
+    assert found == pytest.approx([0.039, 0.5, 41, 40], rel=1e-3)
+    small = torch.tensor([0.5, -0.25])
+    merge_lora.compare(small, small, small + 0.0009, small)
+    for adapted, merged in ((adapter, adapter + 0.041), (small, small - 0.0011), (small, small * float("nan"))):
+        with pytest.raises(ValueError, match="merged logits differ from the adapter's by .*: nothing was saved"):
+            merge_lora.compare(base, adapted, merged, adapted)
+
+
+def test_the_rates_are_of_all_answers():
+    """By hand: of four answers in three rows three stopped, one was cut and is empty, another one is a loop."""
+    row = {"query": "问", "answer": None}
+    lines = [
+        predict.output_row(0, row, {"predictions": ["水", " "], "stopped": [True, False], "source_cut": 5}),
+        predict.output_row(1, row, {"predictions": ["好" * 20], "stopped": [True], "source_cut": 0}),
+        predict.output_row(2, row, {"predictions": ["风"], "stopped": [True], "source_cut": 12}),
+    ]
+    said = "75.0% stopped by themselves, 25.0% cut at --max_new_tokens 7, 25.0% empty, 25.0% end in a loop"
+    assert predict.describe_answers(lines, 7) == f"answers: {said}"
+    assert predict.describe_answers([], 7).startswith("answers: 0.0% stopped")
+    said = "cut 2 of 3 at --max_src_len 64: 17 tokens lost, 12 of the longest (source_tokens_cut)"
+    assert predict.describe_cut_questions(lines, 64) == f"questions: {said}"
+    assert predict.describe_cut_questions(lines[1:2], 64) == "questions: none was cut at --max_src_len 64"

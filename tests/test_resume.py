@@ -208,3 +208,94 @@ def test_random_states_come_back(tmp_path):
     resume.set_random_states(resume.load_tensors(str(tmp_path / "rank-0.pt")))
     again = torch.rand(3), random.random(), numpy.random.rand()
     assert torch.equal(drawn[0], again[0]) and drawn[1:] == again[1:]
+
+
+def test_which_flags_are_compared(golden):
+    """Kind: a list of exceptions that one more would not show. What is not on this list must be as it was."""
+    import train_arguments
+
+    words = ["--train_path", "x", "--model_name_or_path", golden.folder, "--output_dir", "y"]
+    args = train_arguments.train_parser().parse_args(words)
+    free = "output_dir resume save_model_step save_state_step save_total_limit show_loss_step step_timeout local_rank"
+    free += " num_proc train_path model_name_or_path ds_file device precision optimizer per_device_train_batch_size"
+    free += " gradient_accumulation_steps eval_path eval_step eval_generate eval_max_new_tokens task replay_path"
+    free += " metric_for_best_model early_stopping_patience"
+    ds = {"zero_optimization": {"stage": 2}}
+
+    def of(**changes):
+        more = {**vars(args), **changes}
+        return resume.fingerprint(type(args)(**more), golden.folder, "k", "fp32", "AdamW", torch.device("cpu"), ds)
+
+    first = of()
+    for name in vars(args):
+        lines = resume.differences(first, of(**{name: "another"}))
+        assert bool(lines) == (name not in free.split()), name
+    assert (first["--precision"], first["--device"], first["--optimizer"]) == ("fp32", "cpu", "AdamW")
+    assert len(first["base weights"]) == len(set(first["base weights"])) > 1
+
+
+def test_a_state_needs_the_files_of_every_process(tmp_path):
+    """Two processes: two parts of the optimizer and two random states, or the state does not get its name."""
+    sizes = {f"deepspeed/zero_{n}_optim_states.pt": 3 for n in range(2)} | {f"rank-{n}.pt": 2 for n in range(2)}
+    info = {"world_size": 2, "progress": {"step": 3}}
+
+    def scratch():
+        folder = tmp_path / "state-step-3.partial"
+        (folder / "deepspeed").mkdir(parents=True, exist_ok=True)
+        for name, size in sizes.items():
+            (folder / name).write_bytes(b"x" * size)
+
+    for missing in sizes:
+        scratch()
+        with pytest.raises(AssertionError, match="files of a state are missing"):
+            resume.close_state(str(tmp_path / "state-step-3"), info, {n: s for n, s in sizes.items() if n != missing})
+    for world in (1, 3):
+        with pytest.raises(AssertionError, match="files of a state are missing"):
+            resume.close_state(str(tmp_path / "state-step-3"), {**info, "world_size": world}, sizes)
+    assert os.listdir(tmp_path) == ["state-step-3.partial"]
+    resume.close_state(str(tmp_path / "state-step-3"), info, sizes)
+    assert os.listdir(tmp_path) == ["state-step-3"] and folders.is_whole(str(tmp_path / "state-step-3"))
+    assert json.loads((tmp_path / "state-step-3" / "state.json").read_text()) == info
+
+
+def test_what_is_mended_in_a_converted_state():
+    """Each parameter counts its own steps, each group has its decay, and the rate is that of the schedule."""
+    from types import SimpleNamespace
+
+    shared = torch.tensor(7.0)
+    states = {n: {"step": shared, "exp_avg": torch.zeros(1)} for n in range(3)} | {3: {}}
+    groups = [{"lr": 1.0, "weight_decay": 0.5}, {"lr": 1.0, "weight_decay": 0.5}]
+    optimizer = SimpleNamespace(optimizer=SimpleNamespace(state=states), param_groups=groups)
+    engine = SimpleNamespace(optimizer=optimizer, lr_scheduler=SimpleNamespace(get_last_lr=lambda: [0.25, 0.125]))
+    resume.mend_converted(engine, [0.1, 0.0])
+    assert groups == [{"lr": 0.25, "weight_decay": 0.1}, {"lr": 0.125, "weight_decay": 0.0}]
+    for number in range(3):
+        states[number]["step"] += 1
+    assert [state["step"].item() for state in states.values() if state] == [8, 8, 8] and shared.item() == 7
+
+
+def test_the_kinds_of_values_in_a_state():
+    """A number for a number, a whole one for a whole one, what may be absent as a number or null."""
+    cases = [(1, 1.5, True), (1.5, 1, False), (True, 1, False), (1, True, False), (None, None, True), (2, None, True)]
+    cases += [("x", None, False), (True, None, False), (None, 1, False), ("x", "", True), ({}, {"a": 1}, True)]
+    cases += [({"a": 2}, {"a": 1}, True), ({"b": 2}, {"a": 1}, False), ({"a": "x"}, {"a": 1}, False), (1, {}, False)]
+    for value, new, is_like in cases:
+        assert resume.is_like(value, new) == is_like, (value, new)
+
+
+def test_random_states_of_a_gpu(monkeypatch):
+    """Kept and set where there is one; a state that was saved without one is taken as well."""
+    assert "cuda" not in resume.random_states() or torch.cuda.is_available()
+    state, given = torch.tensor([3, 1], dtype=torch.uint8), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: state)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", given.append)
+    states = resume.random_states()
+    assert states["cuda"] is state
+    resume.set_random_states(states)
+    assert len(given) == 1 and given[0] is state
+    del states["cuda"]
+    resume.set_random_states(states)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    resume.set_random_states({**states, "cuda": state})
+    assert len(given) == 1

@@ -128,6 +128,8 @@ def test_macro_f1_by_hand():
         (" 制动组\n", "制动组。", True),
         ("制动组。 ", "制动组", True),
         ("brakes..", "brakes", True),
+        ("制动组．", "制动组", True),
+        ("制动组．。 .", "制动组", True),
         ("Brakes", "brakes", False),
         ("制动组！", "制动组", False),
         ("答案：制动组", "制动组", False),
@@ -397,3 +399,81 @@ def test_what_cannot_be_scored_is_refused(arguments, message, tmp_path, capsys):
     assert (stopped.value.code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("score.py: error: " + message.replace("{file}", path))
     assert [entry.name for entry in tmp_path.iterdir()] == ["p.jsonl"]
+
+
+def test_macro_f1_of_resamples_without_a_label():
+    """Every prediction is right, so every resample has 100: the labels that it lacks count in no way."""
+    labels = list("甲乙丙丁戊")
+    rows = score.score_rows(labels, labels, "classification")["rows"]
+    found = bootstrap.resampled(rows, LABELS, 200, seed=3)
+    assert found["macro_f1"].tolist() == found["accuracy"].tolist() == [100] * 200
+    # 甲 twice and both right, 乙 once and wrong (its prediction is 甲), 丙 not drawn: (2 x 2 / (2 + 3) + 0) / 2
+    rows = score.score_rows(["甲", "甲", "丙"], ["甲", "乙", "丙"], "classification")["rows"]
+    sums = metrics.sums_of(metrics.columns_of(rows), numpy.array([[2.0, 1, 0], [1, 1, 1], [0, 0, 3]]))
+    assert metrics.macro_f1(sums).tolist() == pytest.approx([100 * 0.8 / 2, 100 * (2 / 3 + 0 + 1) / 3, 100])
+
+
+def test_a_percentile_by_hand():
+    """The middle 95 % of 0 to 200 is 5 to 195; what has no value does not count."""
+    values = numpy.array([float("nan"), *range(201)])
+    assert bootstrap.middle(values) == [5, 195] and bootstrap.middle(values[:1]) is None
+    assert bootstrap.weighted_mean([1, 2, 6], [1, 1, 2])[0] == 15 / 4
+    assert bootstrap.weighted_mean([3.5])[1:] == [None, None]
+    low, high = bootstrap.weighted_mean([0, 10] * 200, num_resamples=2000)[1:]
+    assert low == pytest.approx(5 - 0.49, abs=0.06) and high == pytest.approx(5 + 0.49, abs=0.06)  # 1.96 x 5 / 20
+
+
+@pytest.mark.parametrize(
+    "first, second, is_one",
+    [
+        ("一二三四五六七八九十", "一二三四五六七八九甲", True),  # 2 x 9 / 20 is 0.9, which is enough
+        ("一二三四五六七八九十", "一二三四五六七八甲乙", False),
+        ("一二三四五六七八九", "一二三四五六七八九十子", True),  # 18 / 20, though one is longer
+        ("一二三四五六七八九", "一二三四五六七八九十子丑", False),
+        ("一二三四五六七八甲", "一二三四五六七八九十子", False),
+    ],
+)
+def test_the_overlap_from_which_two_questions_are_one(first, second, is_one):
+    for pair in ((first, second), (second, first)):
+        assert metrics.is_near_duplicate(*map(list, pair)) == is_one
+        assert metrics.score_questions(list(pair))["num_repeated"] == is_one
+
+
+@pytest.mark.parametrize("length, is_long", [(64, False), (65, True)])
+def test_the_length_from_which_a_question_is_overlong(length, is_long):
+    assert metrics.score_questions([" " + "问" * length + "\n"])["num_overlong"] == is_long
+
+
+def test_the_empty_label_is_no_label():
+    """A prediction that is empty is another word even where a reference is empty: it is never right."""
+    result = score.score_rows(["", "。", "甲", "", "乙"], ["", "甲", "", "甲", "乙"], "classification")
+    table = metrics.confusion_of(result["rows"])
+    assert table == {
+        "labels": ["", "甲", "乙"],
+        "counts": {"": {"甲": 1}, "甲": {}, "乙": {"乙": 1}},
+        "other": {"": 1, "甲": 2},
+    }
+    assert result["accuracy"] == 20 and result["macro_f1"] == pytest.approx(100 / 3)
+
+
+def test_usual_numbers_of_resamples():
+    """A thousand, where nothing is said; two rows are enough for an interval, one is not."""
+    rows = mixed_rows(random.Random(4), 12)
+    assert bootstrap.intervals(rows, LABELS) == bootstrap.intervals(rows, LABELS, 1000, 1234)
+    assert bootstrap.differences(rows, rows[::-1], LABELS) == bootstrap.differences(rows, rows[::-1], LABELS, 1000)
+    assert bootstrap.weighted_mean([1, 2], num_resamples=200)[1:] == [1, 2]
+    assert bootstrap.intervals(rows[:1], ["f1"]) == {"f1": None} != bootstrap.intervals(rows[:2], ["accuracy"])
+
+
+def test_full_stops_of_a_label_that_is_not_folded():
+    """With --no_normalize the full-width one is still there."""
+    for text in ("制动组．", "制动组。", "制动组.", " 制动组 ．。.\n"):
+        assert metrics.clean_label(text) == "制动组"
+    result = score.score_rows(["制动组．"], ["制动组"], "classification", normalize=False)
+    assert result["accuracy"] == 100
+
+
+def test_from_two_questions_on_they_are_several():
+    for number in (1, 2, 3):
+        row = metrics.score_questions([f"第{n}个部件在哪里" for n in "一二三"[:number]])
+        assert (row["num_questions"], row["has_several"]) == (number, int(number > 1))

@@ -120,3 +120,36 @@ def test_answers_hold_no_control_tokens(golden, tokenizer):
     text = tokenizer.encode_text("水泵")
     control = [tokenizer.get_command(name) for name in golden.values["special"]]
     assert tokenizer.decode_text(control[:2] + text + control) == "水泵"
+
+
+STOPS = {"glm": ["<eop>"], "glm2": ["</s>"], "glm3": ["</s>", "<|user|>", "<|observation|>"]}
+STOP_IDS = {"glm2": [2]}  # those of the releases that a small tokenizer shares
+
+
+def test_what_ends_an_answer(golden, tokenizer):
+    """Kind: a list that the code and its test both take from the prompt. glm3's next turn ends an answer, too."""
+    ids = golden.mode.prompt.stop_ids(tokenizer)
+    assert [tokenizer.convert_ids_to_tokens(token_id) for token_id in ids] == STOPS[golden.mode.name]
+    assert ids == STOP_IDS.get(golden.mode.name, ids) and len(set(ids)) == len(ids)
+
+
+WINDOWS = {"glm": 2048, "glm2": 32768, "glm3": 8192}
+
+
+def test_the_window_of_a_release(golden):
+    """Where config.json does not say it: ChatGLM3-6B's is its own, not glm2's."""
+    assert golden.mode.config_class().window == WINDOWS[golden.mode.name]
+
+
+def test_what_just_fits_stays():
+    """To the id: turns, and the question; of a longer one the closing ids stay."""
+    from glm_common.prompt import cut_question, fit_turns
+
+    for room, turns in ((9, [1, 2, 3]), (8, [2, 3]), (6, [2, 3]), (5, [3]), (2, []), (None, [1, 2, 3])):
+        assert fit_turns(lambda left: [turn for turn in left for _ in range(3)], [1, 2, 3], room) == [
+            turn for turn in turns for _ in range(3)
+        ]
+    ids = list(range(10))
+    assert cut_question(ids, None, 2) == cut_question(ids, 10, 2) == (ids, 0)
+    assert cut_question(ids, 9, 2) == ([0, 1, 2, 3, 4, 5, 6, 8, 9], 1)
+    assert cut_question(ids, 3, 2) == ([0, 8, 9], 7) and cut_question(ids, 4, 0) == ([0, 1, 2, 3], 6)
