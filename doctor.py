@@ -8,116 +8,55 @@ Each line has a mark: ok, note (worth knowing), BAD (will fail, and how to mend 
 is BAD. Nothing is fetched, and nothing is written but, with --full, the compiled optimizer in its cache.
 """
 
-import entry  # first: Ctrl-C is heard while the others are imported
+from runtime import entry  # first: Ctrl-C is heard while the others are imported
 
-import contextlib
-import functools
+# isort: split
+
 import glob
 import importlib
 import importlib.metadata
-import io
-import math
 import os
-import pathlib
 import platform
 import re
 import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 import textwrap
 import time
-import warnings
-from collections import namedtuple
-from dataclasses import dataclass, field
 
-import weights
-from arguments import columns_of, parse_doctor, place_problem
-from bases import require_own_base
-from checkpoint import RUN_FILE, look_into, open_checkpoint
-from data_set import read_rows
-from exits import UserError
-from folders import MANIFEST, PARTIAL, REPLACED, size_text, verify
-from modes import read_json
-from optimizer import cpu_adam_problem
-from round_trip import describe, send_through
-from row_cache import cache_folder
-from foreign import holds_adapter
-from state_checks import state_problems
-from trained_weights import check_trained, trained_tensors
-from utils import prepare_environment, visible
-
-OK, NOTE, BAD = "ok", "note", "BAD"
-INSTALL = "pip install -r requirements.txt"
-REQUIREMENTS = pathlib.Path(__file__).resolve().parent / "requirements.txt"
-# What training and prediction import, deep enough for a broken installation to show.
-IMPORTS = {
-    **{name: name for name in ("torch", "peft", "deepspeed", "sentencepiece", "numpy")},
-    "transformers": "transformers.modeling_utils",
-    "safetensors": "safetensors.torch",
-}
-BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-DTYPES = {"F16": "fp16", "float16": "fp16", "BF16": "bf16", "bfloat16": "bf16", "F32": "fp32", "float32": "fp32"}
-STALE_SECONDS = 600  # no build of one op takes longer
-
-
-def attempt(name, function, *values):
-    """The line of a check, (mark, name, text): what the function returns, or BAD and the reason."""
-    try:
-        return OK, name, function(*values)
-    except Exception as error:  # broken files and libraries fail in many ways, and telling is what we are here for
-        text = " ".join(str(error).split())[:400]
-        # Our own messages are UserErrors written for users.
-        return BAD, name, text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
-
-
-@contextlib.contextmanager
-def quiet():
-    """Without what libraries print and warn. stderr stays: DeepSpeed hands it to compilers as a file."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
-
-
-def output_of(*command):
-    """(exit code, output) of a program; (None, "") where it is missing or hangs."""
-    try:
-        process = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None, ""
-    return process.returncode, process.stdout.strip() or process.stderr.strip()
-
-
-def installed(name):
-    """Version of a package, None where it is missing."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def numbers(version):
-    """'2.13.0+cpu' -> (2, 13, 0)."""
-    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
-
-
-def older(name, version):
-    """Is a package there, and older than this?"""
-    return installed(name) is not None and numbers(installed(name)) < numbers(version)
-
+from checkpoints.foreign import holds_adapter
+from checkpoints.inspection import STALE_SECONDS, broken_lines, folder_lines, open_folder
+from checkpoints.opening import RUN_FILE
+from evaluation.round_trip import describe, send_through
+from flags.common import place_problem
+from flags.doctor import parse_doctor
+from generation.lengths import columns_of
+from rows.cache import cache_folder
+from rows.reading import read_rows
+from runtime.exits import UserError
+from runtime.machine import (
+    BAD,
+    IMPORTS,
+    INSTALL,
+    NOTE,
+    OK,
+    Facts,
+    attempt,
+    find_cards,
+    installed,
+    memory,
+    memory_limit,
+    numbers,
+    output_of,
+    pins,
+    quiet,
+)
+from runtime.streams import size_text, visible
+from training.optimizer import cpu_adam_problem
+from utils import prepare_environment
 
 # Packages.
-
-
-def pins(python=sys.version_info[:2]):
-    """{name: version} of requirements.txt for a version of Python."""
-    found = {}
-    for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines():
-        match = re.match(r'([\w.-]+)==([\w.]+)(?:; python_version (>=|<) "(\d+)\.(\d+)")?$', line)
-        if match and (match[3] is None or (python >= (int(match[4]), int(match[5]))) == (match[3] == ">=")):
-            found[match[1]] = match[2]
-    return found
 
 
 def version_lines():
@@ -180,25 +119,6 @@ def place_line(name, path_of, least, use, mark):
     return NOTE if free < least else OK, name, f"{size_text(free)} free at {path} ({use})"
 
 
-def memory():
-    """(total, available) bytes of this machine."""
-    with open("/proc/meminfo", encoding="ascii") as file:
-        values = dict(re.findall(r"^(\w+): +(\d+) kB", file.read(), re.M))
-    return int(values["MemTotal"]) * 1024, int(values["MemAvailable"]) * 1024
-
-
-def memory_limit(groups="/proc/self/cgroup", root="/sys/fs/cgroup"):
-    """Least memory limit in bytes of this process's control groups, version 1 or 2; infinite without one."""
-    limits = [math.inf]
-    for _, kinds, path in re.findall(r"^(\d+):(|memory):(.*)$", pathlib.Path(groups).read_text(), re.M):
-        group = pathlib.Path(f"{root}/{kinds}/{path}")
-        for folder in (group, *group.parents):  # a limit above counts too; a container may see its group as the root
-            for name in ("memory.max", "memory.limit_in_bytes"):
-                with contextlib.suppress(OSError, ValueError):  # 'max' is no number
-                    limits.append(int((folder / name).read_text()))
-    return min(limits)
-
-
 def machine_lines(facts):
     """System, cores, memory, disks, limits."""
     yield OK if sys.platform == "linux" else BAD, "system", f"{platform.platform()} (Linux is needed)"
@@ -220,39 +140,6 @@ def machine_lines(facts):
 
 
 # Cards.
-
-
-Card = namedtuple("Card", "name total free capability")  # sizes in bytes, capability as in (9, 0)
-
-
-@dataclass
-class Facts:
-    """What torch and nvidia-smi say about cards."""
-
-    cuda: str = None  # that torch is built for, '' for CPU only, None where torch cannot be imported
-    driver_cuda: str = ""  # the newest that the driver runs
-    cards: list = field(default_factory=list)
-    problem: str = ""  # why torch sees none, in its words
-    warned: list = field(default_factory=list)  # by torch, as of a card that it has no code for
-    smi: tuple = (None, "")  # exit code and output of nvidia-smi
-
-
-def find_cards(facts):
-    """Fill in the facts of cards."""
-    facts.smi = output_of("nvidia-smi")
-    facts.driver_cuda = "".join(re.findall(r"CUDA\D*Version: (\d+\.\d+)", facts.smi[1])[:1])
-    import torch
-
-    facts.cuda = torch.version.cuda or ""
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        mark, _, facts.problem = attempt("cards", torch.cuda.init)
-        for number in range(torch.cuda.device_count() if mark == OK else 0):
-            card = torch.cuda.get_device_properties(number)
-            is_free, _, free = attempt("free", torch.cuda.mem_get_info, number)  # fails on a card that others fill
-            free = free[0] if is_free == OK else 0
-            facts.cards.append(Card(card.name, card.total_memory, free, (card.major, card.minor)))
-    facts.warned = [" ".join(str(warning.message).split()) for warning in warned]
 
 
 def card_lines(facts):
@@ -348,120 +235,10 @@ def op_lines(facts, is_full):
         yield NOTE if problem else OK, name, f"{problem or state} ({use})"
 
 
-# fmt: off
-BROKEN = (  # (condition, mark, name, what breaks, fix), from the libraries' own sources and requirements
-    (lambda f: sys.version_info < (3, 10), BAD, "python", "torch needs 3.10", "install Python 3.10 or newer"),
-    (lambda f: older("transformers", "5"), BAD, "transformers", "has no transformers.initialization before 5", INSTALL),
-    (lambda f: older("transformers", "5.17"), NOTE, "transformers", "5.17 is the oldest that was tried", INSTALL),
-    (lambda f: older("torch", "2.11"), NOTE, "torch", "2.11 is the oldest that was tried", INSTALL),
-    (lambda f: older("peft", "0.20"), NOTE, "peft", "transformers works with 0.20 and newer", INSTALL),
-    (lambda f: installed("vllm"), NOTE, "vllm", "wants other versions of torch and transformers",
-     "give it an environment of its own: docs/vllm.md"),
-    (lambda f: not f.cards, NOTE, "fp16", "does not train on a CPU", "leave --precision out (fp32), or bf16"),
-    (lambda f: any(card.capability < (8, 0) for card in f.cards), NOTE, "bf16",
-     "a card before compute capability 8.0 has none", "leave --precision out: it is fp16 with loss scaling"),
-    (lambda f: f.cards and os.environ.get("DS_ACCELERATOR") == "cpu", NOTE, "DS_ACCELERATOR",
-     "is cpu, so the cards are left alone", "unset it"),
-)
 # fmt: on
 
 
-def broken_lines(facts):
-    """Combinations that are known to fail."""
-    found = [(mark, name, f"{what}: {fix}") for condition, mark, name, what, fix in BROKEN if condition(facts)]
-    yield from found or [(OK, "pairs", f"none of the {len(BROKEN)} known here")]
-
-
 # Folders.
-
-
-def folder_lines(path, args, facts):
-    """What a folder is, and whether it is whole."""
-    names = os.listdir(path) if os.path.isdir(path) else []
-    runs = [name for name in names if re.match(r"best(\.|$)|(state|epoch-\d+)-step-\d+", name)]
-    if not os.path.isdir(path):
-        rule = "is a file: name its folder" if os.path.exists(path) else "no such folder (hub names are not fetched)"
-        yield BAD, "folder", f"{path}: {rule}"
-    elif re.match(r"state-step-\d+", os.path.basename(os.path.normpath(path))):
-        info = attempt("what", read_json, os.path.join(path, "state.json"))
-        text = "state to resume from, saved by {} processes"
-        yield info if info[0] == BAD else (OK, "what", text.format(info[2].get("world_size")))
-        yield from manifest_lines(path, args, is_needed=True)
-    elif {RUN_FILE, "config.json"} & set(names) or holds_adapter(path) or (args.model_name_or_path and not runs):
-        yield from checkpoint_lines(path, args, facts)
-    elif not runs:
-        rule = f"no config.json or {RUN_FILE} in it: name a checkpoint or training output folder"
-        yield BAD, "folder", f"{path}: {rule}"
-    else:
-        yield OK, "what", f"training output with {len(runs)} saved folders"
-    for name in sorted(runs, key=lambda name: [int(number) for number in re.findall(r"\d+", name)]):
-        if name.endswith((PARTIAL, REPLACED)):
-            yield NOTE, name, "left half written by a run that was stopped: if none is under way, remove it"
-            continue
-        mark, _, lines = attempt(name, list, folder_lines(os.path.join(path, name), args, facts))
-        bad = [lines] if mark == BAD else [text for mark, _, text in lines if mark == BAD]
-        yield (BAD, name, bad[0]) if bad else (OK, name, f"whole: {lines[0][2]}")
-
-
-def manifest_lines(path, args, is_needed=False):
-    """Sizes and, with --full, SHA-256 of the files against the manifest, where there is one."""
-    is_told = is_needed and os.path.isfile(os.path.join(path, MANIFEST))
-    problems = state_problems(path, args.full) if is_told else verify(path, full=args.full)
-    if os.path.isfile(os.path.join(path, MANIFEST)) and not problems:
-        yield OK, "manifest", f"{'sizes and SHA-256' if args.full else 'sizes'} of the files are as saved"
-    elif is_needed and not problems:
-        problems = [f"{path}/{MANIFEST}: missing, so the state is not whole: use another one"]
-    yield from [(BAD, "manifest", problem) for problem in problems]
-
-
-def open_folder(path, args):
-    """(opened checkpoint, its configuration, names of the modes that it can be)."""
-    found = look_into(path, args.model_name_or_path, flag="folder")
-    names = [args.mode] if args.mode else found.modes
-    if not names:
-        raise UserError(f"{found.base_folder}/config.json: of no family known here: name a ChatGLM checkpoint")
-    opened = open_checkpoint(path, names[0], args.model_name_or_path, flag="folder")
-    return opened, opened.config(), names
-
-
-def checkpoint_lines(path, args, facts):
-    """A checkpoint: what it is, whether its files are whole and fit the model."""
-    mark, name, found = attempt("what", open_folder, path, args)
-    if mark == BAD:
-        yield mark, name, found
-        return
-    opened, config, names = found
-    run, counts, is_open = opened.run, [], len(names) > 1
-    of = f" on {opened.base_folder}" if opened.weights != "whole" else ""
-    by = f", --train_type {run.get('train_type')}, step {run.get('step')}{', merged' * ('merged_from' in run)}"
-    text = f"{opened.mode.name}: {opened.weights} weights{of}{by if run else ', not saved by this toolkit'}"
-    lines = [(OK, "what", text)]
-    if is_open:
-        text = f"the files do not tell {' and '.join(names)} apart: give every command its --mode"
-        lines.append((NOTE, "mode", text))
-    if run:
-        lines.append(saved_line(run.get("versions")))
-    lines.append(attempt("tokenizer", lambda: f"{opened.tokenizer(config).vocab_size:,} ids fit the model"))
-    lines.append(attempt("base" if of else "weights", base_text, opened, config, counts))
-    if run and of and "base_fingerprint" not in run:
-        text = "saved before run.json kept a fingerprint of its base: whether this is that one is not known"
-        lines.append((NOTE, "base's weights", text))
-    if of:
-        lines.append(attempt(opened.weights, trained_text, opened, config, counts))
-    lines += manifest_lines(path, args)
-    if args.full and all(mark != BAD for mark, *_ in lines):
-        lines.append(attempt("values", finite_text, opened))
-    yield from lines
-    if all(mark != BAD for mark, *_ in lines):
-        capability = min((card.capability for card in facts.cards), default=None)
-        precision = "fp32" if capability is None else "bf16" if capability >= (8, 0) else "fp16"  # --precision auto
-        needed = sum(counts) * BYTES[precision]
-        free = max((card.free for card in facts.cards), default=min(memory()[1], memory_limit()))
-        text = f"{size_text(needed)} to predict in {precision}, and the tokens; {size_text(free)} free"
-        yield (NOTE, "memory", f"{text}: too little") if needed > free else (OK, "memory", text)
-        flag = f" --model_name_or_path {args.model_name_or_path}" if args.model_name_or_path else ""
-        flag += f" --mode {names[0]}" if is_open or args.mode else ""
-        yield OK, "loads", f"python predict.py --model_path {path}{flag}"
 
 
 def row_lines(path, args):
@@ -474,55 +251,6 @@ def row_lines(path, args):
     found = send_through(rows, opened.tokenizer(config), opened.mode.prompt)
     for name, text in zip(["answers", *["example"] * len(found.examples)], describe(found)):
         yield NOTE if found.num_changed else OK, name, text
-
-
-def saved_line(versions):
-    """The packages that saved a run, beside those that are here."""
-    versions = versions if isinstance(versions, dict) else {}
-    others = {name: installed(name) for name in versions if installed(name) != versions[name]}
-    text = ", ".join(f"{k} {v}{f' (here {others[k]})' if k in others else ''}" for k, v in versions.items())
-    return NOTE if others else OK, "saved with", text or "versions that run.json does not tell"
-
-
-def measured(shapes, names, paths, counts):
-    """Number, precision and bytes of the named weights; adds the number to `counts`."""
-    found = [shapes[name] for name in names if name in shapes]
-    counts.append(sum(math.prod(shape) for shape, _ in found))
-    dtypes = " and ".join(sorted({DTYPES.get(dtype, dtype) for _, dtype in found}))
-    return f"{counts[-1]:,} in {dtypes}, {size_text(sum(map(os.path.getsize, paths)))} on disk, names and shapes fit"
-
-
-def base_text(opened, config, counts):
-    """Names and shapes of a whole checkpoint's weights against the model; of a base, is it that of the training?"""
-    folder = opened.base_folder
-    names = weights.check_weights(folder, opened.mode, config, new_prefix=opened.weights == "prefix")
-    require_own_base(opened, config)
-    paths = [os.path.join(folder, name) for name in weights.weight_files(folder)]
-    return measured(weights.weight_shapes(folder), names, paths, counts)
-
-
-def trained_text(opened, config, counts):
-    """Names and shapes of an adapter or a prefix encoder against the model."""
-    with quiet():
-        found = check_trained(opened, config)
-    return measured(found, found, [opened.trained_path], counts)
-
-
-def finite_text(opened):
-    """Every value, read once; UserError for one that is not finite."""
-    problems = {opened.base_folder: base_problem(opened.base_folder)}
-    if opened.weights != "whole":
-        problems[opened.folder] = weights.finite_problem(trained_tensors(opened).items())
-    for folder, problem in problems.items():
-        if problem:
-            raise UserError(f"{folder}: {problem}: download it again, or use an earlier checkpoint")
-    return "all are finite"
-
-
-@functools.lru_cache
-def base_problem(folder):
-    """The first weight that is not finite; asked once for all adapters of a base."""
-    return weights.finite_problem((name, rows[:]) for name, _, rows in weights.stored_tensors(folder))
 
 
 def show(title, lines):

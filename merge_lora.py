@@ -6,20 +6,21 @@ Base model, rank and mode are read from the run, of other tools' adapters from a
 --model_name_or_path and --mode). The merged run.json names the base that was really used.
 """
 
-import entry  # first: Ctrl-C is heard while the others are imported
+from runtime import entry  # first: Ctrl-C is heard while the others are imported
+
+# isort: split
 
 import os
 
-from arguments import merge_parser, model_problems, place_problem
-from bases import base_fingerprint
-from checkpoint import RUN_FILE, load_base_and_trained, no_checkpoint_problem, open_checkpoint, read_run
-from exits import UserError
-from folders import last_named, new_folder
-from foreign import foreign_kind, not_mergeable
-from holding import holding, require_there
-from released_files import copy_companions, save_config
-from utils import choose_device, prepare_environment, torch_dtype
-from weights import finite_problem, saved_dtype, write_json, write_weights
+from checkpoints.bases import base_fingerprint
+from checkpoints.opening import RUN_FILE, load_base_and_trained, open_checkpoint
+from checkpoints.released_files import copy_companions, save_config
+from checkpoints.weight_files import finite_problem, saved_dtype, write_weights
+from flags.merge_lora import check_arguments, merge_parser, output_problems
+from runtime.exits import UserError
+from runtime.folders import last_named, new_folder
+from runtime.holding import holding, require_there
+from utils import choose_device, prepare_environment, torch_dtype, write_json
 
 SAMPLE = "发动机水温高，风扇始终是低速转动，高速档不工作。"
 TOLERANCE = 1e-3  # of the largest logit: adapter and merged model are the same function in float32
@@ -67,34 +68,6 @@ def merge(args, output_dir):
         f" (largest logit {check['max_logit']:.3g})"
     )
     print(f"saved {output_dir} ({str(dtype).removeprefix('torch.')})")
-
-
-def check_arguments(args, output_dir):
-    """UserError where --model_dir is no adapter, or the merged model cannot be written."""
-    folder = args.model_dir
-    run_path = os.path.join(folder, RUN_FILE)
-    if os.path.isfile(run_path):
-        kind = read_run(run_path)["weights"]
-    elif problem := no_checkpoint_problem("--model_dir", folder, "adapter"):
-        raise UserError(problem)
-    elif os.path.isdir(folder):
-        kind = foreign_kind(folder)
-    else:
-        [problem] = model_problems(args, "--model_dir", folder) or [None]
-        if problem:
-            raise UserError(problem)
-        kind = "adapter"  # a hub name
-    if problem := not_mergeable("--model_dir", folder, kind):
-        raise UserError(problem)
-    for problem in output_problems(output_dir):
-        raise UserError(problem)
-
-
-def output_problems(output_dir):
-    """Why the merged model cannot be written there, a line in a list."""
-    if os.path.exists(output_dir):
-        return [f"--output_dir {output_dir}: exists: choose a new folder"]
-    return list(filter(None, [place_problem("--output_dir", output_dir)]))
 
 
 def compare(base_logits, adapter_logits, merged_logits, rounded_logits):

@@ -5,9 +5,9 @@ import os
 import re
 from dataclasses import dataclass
 
-from exits import UserError
-from file_kinds import BROUGHT_ELSE, explain
-from plain_files import open_plain, parse_json, read_json_text
+from runtime.exits import UserError
+from runtime.plain_files import open_plain
+from utils import read_json
 
 
 @dataclass(frozen=True)
@@ -122,18 +122,3 @@ def possible_modes(folder):
         said += str(read_json(tokenizer_path).get("name_or_path", ""))
     by_name = [name for name in by_keys if MODES[name].released_name in said.lower()]
     return by_name if len(by_name) == 1 else by_keys
-
-
-def read_json(path):
-    """A JSON object from a file; UserError that names the file otherwise."""
-    try:
-        value = parse_json(read_json_text(path))
-    except UserError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        if os.path.isfile(path) and (said := explain(path, BROUGHT_ELSE)):
-            raise UserError(f"{path}: {said}") from None
-        raise UserError(f"{path}: cannot be read as JSON ({error}): give a complete file") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: is a {type(value).__name__}, not a JSON object")
-    return value

@@ -7,40 +7,37 @@
 Takes a released checkpoint and every folder that train.py and merge_lora.py save.
 """
 
-import entry  # first: Ctrl-C is heard while the others are imported
+from runtime import entry  # first: Ctrl-C is heard while the others are imported
+
+# isort: split
 
 import contextlib
-import glob
-import hashlib
 import json
-import os
 import sys
 import time
 
-from arguments import output_file_problems, parse_predict
-from checkpoint import load_opened, open_checkpoint
-from data_set import read_to_answer
-from exits import UserError
-from folders import whole_file
-from holding import holding, require_there
-from hosts import start_distributed
-from lengths import settle_columns, settle_lengths
-from talk import talk
-from utils import (
-    barrier,
-    choose_device,
-    choose_precision,
-    fail,
-    is_main,
-    prepare_environment,
-    print_rank_0,
-    progress_bar,
-    rank,
-    set_seed,
-    stop_distributed,
-    torch_dtype,
-    world_size,
+from checkpoints.opening import load_opened, open_checkpoint
+from flags.predict import output_file_problems, parse_predict
+from generation.answerer import Answerer, make_batches
+from generation.lengths import settle_columns, settle_lengths
+from generation.prediction_file import (
+    describe_answers,
+    describe_cut_questions,
+    key_of,
+    output_row,
+    part_path,
+    put_in_order,
+    take_up,
 )
+from generation.talk import talk
+from rows.reading import read_to_answer
+from runtime.distributed import barrier, stop_distributed
+from runtime.exits import UserError, fail
+from runtime.holding import holding, require_there
+from runtime.hosts import start_distributed
+from runtime.ranks import is_main, print_rank_0, rank, world_size
+from runtime.streams import progress_bar
+from utils import choose_device, choose_precision, prepare_environment, set_seed, torch_dtype
 
 
 def main(argv):
@@ -79,75 +76,6 @@ def main(argv):
             predict_file(answer, rows, args, key_of(args, opened, rows, precision))
     if world_size() > 1:
         stop_distributed()
-
-
-class Answerer:
-    """A model with its prompt and decoding flags; called with a batch of encoded prompts, it answers them.
-
-    A batch gives the same greedy answers as its rows alone: prompts are padded on the left and hidden. is_split: the
-    weights are split over the ranks (ZeRO-3), which therefore generate in step until the last one is done.
-    """
-
-    def __init__(self, model, tokenizer, prompt, args, is_split=False):
-        self.model = model
-        self.is_split = is_split
-        self.tokenizer = tokenizer
-        self.prompt = prompt
-        self.max_src_len = args.max_src_len
-        self.num_return_sequences = args.num_return_sequences
-        self.settings = {
-            "max_new_tokens": args.max_new_tokens,
-            "num_return_sequences": args.num_return_sequences,
-            "num_beams": args.num_beams,
-            "do_sample": args.do_sample,
-            "repetition_penalty": args.repetition_penalty,
-            "eos_token_id": prompt.stop_ids(tokenizer),
-            "pad_token_id": tokenizer.pad_token_id,
-        }
-        if args.do_sample:
-            self.settings |= {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
-
-    def prompt_ids(self, query, history=()):
-        """(ids, number of source ids that were cut)."""
-        return self.prompt.encode_prompt(self.tokenizer, query, history, max_src_len=self.max_src_len)
-
-    def __call__(self, encoded):
-        """For each of `prompt_ids`: {"predictions": texts, "stopped": bools, "source_cut": ids cut away}."""
-        import torch
-        from transformers import GenerationConfig
-
-        from glm_common.decoding import decode
-
-        length = max(len(ids) for ids, _ in encoded)
-        input_ids = torch.full((len(encoded), length), self.tokenizer.pad_token_id)
-        mask = torch.zeros_like(input_ids)
-        for i, (ids, _) in enumerate(encoded):
-            input_ids[i, length - len(ids) :] = torch.tensor(ids)
-            mask[i, length - len(ids) :] = 1
-        device = self.model.device
-        with torch.no_grad():  # inference_mode would leave tensors that training cannot use
-            output = self.model.generate(
-                input_ids=input_ids.to(device),
-                attention_mask=mask.to(device),
-                generation_config=GenerationConfig(**self.settings),
-                custom_generate=decode if self.settings["num_beams"] == 1 and not self.is_split else None,
-                synced_gpus=self.is_split,
-            )
-        stop_ids = set(self.settings["eos_token_id"])
-        answers = []
-        for new_ids in output[:, length:].tolist():
-            end = next((i for i, token_id in enumerate(new_ids) if token_id in stop_ids), len(new_ids))
-            text = self.prompt.clean_response(self.tokenizer.decode_text(new_ids[:end]))
-            answers.append((text, end < len(new_ids)))
-        n = self.num_return_sequences
-        return [
-            {
-                "predictions": [text for text, _ in answers[i * n : (i + 1) * n]],
-                "stopped": [stopped for _, stopped in answers[i * n : (i + 1) * n]],
-                "source_cut": encoded[i][1],
-            }
-            for i in range(len(encoded))
-        ]
 
 
 def predict_file(answer, rows, args, key):
@@ -193,161 +121,6 @@ def telling_what_is_left():
         yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command answers the rows that are left") from None
-
-
-def part_path(path, rank):
-    """Where a rank writes its answers until all are there."""
-    return f"{path}.rank{rank}.partial"
-
-
-def read_parts(path):
-    """({file: its key, None where it has no answer}, {row number: line}) of what interrupted runs have answered.
-
-    Torn last lines are left out.
-    """
-    keys, lines = {}, {}
-    for part in sorted(glob.glob(f"{glob.escape(path)}.rank*.partial")):
-        key, keys[part] = None, None
-        with open(part, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                try:
-                    value = json.loads(line)
-                except ValueError:
-                    continue
-                if not isinstance(value, dict):
-                    continue
-                key = value.get("key", key)
-                if "index" in value:
-                    lines[value["index"]], keys[part] = line, key
-    return keys, lines
-
-
-def take_up(path, key, overwrite):
-    """{row number: line} of the answers that are there; afterwards they lie in the first rank's part. Collective."""
-    keys, lines = read_parts(path)
-    others = [part for part, found in keys.items() if found not in (None, key)]
-    if others and not overwrite:
-        raise UserError(
-            f"{others[0]}: answers of an interrupted run with another model, rows, flags or precision: give"
-            " --overwrite to drop them, or another --output_path"
-        )
-    lines = {} if others else lines
-    barrier()  # all have read
-    if is_main():
-        with whole_file(part_path(path, 0)) as file:
-            file.write(json.dumps({"key": key}) + "\n")
-            file.writelines(lines.values())
-        for part in keys:
-            if part != part_path(path, 0):
-                os.remove(part)
-    barrier()
-    return lines
-
-
-def key_of(args, opened, rows, precision):
-    """SHA-256 of what decides the answers: rows, flags, and the model's files by name, size and time."""
-    free = "test_path output_path overwrite batch_size batch_tokens local_rank device prompt allow_other_base".split()
-    flags = {name: value for name, value in sorted(vars(args).items()) if name not in free} | {"precision": precision}
-    files = [
-        (name, os.path.getsize(path), os.stat(path).st_mtime_ns)
-        for folder in dict.fromkeys((opened.folder, opened.base_folder))
-        for name in sorted(os.listdir(folder))
-        if os.path.isfile(path := os.path.join(folder, name))
-    ]
-    queries = [(row["query"], row["answer"]) for row in rows]
-    return hashlib.sha256(json.dumps([flags, files, queries]).encode()).hexdigest()
-
-
-def make_batches(sizes, batch_size, batch_tokens):
-    """Lists of row numbers, the longest rows first, so that a lack of memory shows at once.
-
-    sizes: tokens of each row, answers included, by its number. A batch has at most `batch_size` rows and, with each
-    counted as its longest, `batch_tokens` tokens (0: off); one row is always taken.
-    """
-    batches = []
-    room = 0  # rows that the last batch may still take
-    for number in sorted(sizes, key=lambda number: (sizes[number], number), reverse=True):
-        if room < 1:
-            batches.append([])
-            room = min(batch_size, batch_tokens // sizes[number]) if batch_tokens else batch_size
-        batches[-1].append(number)
-        room -= 1
-    return batches
-
-
-def output_row(number, row, result):
-    """One line of the output: the question, the reference if there is one, and the answer or answers.
-
-    stopped: the answer ended by itself; cut: it was ended at --max_new_tokens; empty; repeated: it ends in a loop.
-    """
-    line = {"index": number, "query": row["query"]}
-    if row["answer"] is not None:
-        line["output"] = row["answer"]
-    texts, stopped = result["predictions"], result["stopped"]
-    columns = {
-        "stopped": stopped,
-        "cut": [not value for value in stopped],
-        "empty": [not text.strip() for text in texts],
-        "repeated": [is_repeated(text) for text in texts],
-    }
-    if len(texts) == 1:
-        line |= {"prediction": texts[0], **{name: values[0] for name, values in columns.items()}}
-    else:
-        line |= {"predictions": texts, **columns}
-    if result["source_cut"]:
-        line["source_tokens_cut"] = result["source_cut"]
-    return line
-
-
-def is_repeated(text):
-    """Does the text end in a loop, the same 1 to 100 characters four times over, twenty characters in all?"""
-    text = text.rstrip()
-    for period in range(1, min(100, len(text) // 4) + 1):
-        length = period  # of the end of the text that repeats with this period
-        while length < len(text) and text[-length - 1] == text[-length - 1 + period]:
-            length += 1
-        if length >= max(4 * period - 1, 20):  # one character may have been white space at the end
-            return True
-    return False
-
-
-def describe_answers(lines, max_new_tokens):
-    """The rates of stopped, cut, empty and repeated answers, as a line."""
-    shares = {}
-    for name in ("stopped", "cut", "empty", "repeated"):
-        values = [value for line in lines for value in (line[name] if isinstance(line[name], list) else [line[name]])]
-        shares[name] = sum(values) / max(1, len(values))
-    return (
-        f"answers: {shares['stopped']:.1%} stopped by themselves, {shares['cut']:.1%} cut at --max_new_tokens"
-        f" {max_new_tokens}, {shares['empty']:.1%} empty, {shares['repeated']:.1%} end in a loop"
-    )
-
-
-def describe_cut_questions(lines, max_src_len):
-    """How many questions were cut and by how much, as a line."""
-    cuts = [line["source_tokens_cut"] for line in lines if "source_tokens_cut" in line]
-    if not cuts:
-        return f"questions: none was cut at --max_src_len {max_src_len}"
-    return (
-        f"questions: cut {len(cuts):,} of {len(lines):,} at --max_src_len {max_src_len}: {sum(cuts):,} tokens lost,"
-        f" {max(cuts):,} of the longest (source_tokens_cut)"
-    )
-
-
-def put_in_order(path, num_rows):
-    """Join the ranks' parts into one file in input order, then remove them; the rows of the file.
-
-    RuntimeError where they do not hold one answer for each of the rows: the parts stay as they are then.
-    """
-    keys, lines = read_parts(path)
-    if missing := set(range(num_rows)) - set(lines):
-        raise RuntimeError(f"{path}: {len(missing)} of {num_rows} rows have no answer, first that of index {min(missing)}")
-    lines = {number: lines[number] for number in range(num_rows)}
-    with whole_file(path) as file:
-        file.writelines(lines.values())
-    for part in keys:
-        os.remove(part)
-    return [json.loads(line) for line in lines.values()]
 
 
 if __name__ == "__main__":

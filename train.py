@@ -4,59 +4,47 @@
         --mode glm3 --train_type lora --output_dir ./output-glm3
 """
 
-import entry  # noqa: F401, first: Ctrl-C is heard while the others are imported
+from runtime import entry  # noqa: F401, first: Ctrl-C is heard while the others are imported
+
+# isort: split
 
 import math
 import sys
 
-from arguments import columns_of, folder_problems
-from bases import base_fingerprint
-from batches import Updates, collate, to_device
-from checkpoint import checkpoint_bytes, read_config, read_tokenizer, resolve_folder
-from data_set import read_row, show_row
-from ds_config import check_config, complete_config, offloads, read_ds_file, wanted_precision
-from evaluation import Evaluation, texts_of
-from exits import EXIT_LEFT, BadNumbers
-from folders import require_space
-from going_on import check_start, open_start, put_start
-from guard import check_skipped, explain_bad_loss, keep_going_at_low_scale
-from holding import require_there
-from hosts import check_same, check_shared, control_group, ending_in, start_distributed
-from lengths import window_problem
+from checkpoints.base_weights import check_weights, load_base
+from checkpoints.bases import base_fingerprint
+from checkpoints.opening import read_config, read_tokenizer, resolve_folder
+from checkpoints.progress import Progress
+from checkpoints.saving import checkpoint_bytes
+from checkpoints.states import convert, load_state, state_bytes
+from data_set import describe_counts, hold_out, mix, texts_of
+from flags.common import folder_problems
+from flags.train import ATTENTION, hold_output, length_problems, parse_train
+from generation.lengths import columns_of, window_problem
+from modeling.gradient_checkpointing import checkpoint_layers
 from modes import MODES
-from optimizer import build_optimizer, build_scheduler, choose_adam
-from progress import Progress
-from resume import (
-    choose_state,
-    convert,
-    fingerprint,
-    load_state,
-    state_bytes,
-    write_fingerprint,
-)
-from row_cache import describe_counts, load_rows
-from row_sets import hold_out, mix
-from run_folder import RunFolder, last_checkpoint
-from run_log import RunLog, Speed
-from train_arguments import ATTENTION, hold_output, length_problems, parse_train
-from tuning import TRAIN_TYPES, checkpoint_layers, count_parameters
-from utils import (
-    choose_device,
-    choose_precision,
-    fail,
-    is_local_main,
-    on_main,
-    peak_memory,
-    prepare_environment,
-    print_rank_0,
-    set_seed,
-    stop_distributed,
-    sum_over_ranks,
-    torch_dtype,
-    world_size,
-)
-from watch import together
-from weights import check_weights, load_base
+from rows.batches import Updates, collate, to_device
+from rows.cache import load_rows
+from rows.encoding import show_row
+from rows.reading import read_row
+from runtime.distributed import on_main, stop_distributed, sum_over_ranks
+from runtime.exits import EXIT_LEFT, BadNumbers, fail
+from runtime.folders import require_space
+from runtime.holding import require_there
+from runtime.hosts import check_same, check_shared, control_group, ending_in, start_distributed
+from runtime.machine import peak_memory
+from runtime.ranks import is_local_main, print_rank_0, world_size
+from runtime.watchdog import together
+from train_types import TRAIN_TYPES, count_parameters
+from training.bad_numbers import check_skipped, explain_bad_loss, keep_going_at_low_scale
+from training.ds_config import check_config, complete_config, offloads, read_ds_file, wanted_precision
+from training.evaluation import Evaluation
+from training.going_on import check_start, open_start, put_start
+from training.optimizer import build_optimizer, build_scheduler, choose_adam
+from training.resuming import choose_state, fingerprint, write_fingerprint
+from training.run_folder import RunFolder, last_checkpoint
+from training.run_log import RunLog, Speed
+from utils import choose_device, choose_precision, prepare_environment, set_seed, torch_dtype
 
 
 def main(argv, watch):

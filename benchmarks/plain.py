@@ -16,8 +16,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import glm1.modeling_chatglm as glm1
 import glm2.modeling_chatglm as glm2
-from batches import IGNORE
-from glm_common.functions import SeededDropout
+from modeling.fused_ops import SeededDropout
+from rows.batches import IGNORE
 
 
 def pad(rows, pad_token_id):

@@ -20,7 +20,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList 
 
 from benchmarks import report  # noqa: E402
 from benchmarks.presets import PRESETS, preset_config  # noqa: E402
-from glm_common.decoding import decode  # noqa: E402
+from generation.decoding import decode  # noqa: E402
 from modes import MODES  # noqa: E402
 from utils import prepare_environment  # noqa: E402
 

@@ -45,9 +45,9 @@ def write_rows(path, num_rows):
 
 def load(path, num_proc):
     """Load the file: (tokenizer, rows, counts, memory before load_rows, time when it began)."""
-    from data_set import Columns
-    from row_cache import load_rows
     from modes import MODES
+    from rows.cache import load_rows
+    from rows.checks import Columns
 
     mode = MODES["glm3"]
     tokenizer = mode.tokenizer_class.from_pretrained(str(ROOT / "tests" / "golden" / "glm3"))
@@ -80,7 +80,7 @@ def second_time(path):
     """Load the rows, plan an epoch, read some rows at random, then touch all."""
     import torch
 
-    from batches import Updates, collate
+    from rows.batches import Updates, collate
 
     collate([], 0)  # what is imported in it
     tokenizer, rows, _, before, start = load(path, num_proc=1)

@@ -32,11 +32,16 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import report  # noqa: E402
-from hosts import start_distributed  # noqa: E402
 from modes import MODES  # noqa: E402
-from tuning import TRAIN_TYPES  # noqa: E402
-from utils import choose_device, choose_precision, prepare_environment  # noqa: E402
-from utils import stop_distributed, torch_dtype  # noqa: E402
+from runtime.distributed import stop_distributed
+from runtime.hosts import start_distributed  # noqa: E402
+from train_types import TRAIN_TYPES  # noqa: E402
+from utils import (  # noqa: E402
+    choose_device,
+    choose_precision,
+    prepare_environment,
+    torch_dtype,  # noqa: E402
+)
 
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "A40": 149.7e12}  # dense bf16
 
@@ -145,7 +150,9 @@ def make_rows(args, config):
     if not args.rows:
         labels = round(args.length * args.labelled)
         return random_rows(config, [args.length] * args.batch_size, [labels] * args.batch_size)
-    from data_set import Columns, encode_row, read_rows
+    from rows.checks import Columns
+    from rows.encoding import encode_row
+    from rows.reading import read_rows
 
     # The tests' tokenizer has a small vocabulary, which cuts text a little finer than the released one.
     mode = MODES[args.mode[0]]
@@ -160,7 +167,7 @@ def make_rows(args, config):
 
 def batches_of(args, rows, packed, device, pad_token_id):
     """Endless (rows, batch) of an epoch, made as train.py makes them."""
-    from batches import Updates, collate, to_device
+    from rows.batches import Updates, collate, to_device
 
     lengths = [len(row["input_ids"]) for row in rows]
     labels = [length - row["num_unlabelled"] for length, row in zip(lengths, rows)]
@@ -190,9 +197,9 @@ def measure(args):
 
     from benchmarks.plain import plain_loss, plain_settings
     from benchmarks.presets import preset_config, random_model
-    from ds_config import complete_config, read_ds_file
-    from optimizer import build_optimizer
-    from tuning import checkpoint_layers
+    from modeling.gradient_checkpointing import checkpoint_layers
+    from training.ds_config import complete_config, read_ds_file
+    from training.optimizer import build_optimizer
 
     device = choose_device(args.device)
     precision = choose_precision(args.precision, device)

@@ -1,7 +1,7 @@
 """Configuration of ChatGLM-6B; keys and defaults are those of the released config.json (vocabulary of v1.1)."""
 
-from exits import UserError
-from glm_common.configuration import ChatGLMConfigBase
+from modeling.base_config import ChatGLMConfigBase
+from runtime.exits import UserError
 
 
 class ChatGLMConfig(ChatGLMConfigBase):

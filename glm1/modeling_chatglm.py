@@ -11,13 +11,13 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from exits import UserError
 from glm1.configuration_chatglm import ChatGLMConfig
-from glm_common.attention import PackedRows, attend, flex_mask, visible_mask
-from glm_common.functions import Rotation
-from glm_common.loss import OutputLayer
-from glm_common.modeling import ChatGLMBackbone, ChatGLMCausalLM
-from glm_common.prefix import PrefixEncoder
+from modeling.attention import PackedRows, attend, flex_mask, visible_mask
+from modeling.base_model import ChatGLMBackbone, ChatGLMCausalLM
+from modeling.fused_ops import Rotation
+from modeling.loss import OutputLayer
+from modeling.prefix_encoder import PrefixEncoder
+from runtime.exits import UserError
 
 # Of a block's residuals. Every release has 28 here whatever num_layers is: the block's default is never overridden.
 RESIDUAL_FACTOR = math.sqrt(2 * 28)

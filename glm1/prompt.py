@@ -2,7 +2,7 @@
 
 import re
 
-from glm_common.prompt import cut_question, fit_turns, num_tail_ids
+from modeling.prompt import cut_question, fit_turns, num_tail_ids
 
 RESERVED = 3  # ids of a row that are neither source nor answer: [gMASK] <sop> <eop>
 SUPERVISED_PROMPT_IDS = 1  # the row is trained from <sop> on

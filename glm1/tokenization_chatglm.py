@@ -3,8 +3,8 @@
 import re
 import unicodedata
 
-from exits import UserError
-from glm_common.tokenization import SentencePieceTokenizer
+from modeling.tokenizer import SentencePieceTokenizer
+from runtime.exits import UserError
 
 MAX_BLANKS = 80  # longest run of spaces with a piece of its own
 BLANKS = re.compile(f" {{2,{MAX_BLANKS}}}")

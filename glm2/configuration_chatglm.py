@@ -1,7 +1,7 @@
 """Configuration of ChatGLM2-6B; keys and defaults are those of the released config.json."""
 
-from exits import UserError
-from glm_common.configuration import ChatGLMConfigBase
+from modeling.base_config import ChatGLMConfigBase
+from runtime.exits import UserError
 
 
 class ChatGLMConfig(ChatGLMConfigBase):

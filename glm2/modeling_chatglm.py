@@ -8,11 +8,11 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from glm2.configuration_chatglm import ChatGLMConfig
-from glm_common.attention import PackedRows, attend, flex_mask, visible_mask
-from glm_common.functions import Rotation, SwiGLU, rms_norm
-from glm_common.loss import OutputLayer
-from glm_common.modeling import ChatGLMBackbone, ChatGLMCausalLM
-from glm_common.prefix import PrefixEncoder
+from modeling.attention import PackedRows, attend, flex_mask, visible_mask
+from modeling.base_model import ChatGLMBackbone, ChatGLMCausalLM
+from modeling.fused_ops import Rotation, SwiGLU, rms_norm
+from modeling.loss import OutputLayer
+from modeling.prefix_encoder import PrefixEncoder
 
 
 def rotary_angles(positions, config, dtype):

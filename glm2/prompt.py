@@ -1,6 +1,6 @@
 """Prompt of ChatGLM2-6B, for training and prediction alike: `[gMASK] sop` text answer `</s>`."""
 
-from glm_common.prompt import cut_question, fit_turns, num_tail_ids
+from modeling.prompt import cut_question, fit_turns, num_tail_ids
 
 RESERVED = 3  # ids of a row that are neither source nor answer: [gMASK] sop </s>
 SUPERVISED_PROMPT_IDS = 0  # the row is trained from the answer on

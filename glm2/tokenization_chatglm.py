@@ -1,6 +1,6 @@
 """Tokenizer of ChatGLM2-6B (`tokenizer.model`): byte-fallback pieces, then control tokens by number."""
 
-from glm_common.tokenization import SentencePieceTokenizer
+from modeling.tokenizer import SentencePieceTokenizer
 
 
 class ChatGLMTokenizer(SentencePieceTokenizer):

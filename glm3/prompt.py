@@ -1,6 +1,6 @@
 """Prompt of ChatGLM3-6B, for training and prediction alike: `[gMASK] sop`, then messages that open with a role."""
 
-from glm_common.prompt import cut_question, fit_turns
+from modeling.prompt import cut_question, fit_turns
 
 RESERVED = 6  # ids of a row that are neither source nor answer: [gMASK] sop <|assistant|> `▁` `\n` </s>
 SUPERVISED_PROMPT_IDS = 1  # the row is trained from <|assistant|> on

@@ -8,4 +8,5 @@ ROOT = Path(__file__).resolve().parent.parent
 def base_sources() -> list[Path]:
     """The script with its rows and words, and the families' networks, tokenizers and prompts."""
     scripts = [ROOT / "scripts" / f"{name}.py" for name in ("make_base", "make_data", "data_words")]
-    return [*scripts, *sorted(ROOT.glob("glm*/*.py"))]
+    rooms = ("glm1", "glm2", "glm3", "modeling", "generation")
+    return [*scripts, *(path for room in rooms for path in sorted((ROOT / room).glob("*.py")))]

@@ -14,7 +14,9 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "scripts")]  # for a call from any folder
-import entry  # noqa: E402, I001  first: Ctrl-C is heard while the others are imported
+from runtime import entry  # noqa: E402, I001  first: Ctrl-C is heard while the others are imported
+
+# isort: split
 
 import hashlib  # noqa: E402
 import io  # noqa: E402
@@ -27,21 +29,24 @@ import tempfile  # noqa: E402
 import time  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+import make_data  # noqa: E402
 import sentencepiece  # noqa: E402
 import torch  # noqa: E402
-
-import make_data  # noqa: E402
 from base_sources import base_sources  # noqa: E402
 
-from arguments import OneLineParser, path  # noqa: E402
-from batches import collate  # noqa: E402
-from data_set import encode_row  # noqa: E402
-from exits import UserError# noqa: E402
-from exits import UserError  # noqa: E402
-from modes import MODES, read_json  # noqa: E402
-from released_files import save_config  # noqa: E402
-from utils import prepare_environment, progress_bar  # noqa: E402
-from weights import write_json, write_weights  # noqa: E402
+from checkpoints.released_files import save_config  # noqa: E402
+from checkpoints.weight_files import write_weights  # noqa: E402
+from flags.common import OneLineParser, path  # noqa: E402
+from modes import MODES
+from rows.batches import collate  # noqa: E402
+from rows.encoding import encode_row  # noqa: E402
+from runtime.exits import UserError  # noqa: E402  # noqa: E402
+from runtime.streams import progress_bar  # noqa: E402
+from utils import (
+    prepare_environment,
+    read_json,  # noqa: E402
+    write_json,
+)
 
 # Hidden size, layers, key/value heads (glm2 and glm3), inner sizes (gated: glm2 and glm3; plain: glm).
 SIZE = dict(hidden=192, layers=4, groups=2, gated=512, plain=768)

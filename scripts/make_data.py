@@ -12,7 +12,9 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "scripts")]  # for a call, or an import by file path, from any folder
-import entry  # noqa: E402, I001  first: Ctrl-C is heard while the others are imported
+from runtime import entry  # noqa: E402, I001  first: Ctrl-C is heard while the others are imported
+
+# isort: split
 
 import argparse  # noqa: E402
 import itertools  # noqa: E402

@@ -13,7 +13,9 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)  # for a call from any folder
-import entry  # noqa: E402, I001  first: Ctrl-C is heard while the others are imported
+from runtime import entry as runtime_entry  # noqa: E402, I001  first: Ctrl-C is heard while the others are imported
+
+# isort: split
 
 import ast  # noqa: E402
 import builtins  # noqa: E402
@@ -33,8 +35,8 @@ from pathlib import Path  # noqa: E402
 
 import yaml  # noqa: E402
 
-from arguments import OneLineParser  # noqa: E402
-from exits import UserError  # noqa: E402
+from flags.common import OneLineParser  # noqa: E402
+from runtime.exits import UserError  # noqa: E402
 
 TABLE = Path(ROOT, "scripts", "mutants.yaml")
 PAGE = Path(ROOT, "docs", "testing.md")
@@ -490,4 +492,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    runtime_entry.run(main)

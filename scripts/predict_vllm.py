@@ -11,7 +11,9 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import entry  # noqa: E402, I001  first: Ctrl-C is heard while the others are imported
+from runtime import entry  # noqa: E402, I001  first: Ctrl-C is heard while the others are imported
+
+# isort: split
 
 import http.client  # noqa: E402
 import json  # noqa: E402
@@ -20,28 +22,25 @@ import time  # noqa: E402
 import urllib.parse  # noqa: E402
 from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 
-from arguments import (  # noqa: E402
-    OneLineParser,
-    add_answered_row_flags,
-    add_sampling_flags,
-    collect,
-    model_label,
-    model_problems,
-    output_file_problems,
-    path,
-    range_problems,
-    sampling_problems,
+from checkpoints.foreign import foreign_kind, holds_adapter  # noqa: E402
+from checkpoints.opening import RUN_FILE, open_checkpoint, read_run  # noqa: E402
+from flags.common import OneLineParser, add_answered_row_flags, collect, model_problems, path, range_problems
+from flags.predict import add_sampling_flags, model_label, output_file_problems, sampling_problems
+from generation.lengths import settle_columns, settle_lengths  # noqa: E402
+from generation.prediction_file import describe_cut_questions, output_row  # noqa: E402
+from modes import MODES
+from rows.reading import data_files, read_to_answer  # noqa: E402
+from runtime.exits import (
+    UserError,  # noqa: E402
+    fail,
 )
-from checkpoint import RUN_FILE, open_checkpoint, read_run  # noqa: E402
-from data_set import data_files, read_to_answer  # noqa: E402
-from exits import UserError  # noqa: E402
-from folders import whole_file  # noqa: E402
-from foreign import foreign_kind, holds_adapter  # noqa: E402
-from holding import holding, require_there  # noqa: E402
-from lengths import settle_columns, settle_lengths  # noqa: E402
-from modes import MODES, read_json  # noqa: E402
-from predict import describe_cut_questions, output_row  # noqa: E402
-from utils import fail, prepare_environment, progress_bar  # noqa: E402
+from runtime.folders import whole_file  # noqa: E402
+from runtime.holding import holding, require_there  # noqa: E402
+from runtime.streams import progress_bar  # noqa: E402
+from utils import (
+    prepare_environment,
+    read_json,  # noqa: E402
+)
 
 VLLM_MODES = [name for name, mode in MODES.items() if mode.vllm_values is not None]
 PAUSES = (0.5, 1, 2, 4, 8)  # seconds before each new try of a request

@@ -57,7 +57,7 @@ if [ ! -e "$stamp" ]; then
 fi
 
 log=$(mktemp "${TMPDIR:-/tmp}/vllm-XXXXXX.log")
-url=http://127.0.0.1:$(python -c 'from utils import free_port; print(free_port())')
+url=http://127.0.0.1:$(python -c 'from runtime.distributed import free_port; print(free_port())')
 server=
 stop_server() {
     trap '' INT TERM HUP

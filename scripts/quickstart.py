@@ -12,20 +12,23 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "scripts")]  # for a call from any folder
-import entry  # noqa: E402, I001  first: Ctrl-C is heard while the others are imported
+from runtime import entry  # noqa: E402, I001  first: Ctrl-C is heard while the others are imported
+
+# isort: split
 
 import json  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from base_sources import base_sources  # noqa: E402
 
-from arguments import OneLineParser  # noqa: E402
-from exits import EXIT_LEFT  # noqa: E402
-from holding import holding  # noqa: E402
+from comparison.commands import Steps, newest_checkpoint  # noqa: E402
+from evaluation.metrics import score_rows  # noqa: E402
+from evaluation.predictions import read_predictions
+from flags.common import OneLineParser  # noqa: E402
 from modes import MODES  # noqa: E402
-from score import read_predictions, score_rows  # noqa: E402
-from steps import Steps, newest_checkpoint  # noqa: E402
-from tuning import TRAIN_TYPES  # noqa: E402
+from runtime.exits import EXIT_LEFT  # noqa: E402
+from runtime.holding import holding  # noqa: E402
+from train_types import TRAIN_TYPES  # noqa: E402
 
 # Learning rates, sizes and epochs that suit a base of some million weights; a 6B model wants the README's.
 FLAGS = {

@@ -7,7 +7,7 @@ import subprocess
 
 from conftest import ROOT
 
-from utils import free_port  # noqa: F401
+from runtime.distributed import free_port  # noqa: F401
 
 
 def load_script(name):

@@ -17,24 +17,21 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import arguments
-import checkpoint
-import hosts
-import row_cache
-import train_arguments
-import watch
-import weights
+from checkpoints import base_weights, opening
+from flags import common, merge_lora, predict, train
 from modes import MODES
+from rows import cache as row_cache
+from runtime import hosts, watchdog
 
-ROOT = Path(arguments.__file__).resolve().parent
+ROOT = Path(common.__file__).resolve().parent.parent
 FOLDERS = {mode.name: ROOT / "tests" / "golden" / mode.package for mode in MODES.values()}
 ROW = {"instruction": "问", "input": "", "output": "答"}
 ROW_LINE = json.dumps(ROW)
 OUTPUT_LAYER = "transformer.output_layer.weight"
 PARSERS = {
-    "train.py": train_arguments.train_parser,
-    "predict.py": arguments.predict_parser,
-    "merge_lora.py": arguments.merge_parser,
+    "train.py": train.train_parser,
+    "predict.py": predict.predict_parser,
+    "merge_lora.py": merge_lora.merge_parser,
 }
 NO_CUDA_HERE = (torch.cuda.is_available(), "there is a CUDA device")
 
@@ -130,11 +127,11 @@ class Here:
 
     def allow_weights(self):
         """For errors that show only when weights are read."""
-        for module in (weights, checkpoint):
+        for module in (base_weights, opening):
             self.monkeypatch.setattr(module, "load_base", LOAD_BASE)
 
 
-LOAD_BASE = weights.load_base
+LOAD_BASE = base_weights.load_base
 
 
 class NotNoticed(Exception):
@@ -151,10 +148,10 @@ def here(tmp_path, tmp_path_factory, monkeypatch, capsys):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(row_cache, "cache_folder", lambda: str(cache))
-    for module in (weights, checkpoint):
+    for module in (base_weights, opening):
         monkeypatch.setattr(module, "load_base", too_late)
     monkeypatch.setattr(hosts, "start_distributed", lambda device, minutes=0: None)
-    monkeypatch.setattr(watch.Watch, "start", lambda *args: None)
+    monkeypatch.setattr(watchdog.Watch, "start", lambda *args: None)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: int(os.environ.get("RANK", "0")))
     environment = dict(os.environ)
     yield Here(tmp_path, cache, capsys, monkeypatch)

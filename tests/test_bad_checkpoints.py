@@ -31,12 +31,11 @@ from refusing import (
 )
 from safetensors.torch import save_file
 
-import checkpoint
-import doctor
-import train_arguments
-import tuning
-import weights
+import train_types
+from checkpoints import adapter_settings, base_weights, inspection, opening, weight_files
+from flags.train import train_parser
 from modes import MODES, possible_modes
+from runtime import machine
 
 # ---------------------------------------------------------------- released folders
 
@@ -324,7 +323,7 @@ def test_a_checkpoint_cannot_run_code(here, protocol):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(ValueError, match=r"pytorch_model\.bin: holds more than tensors"):
-            weights.weight_shapes(str(here.folder))
+            weight_files.weight_shapes(str(here.folder))
     assert not (here.folder / RAN).exists()
     if protocol is None:
         torch.load(here.folder / BIN, weights_only=False)
@@ -361,7 +360,7 @@ def test_a_folder_of_the_hub_that_could_be_two_families(here):
     import train
 
     NO_NAMES(here.model("glm3"))
-    args = train_arguments.train_parser().parse_args("--train_path x --model_name_or_path a/b --output_dir x".split())
+    args = train_parser().parse_args("--train_path x --model_name_or_path a/b --output_dir x".split())
     with pytest.raises(SystemExit):
         train.complete_mode(args, str(here.folder / "model"))
     assert "fits glm2 or glm3: give --mode" in here.capsys.readouterr().err
@@ -398,8 +397,8 @@ def test_other_families_are_refused_by_name(here, spoil, is_what):
     here.fails("predict.py", *here.fill("--model_path model --prompt a --device cpu"), says=says)
     NO_CHANGE(here.adapter(base_model=str(folder)))
     here.fails("merge_lora.py", "--model_dir", "adapter", says=says)
-    [line] = [text for mark, _, text in doctor.folder_lines(str(folder), SimpleNamespace(mode=None, full=False, model_name_or_path=None),
-                                                            doctor.Facts()) if mark == doctor.BAD]  # fmt: skip
+    [line] = [text for mark, _, text in inspection.folder_lines(str(folder), SimpleNamespace(mode=None, full=False, model_name_or_path=None),
+                                                            machine.Facts()) if mark == machine.BAD]  # fmt: skip
     assert re.search(says, line)
 
 
@@ -421,13 +420,13 @@ def test_names_of_folders_do_not_make_a_glm_4(tmp_path):
 @pytest.mark.parametrize("pattern", ["layers.2", "layers.2.", ".layers.2"])
 def test_layers_2_is_not_layers_27(pattern):
     mode = MODES["glm"]
-    model = weights.empty_model(mode, checkpoint.read_config(FOLDERS["glm"], mode))
-    args = train_arguments.train_parser().parse_args(
+    model = base_weights.empty_model(mode, opening.read_config(FOLDERS["glm"], mode))
+    args = train_parser().parse_args(
         f"--train_path x --model_name_or_path x --output_dir x --freeze_module_name {pattern}".split()
     )
     names = [name for name, _ in model.named_parameters()]
-    assert tuning.freeze_problems(names, args) == []
-    tuning.freeze_prepare(model, args)
+    assert train_types.freeze_problems(names, args) == []
+    train_types.freeze_prepare(model, args)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {name for name in names if name.startswith("transformer.layers.2.")}
     assert {name for name in names if ".layers.27." in name}
@@ -446,14 +445,14 @@ def adapter_of(state):
 
     def spoil(folder):
         put("adapter_config.json", json.dumps(LORA))(folder)
-        save_file(state, folder / tuning.ADAPTER_FILE)
+        save_file(state, folder / adapter_settings.ADAPTER_FILE)
 
     return spoil
 
 
 def prefix_of_4(folder):
     """Weights of a prefix encoder of 4 virtual tokens."""
-    save_file({"transformer.prefix_encoder.embedding.weight": torch.zeros(4, 256)}, folder / tuning.PREFIX_FILE)
+    save_file({"transformer.prefix_encoder.embedding.weight": torch.zeros(4, 256)}, folder / adapter_settings.PREFIX_FILE)
 
 
 SAVED = [  # changes to run.json, what is done to the folder, pattern, and whether weights must be read

@@ -26,8 +26,8 @@ from refusing import (
     row,
 )
 
-import row_cache
-import train_arguments
+from flags import train
+from rows import cache
 
 
 def test_good_input_is_not_refused(here):
@@ -64,7 +64,7 @@ def test_numbers_out_of_range(here, flag, value, rule):
     here.train_fails(f"--{flag}={value}", says=rf"--{flag} {re.escape(shown)}: {rule}$")
 
 
-FLOAT_FLAGS = {a.dest for a in train_arguments.train_parser()._actions if a.type is float}
+FLOAT_FLAGS = {a.dest for a in train.train_parser()._actions if a.type is float}
 
 TRAIN_FLAGS = [
     case("no-train-path", "", "arguments are required: --train_path", {"train_path": None}),
@@ -184,7 +184,7 @@ def test_all_problems_at_once(here):
 def test_more_ranks_than_rows(here, monkeypatch):
     for name, value in (("WORLD_SIZE", "5"), ("RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(row_cache, "cache_folder", lambda: str(here.cache.parent / "filled"))
+    monkeypatch.setattr(cache, "cache_folder", lambda: str(here.cache.parent / "filled"))
     here.train_fails(says="--train_path: 4 rows for 5 processes: give at least one row to each, or start fewer")
 
 

@@ -22,30 +22,29 @@ from refusing import (
 )
 from test_doctor import adapter, bad, look, spoilt, text_of
 
-import checkpoint
-import forgetting
 import merge_lora
-import run_folder
-import weights
-from bases import base_fingerprint
-from folders import file_entry
+from checkpoints import opening, weight_files
+from checkpoints.bases import base_fingerprint
+from evaluation import forgetting
 from modes import MODES
+from runtime.folders import file_entry
+from training import run_folder
 
 
 def fingerprint_of(folder, mode="glm3", **changes):
-    return base_fingerprint(str(folder), MODES[mode], checkpoint.read_config(str(folder), MODES[mode], changes))
+    return base_fingerprint(str(folder), MODES[mode], opening.read_config(str(folder), MODES[mode], changes))
 
 
 def state_of(folder):
     """The stored tensors."""
-    return {name: rows[:].clone() for name, _, rows in weights.stored_tensors(str(folder))}
+    return {name: rows[:].clone() for name, _, rows in weight_files.stored_tensors(str(folder))}
 
 
 def stored_as(state, folder, size):
     """The weights in safetensors files of this size at most, in place of those that lie there."""
     for path in folder.glob("pytorch_model*"):
         path.unlink()
-    weights.write_weights(state, str(folder), size)
+    weight_files.write_weights(state, str(folder), size)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batches import Updates, collate, pack
+from rows.batches import Updates, collate, pack
 
 # ---------------------------------------------------------------- an epoch
 
@@ -275,7 +275,7 @@ def test_what_a_run_says_of_its_batches():
 
 def test_rows_of_one_length_keep_their_order():
     """A stable order: which rows meet must not turn on how a processor sorts."""
-    from batches import group_by_length
+    from rows.batches import group_by_length
 
     order = numpy.random.default_rng(5).permutation(4096)
     found = group_by_length(order, numpy.ones(4096, dtype=int), 4, numpy.random.default_rng(6))

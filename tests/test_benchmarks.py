@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-from batches import collate
 from benchmarks import report, step
 from benchmarks.presets import preset_config, random_model, random_rows
-from tuning import TRAIN_TYPES
+from rows.batches import collate
+from train_types import TRAIN_TYPES
 
 
 def test_a_step_against_the_plain_way(tmp_path):

@@ -9,8 +9,8 @@ import torch
 from conftest import GOLDEN, ROOT
 from launching import check_done, free_port, run_command
 
+from flags.train import parse_train, train_parser
 from modes import MODES
-from train_arguments import parse_train, train_parser
 
 COMMANDS = (ROOT / "tests" / "commands.txt").read_text(encoding="utf-8").splitlines()
 MODEL_NAMES = {"glm": "ChatGLM-6B", "glm2": "ChatGLM2-6B", "glm3": "ChatGLM3-6B"}

@@ -16,16 +16,20 @@ import yaml
 from conftest import GOLDEN_FOLDERS, ROOT
 
 import compare
-import compare_plan
-import report
-import report_text
-import report_words
-import steps
-from bootstrap import difference, intervals
-from compare_plan import read_plan
-from metrics import METRICS
-from tasks import find_task
-from train_arguments import train_parser
+from comparison import commands as steps
+from comparison import figures
+from comparison import methods as comparison_methods
+from comparison import plan as compare_plan
+from comparison.plan import read_plan
+from evaluation import metrics
+from evaluation.intervals import difference, intervals
+from evaluation.metrics import METRICS
+from evaluation.tasks import find_task
+from flags import score as flags_score
+from flags.train import train_parser
+from reports import page as report
+from reports import text as report_text
+from reports import words as report_words
 
 BASE = str(GOLDEN_FOLDERS["glm3"])
 ROWS = [{"instruction": "抽取：", "input": f"零件{n}开裂", "output": f"零件{n}_部件故障_开裂"} for n in range(20)]
@@ -277,7 +281,7 @@ class FakeCommands:
         output.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
     def score(self, predictions, flags):
-        compare.scores_path(predictions, flags.get("--task")).write_text("{}")
+        flags_score.scores_path(predictions, flags.get("--task")).write_text("{}")
 
     def forgetting(self, output, flags):
         assert ("--before" in flags) == ("runs" in str(output))
@@ -407,11 +411,11 @@ def test_a_report_of_another_file_is_replaced_with_a_word_and_other_files_are_no
 
 
 def test_nothing_follows_from_one_row():
-    rows = compare.score_rows([["a_b_c"], [""]], ["a_b_c", "a_b_c"], "extraction")["rows"]
+    rows = metrics.score_rows([["a_b_c"], [""]], ["a_b_c", "a_b_c"], "extraction")["rows"]
     one, other = ({"runs": [{"status": "done", "rows": [row]}]} for row in rows)
     for entry in (one, other):
-        compare.summarize(entry, find_task("extraction"))
-    assert one["intervals"]["f1"] is None and compare.compared(one, other, "f1") == [100, None, None]
+        figures.summarize(entry, find_task("extraction"))
+    assert one["intervals"]["f1"] is None and figures.compared(one, other, "f1") == [100, None, None]
 
 
 def test_what_was_broken_off_goes_on(here):
@@ -467,7 +471,7 @@ def test_differences_are_those_of_the_scores(here):
     rows = {}
     for name in ("all", "lora,learning_rate=0.003"):
         path = f"output/compare-c/runs/{name}/seed-1/predictions.jsonl"
-        rows[name] = compare.scored(path, 0, "extraction", True)[0]
+        rows[name] = figures.scored(path, 0, "extraction", True)[0]
     expected = difference(rows["lora,learning_rate=0.003"], rows["all"], "f1")
     found = next(entry for entry in results["methods"] if entry["name"] == "all")["to_best"]
     assert found == pytest.approx(list(expected))
@@ -475,15 +479,15 @@ def test_differences_are_those_of_the_scores(here):
 
 def test_seeds_are_averaged_within_each_resample():
     """One seed is right where the other is wrong: the mean is 50 whatever rows are drawn, and no row counts twice."""
-    rows = [[compare.score_rows([row["output"] if n % 2 == k else ""], [row["output"]], "extraction")["rows"][0]
+    rows = [[metrics.score_rows([row["output"] if n % 2 == k else ""], [row["output"]], "extraction")["rows"][0]
              for n, row in enumerate(ROWS)] for k in (0, 1)]  # fmt: skip
     both = {"runs": [{"status": "done", "rows": part} for part in rows]}
     one = {"runs": both["runs"][:1]}
     for method in (both, one):
-        compare.summarize(method, find_task("extraction"))
+        figures.summarize(method, find_task("extraction"))
     assert both["metrics"]["f1"] == 50 and both["intervals"]["f1"] == pytest.approx([50, 50]) and both["spread"] == 0
     assert one["intervals"]["f1"] == intervals(rows[0], ["f1"])["f1"] and one["spread"] is None
-    change = compare.compared(both, one, "f1")
+    change = figures.compared(both, one, "f1")
     assert change[0] == 0 and change[1] < -10 and change[2] > 10
 
 
@@ -726,9 +730,9 @@ def test_the_best_weights_are_compared(tmp_path):
         (tmp_path / name).mkdir()
     for name in ("epoch-1-step-9", "epoch-2-step-18"):
         (tmp_path / name / "run.json").write_text("{}")
-    assert compare.checkpoint_of(str(tmp_path)) == str(tmp_path / "epoch-2-step-18")
+    assert comparison_methods.checkpoint_of(str(tmp_path)) == str(tmp_path / "epoch-2-step-18")
     (tmp_path / "best" / "run.json").write_text("{}")
-    assert compare.checkpoint_of(str(tmp_path)) == str(tmp_path / "best")
+    assert comparison_methods.checkpoint_of(str(tmp_path)) == str(tmp_path / "best")
 
 
 def test_a_methods_own_flag_goes_before_that_of_all(here):
@@ -759,10 +763,10 @@ def test_how_far_seeds_differ():
     runs = []
     for right in (1, 2, 6):
         answers = reference[:right] + [""] * (10 - right)
-        rows = compare.score_rows(answers, reference, "extraction")["rows"]
+        rows = metrics.score_rows(answers, reference, "extraction")["rows"]
         runs.append({"status": "done", "rows": rows, "done": {"seconds": right}, "checkpoint_bytes": 3 * right})
     found = {"runs": runs}
-    compare.summarize(found, find_task("extraction"))
+    figures.summarize(found, find_task("extraction"))
     assert found["metrics"]["f1"] == pytest.approx(30) and found["spread"] == pytest.approx(700**0.5)
     assert [run["metrics"]["f1"] for run in runs] == pytest.approx([10, 20, 60])
     assert (found["seconds"], found["checkpoint_bytes"], found["num_rows"]) == (3, 9, 10)
@@ -770,13 +774,13 @@ def test_how_far_seeds_differ():
     low, high = found["intervals"]["f1"]
     assert low < 30 < high
     two = {"runs": [{**run, "rows": run["rows"][:2]} for run in runs]}
-    compare.summarize(two, find_task("extraction"))
+    figures.summarize(two, find_task("extraction"))
     assert two["intervals"]["f1"] == [pytest.approx(2 * 100 / 3), 100], "right, half right, right: two rows have ends"
     one = {"runs": runs[:1]}
-    compare.summarize(one, find_task("extraction"))
+    figures.summarize(one, find_task("extraction"))
     assert one["spread"] is None
     unfinished = {"runs": [runs[0], {"status": "failed with exit code 3"}]}
-    compare.summarize(unfinished, find_task("extraction"))
+    figures.summarize(unfinished, find_task("extraction"))
     assert unfinished["status"] == "failed with exit code 3" and "metrics" not in unfinished
 
 
@@ -808,7 +812,7 @@ def test_figures_for_a_reader():
     assert {seconds: report_text.duration(seconds) for seconds in durations} == durations
     counts = {999: "999", 1000: "1 K", 29_600: "29.6 K", 1e6: "1 M", 1e9: "1 B", 6.24e9: "6.24 B"}
     assert {number: report_text.count(number) for number in counts} == counts
-    assert compare.mean([1, 2, 6]) == 3 and compare.mean([1, None]) is None
+    assert figures.mean([1, 2, 6]) == 3 and figures.mean([1, None]) is None
     assert (
-        compare.mean_interval([[1, 0, 2], [3, 2, 6]]) == [2, 1, 4] and compare.mean_interval([None, [1, 0, 2]]) is None
+        figures.mean_interval([[1, 0, 2], [3, 2, 6]]) == [2, 1, 4] and figures.mean_interval([None, [1, 0, 2]]) is None
     )

@@ -16,12 +16,16 @@ from conftest import ROOT, Golden
 from launching import hears_signals
 
 import data_set
-import row_cache
-from batches import collate
-from data_set import Columns, Part, data_files, encode_row, read_rows, show_row
-from exits import UserError
 from modes import MODES
-from row_cache import Encoding, load_rows
+from rows import cache as rows_cache
+from rows import encoding as rows_encoding
+from rows import reading
+from rows.batches import collate
+from rows.cache import load_rows
+from rows.checks import Columns
+from rows.encoding import Encoding, encode_row, show_row
+from rows.reading import Part, data_files, read_rows
+from runtime.exits import UserError
 
 GLM1 = os.path.join(os.path.dirname(__file__), "golden", "glm1")
 ROW = {"instruction": "问题", "input": "一", "output": "答案"}
@@ -38,7 +42,7 @@ def cache(tmp_path, monkeypatch):
     """An empty cache of encoded rows."""
     folder = tmp_path / "cache"
     folder.mkdir()
-    monkeypatch.setattr(row_cache, "cache_folder", lambda: str(folder))
+    monkeypatch.setattr(rows_cache, "cache_folder", lambda: str(folder))
     return folder
 
 
@@ -246,7 +250,7 @@ def test_places_are_lines_of_the_file(tmp_path):
 
 def items(path):
     """The texts of a file's rows, unchecked; what they are numbered with is looked at where it matters."""
-    return [item for _, item in data_set.read_file(str(path)).items]
+    return [item for _, item in reading.read_file(str(path)).items]
 
 
 HOSTILE_VALUES = {
@@ -270,7 +274,7 @@ HOSTILE_LINES = HOSTILE_VALUES | {
 
 @pytest.mark.parametrize("is_array, name", [*((True, n) for n in HOSTILE_VALUES), *((False, n) for n in HOSTILE_LINES)])
 def test_hostile_rows_are_named(tmp_path, monkeypatch, is_array, name):
-    monkeypatch.setattr(data_set, "MAX_ROW", 2500)
+    monkeypatch.setattr(reading, "MAX_ROW", 2500)
     text, says = HOSTILE_LINES[name]
     good = as_lines([ROW])[0]
     path = write(tmp_path / "rows.json", *([f"[{good},", text, f",{good}]"] if is_array else [good, text, good]))
@@ -278,7 +282,7 @@ def test_hostile_rows_are_named(tmp_path, monkeypatch, is_array, name):
         read(path)
     assert str(error.value).startswith(f"{path}:row 2: " if is_array else f"{path}:2: ") and says in str(error.value)
     messages = []
-    found = data_set.check_items(data_set.read_file(path), Columns(), bad_rows=messages)
+    found = reading.check_items(reading.read_file(path), Columns(), bad_rows=messages)
     assert [number for number, _ in found] == [1, 3] and messages == [str(error.value)]
 
 
@@ -301,20 +305,20 @@ def test_an_answer_that_is_no_text_is_refused_in_prediction_too(tmp_path, answer
 
 @pytest.mark.parametrize("size", [199, 200, 201, 401, 402, 1000])
 def test_a_line_that_is_too_long_is_read_in_pieces(tmp_path, monkeypatch, size):
-    monkeypatch.setattr(data_set, "MAX_ROW", 200)
+    monkeypatch.setattr(reading, "MAX_ROW", 200)
     good = as_lines([ROW])[0]
     path = write(tmp_path / "rows.json", good, "x" * size, good)
     first, long, last = items(path)
     assert first == last == good.encode() + b"\n" and len(long) == min(size + 1, 201)
     messages = []
-    found = data_set.check_items(data_set.read_file(path), Columns(), bad_rows=messages)
+    found = reading.check_items(reading.read_file(path), Columns(), bad_rows=messages)
     assert [number for number, _ in found] == [1, 3]
     assert ("more than 200 bytes" in messages[0]) == (size >= 200)
 
 
 def test_the_documented_limit():
     text = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
-    assert re.findall(r"(\d+) MiB", text) == [str(data_set.MAX_ROW >> 20)] * 2
+    assert re.findall(r"(\d+) MiB", text) == [str(reading.MAX_ROW >> 20)] * 2
 
 
 def test_a_value_that_python_cannot_read_is_named_by_its_line(tmp_path):
@@ -325,7 +329,7 @@ def test_a_value_that_python_cannot_read_is_named_by_its_line(tmp_path):
 
 @pytest.mark.parametrize("piece", [1, 2, 3, 1000])
 def test_bytes_that_are_not_utf_8_are_found_in_pieces(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(data_set, "ARRAY_PIECE", piece)
+    monkeypatch.setattr(reading, "ARRAY_PIECE", piece)
     path = tmp_path / "rows.json"
     for content, says in (
         ("[1,\n2, '水水".encode() + b"\xff", r":2: not UTF-8 \(invalid start byte at byte 10 of the line\)"),
@@ -343,7 +347,7 @@ NESTED = [{**ROW, "more": [1, -2.5e3, {"a": [[], {}]}, True, None, "[,]} \\u6c34
 @pytest.mark.parametrize("piece", [1, 2, 3, 7, 50])
 @pytest.mark.parametrize("indent", [None, 1])
 def test_an_array_is_read_in_pieces(tmp_path, monkeypatch, piece, indent):
-    monkeypatch.setattr(data_set, "ARRAY_PIECE", piece)
+    monkeypatch.setattr(reading, "ARRAY_PIECE", piece)
     path = write(tmp_path / "rows.json", "", json.dumps(NESTED, ensure_ascii=False, indent=indent), "")
     assert [json.loads(text) for text in items(path)] == NESTED
     assert [items(write(tmp_path / "no.json", text)) for text in ("[]", " [ ] ")] == [[], []]
@@ -369,7 +373,7 @@ def test_an_array_is_read_in_pieces(tmp_path, monkeypatch, piece, indent):
     ],
 )
 def test_a_broken_array_is_named_with_its_line(tmp_path, monkeypatch, piece, text, says):
-    monkeypatch.setattr(data_set, "ARRAY_PIECE", piece)
+    monkeypatch.setattr(reading, "ARRAY_PIECE", piece)
     path = tmp_path / "rows.json"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=says):
@@ -377,11 +381,11 @@ def test_a_broken_array_is_named_with_its_line(tmp_path, monkeypatch, piece, tex
 
 
 def test_a_broken_array_is_not_read_to_its_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_set, "ARRAY_PIECE", 10)
-    monkeypatch.setattr(data_set, "MAX_ROW", 100)
+    monkeypatch.setattr(reading, "ARRAY_PIECE", 10)
+    monkeypatch.setattr(reading, "MAX_ROW", 100)
     path = write(tmp_path / "rows.json", "[1,", '"' + "x" * 10_000)
     with open(path, "rb") as file:
-        text = data_set.JsonText(path, file, "array")
+        text = reading.JsonText(path, file, "array")
         with pytest.raises(ValueError, match=r"rows\.json:2: not a JSON array \(Unterminated string .*, or a row of"):
             assert (text.take("["), text.take_value(), text.take(",")) == ("[", "1", ",")
             text.take_value()
@@ -437,7 +441,7 @@ def test_counts(golden, tokenizer, rows_path, cache):
     assert counts["longest"] == max(len(row["input_ids"]) for row in whole)
     assert counts["tokens"] == sum(len(row["input_ids"]) for row in short)
     assert counts["labels"] == sum(num_labels)
-    said = row_cache.describe_counts(counts, 96, 48, is_skip=False)
+    said = data_set.describe_counts(counts, 96, 48, is_skip=False)
     assert f"rows: {counts['rows']} with {counts['tokens']:,} tokens, {counts['labels']:,} of them supervised" in said
     assert f"cut {counts['rows_cut']} rows over --max_len 96 / --max_src_len 48: {counts['source_tokens_cut']}" in said
 
@@ -453,12 +457,12 @@ def test_counts_of_answers_cut_and_rows_skipped(golden, tokenizer, tmp_path, cac
     kept, counts = load(golden, tokenizer, path, 64, 40, is_skip=True)
     assert (len(kept), counts["rows"], counts["skipped"], counts["rows_cut"]) == (1, 1, 2, 2)
     assert kept[0]["input_ids"].tolist() == ids[0]["input_ids"]
-    assert "left out 2 rows" in row_cache.describe_counts(counts, 64, 40, is_skip=True)
+    assert "left out 2 rows" in data_set.describe_counts(counts, 64, 40, is_skip=True)
 
 
 def test_rows_are_encoded_once(golden, tokenizer, rows_path, cache, monkeypatch):
     first = load(golden, tokenizer, rows_path)
-    monkeypatch.setattr(row_cache, "encode_row", lambda *args: pytest.fail("encoded again"))
+    monkeypatch.setattr(rows_encoding, "encode_row", lambda *args: pytest.fail("encoded again"))
     second = load(golden, tokenizer, rows_path)
     assert first[1] == second[1] and first[0].ids.tolist() == second[0].ids.tolist()
     assert len(os.listdir(cache)) == 1
@@ -499,7 +503,7 @@ def test_the_tokenizer_is_part_of_the_key(rows_path, tmp_path):
     def key(vocabulary, paths=(rows_path,), settings=("glm3", 3)):
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.model"
         path.write_bytes(vocabulary)
-        return row_cache.cache_key(list(paths), SimpleNamespace(vocab_file=str(path)), list(settings))
+        return rows_cache.cache_key(list(paths), SimpleNamespace(vocab_file=str(path)), list(settings))
 
     assert key(b"a") == key(b"a") and len(key(b"a")) == 32
     assert len({key(b"a"), key(b"b"), key(b""), key(b"a", [rows_path] * 2), key(b"a", settings=("glm3", 4))}) == 5
@@ -510,7 +514,7 @@ def test_the_tokenizer_is_part_of_the_key(rows_path, tmp_path):
 def test_families_do_not_share_cached_rows(tokenizer, golden, rows_path):
     """glm2 and glm3 have the same vocabulary file."""
     keys = {
-        row_cache.cache_key([rows_path], tokenizer, [name, None, "output", 512, 384, False, False])
+        rows_cache.cache_key([rows_path], tokenizer, [name, None, "output", 512, 384, False, False])
         for name in ("glm", "glm2", "glm3")
     }
     assert len(keys) == 3
@@ -527,7 +531,7 @@ def test_a_bad_row_leaves_nothing_behind(golden, tokenizer, rows_path, cache, ba
 
 def test_two_runs_that_encode_at_once_do_not_disturb_each_other(golden, tokenizer, rows_path, cache, monkeypatch):
     """While this run encodes, another one finishes the same folder."""
-    original, done = row_cache.encode_row, []
+    original, done = rows_encoding.encode_row, []
 
     def encode_while_another_run_does(*args):
         if not done:
@@ -535,7 +539,7 @@ def test_two_runs_that_encode_at_once_do_not_disturb_each_other(golden, tokenize
             load(golden, tokenizer, rows_path)
         return original(*args)
 
-    monkeypatch.setattr(row_cache, "encode_row", encode_while_another_run_does)
+    monkeypatch.setattr(rows_encoding, "encode_row", encode_while_another_run_does)
     rows, counts = load(golden, tokenizer, rows_path)
     assert len(rows) == counts["rows"] == len(golden.values["rows"])
     assert len(os.listdir(cache)) == 1
@@ -544,7 +548,7 @@ def test_two_runs_that_encode_at_once_do_not_disturb_each_other(golden, tokenize
 def test_a_cache_that_cannot_be_written_is_named(golden, tokenizer, rows_path, tmp_path, monkeypatch):
     blocked = tmp_path / "file" / "cache"
     blocked.parent.write_text("")
-    monkeypatch.setattr(row_cache, "cache_folder", lambda: str(blocked))
+    monkeypatch.setattr(rows_cache, "cache_folder", lambda: str(blocked))
     with pytest.raises(ValueError, match=rf"{blocked}: encoded rows cannot be kept there \(.+\): set HF_DATASETS_"):
         load(golden, tokenizer, rows_path)
 
@@ -630,7 +634,7 @@ def test_rows_that_change_while_they_are_opened_are_refused(glm3, tokenizer3, tm
     path = write(tmp_path / "rows.json", *as_lines(glm3.values["rows"]))
     load(glm3, tokenizer3, path)
     [folder] = cache.iterdir()
-    monkeypatch.setattr(row_cache, "barrier", lambda: (folder / "offsets.bin").write_bytes(b""))
+    monkeypatch.setattr(rows_cache, "barrier", lambda: (folder / "offsets.bin").write_bytes(b""))
     with pytest.raises(UserError, match=f"{folder}: encoded rows are damaged: start again"):
         load(glm3, tokenizer3, path)
 
@@ -701,7 +705,7 @@ def test_where_files_end_is_part_of_the_key(tokenizer3, tmp_path):
         paths = [tmp_path / f"{number}-{n}" for n in range(len(content))]
         for path, text in zip(paths, content):
             path.write_text(text)
-        keys.add(row_cache.cache_key([str(path) for path in paths], tokenizer3, []))
+        keys.add(rows_cache.cache_key([str(path) for path in paths], tokenizer3, []))
     assert len(keys) == len(contents)
 
 
@@ -725,11 +729,11 @@ def test_bad_rows_are_left_out_and_listed(glm3, tokenizer3, tmp_path, cache, mon
         rows, counts = load(glm3, tokenizer3, path, skip_bad_rows=True)
         assert [rows.place(n) for n in range(len(rows))] == [f"{path}:{n}" for n in good]
         found.append(rows.bad_rows)
-        monkeypatch.setattr(row_cache, "encode_row", lambda *args: pytest.fail("encoded again"))
+        monkeypatch.setattr(rows_encoding, "encode_row", lambda *args: pytest.fail("encoded again"))
     assert found[0] == found[1] and len(found[0]) == counts["bad_rows"] == len(BAD)
     assert all(message.startswith(f"{path}:{n}: ") for message, n in zip(found[0], bad))
     assert all(message.isprintable() for message in found[0])
-    said = row_cache.describe_counts(counts, 512, 384, is_skip=False).splitlines()
+    said = data_set.describe_counts(counts, 512, 384, is_skip=False).splitlines()
     assert said[-1] == f"rows: left out 7 bad rows, for example {found[0][0]}"
 
 
@@ -743,7 +747,7 @@ def test_a_message_about_a_bad_row_is_one_line(glm3, tokenizer3, tmp_path, cache
 def test_a_run_without_bad_rows_says_nothing_about_them(glm3, tokenizer3, rows_path3, cache):
     rows, counts = load(glm3, tokenizer3, rows_path3, skip_bad_rows=True)
     assert rows.bad_rows == [] and (counts["bad_rows"], counts["first_bad_row"]) == (0, None)
-    assert "bad" not in row_cache.describe_counts(counts, 512, 384, is_skip=False)
+    assert "bad" not in data_set.describe_counts(counts, 512, 384, is_skip=False)
     assert rows.key != load(glm3, tokenizer3, rows_path3)[0].key
 
 
@@ -783,8 +787,8 @@ def test_an_array_that_cannot_be_read_on_is_refused(glm3, tokenizer3, tmp_path, 
 @pytest.fixture
 def small_pool(monkeypatch):
     """A pool for few rows."""
-    monkeypatch.setattr(row_cache, "BATCH_ROWS", 100)
-    monkeypatch.setattr(row_cache, "MIN_POOL_BATCHES", 2)
+    monkeypatch.setattr(rows_encoding, "BATCH_ROWS", 100)
+    monkeypatch.setattr(rows_cache, "MIN_POOL_BATCHES", 2)
 
 
 def many_rows(num_rows):
@@ -805,7 +809,7 @@ def test_two_processes_give_the_same_files_as_one(glm3, tokenizer3, tmp_path, sm
     found, said = [], []
     for num_proc in (1, 2):
         cache = tmp_path / str(num_proc)
-        monkeypatch.setattr(row_cache, "cache_folder", lambda folder=str(cache): folder)
+        monkeypatch.setattr(rows_cache, "cache_folder", lambda folder=str(cache): folder)
         rows, _ = load(glm3, tokenizer3, paths, 64, 40, is_skip=True, num_proc=num_proc, skip_bad_rows=True)
         assert 1000 < len(rows) < 2900
         bad = [message.split(": ")[0] for message in rows.bad_rows]
@@ -857,15 +861,16 @@ def test_a_process_that_dies_is_an_error(glm3, tokenizer3):
             yield [(0, Part("here", False, [(1, json.dumps(ROW).encode())] * 100))]
 
     with pytest.raises(ValueError, match="--num_proc 2: a process that encoded rows was ended from outside"):
-        list(row_cache.encode_in_pool(batches(), encoding_of(glm3, tokenizer3), 2))
+        list(rows_encoding.encode_in_pool(batches(), encoding_of(glm3, tokenizer3), 2))
     assert not multiprocessing.active_children()
 
 
 ENDLESS = """
 import itertools, multiprocessing, sys
-from data_set import Columns, Part
-from row_cache import Encoding, encode_in_pool
 from modes import MODES
+from rows.checks import Columns
+from rows.encoding import Encoding, encode_in_pool
+from rows.reading import Part
 
 mode = MODES["glm3"]
 encoding = Encoding(Columns(), mode.tokenizer_class.from_pretrained(sys.argv[1]), mode, 512, 384, False)
@@ -912,17 +917,17 @@ def is_running(pid):
 @pytest.fixture
 def fast_heart(monkeypatch):
     for name, seconds in (("BEAT_SECONDS", 0.02), ("SILENT_SECONDS", 0.4), ("POLL_SECONDS", 0.01)):
-        monkeypatch.setattr(row_cache, name, seconds)
+        monkeypatch.setattr(rows_cache, name, seconds)
 
 
 def encode_slowly(monkeypatch, seconds):
-    original = row_cache.encode_row
-    monkeypatch.setattr(row_cache, "encode_row", lambda *args: (time.sleep(seconds), original(*args))[1])
+    original = rows_encoding.encode_row
+    monkeypatch.setattr(rows_encoding, "encode_row", lambda *args: (time.sleep(seconds), original(*args))[1])
 
 
 def folder_of(glm3, tokenizer3, path, cache):
     """Where `load` keeps the rows of this file."""
-    return cache / row_cache.cache_key([path], tokenizer3, ["glm3", None, "output", 512, 384, False, False])
+    return cache / rows_cache.cache_key([path], tokenizer3, ["glm3", None, "output", 512, 384, False, False])
 
 
 @pytest.mark.parametrize("is_stale", [False, True])
@@ -939,7 +944,7 @@ def test_the_others_wait_while_the_heart_beats(glm3, tokenizer3, rows_path3, cac
     time.sleep(0.1)
     started = time.monotonic()
     rows, counts = load(glm3, tokenizer3, rows_path3)
-    assert time.monotonic() - started > row_cache.SILENT_SECONDS
+    assert time.monotonic() - started > rows_cache.SILENT_SECONDS
     other.join(timeout=120)
     assert found[0][1] == counts and found[0][0].ids.tolist() == rows.ids.tolist()
     assert os.listdir(cache) == [os.path.basename(heart).removesuffix(".encoding")]
@@ -962,7 +967,7 @@ def test_a_silent_process_is_noticed(glm3, tokenizer3, rows_path3, cache, fast_h
     says = rf"{heart}: not touched for 0\.4 s: the process of this host that encodes the rows \(LOCAL_RANK 0\) has"
     with pytest.raises(ValueError, match=says):
         load(glm3, tokenizer3, rows_path3, encodes=False)
-    assert time.monotonic() - started > row_cache.SILENT_SECONDS
+    assert time.monotonic() - started > rows_cache.SILENT_SECONDS
 
 
 def test_a_bad_row_is_told_by_the_process_that_found_it(glm3, tokenizer3, rows_path3, cache, fast_heart, monkeypatch):
@@ -984,12 +989,12 @@ def test_a_bad_row_is_told_by_the_process_that_found_it(glm3, tokenizer3, rows_p
     failed = time.monotonic()
     assert os.listdir(cache) == []
     other.join(timeout=120)
-    assert ended[0] - failed > 0.9 * row_cache.SILENT_SECONDS
+    assert ended[0] - failed > 0.9 * rows_cache.SILENT_SECONDS
 
 
 def test_another_run_that_ends_first_does_not_stop_the_heart(tmp_path, fast_heart):
     path = tmp_path / "x.encoding"
-    with row_cache.heartbeat(str(path)):
+    with rows_cache.heartbeat(str(path)):
         path.unlink()  # what the other run does at its end
         time.sleep(0.2)
         assert path.exists()

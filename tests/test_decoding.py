@@ -9,10 +9,10 @@ import torch
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 
-import glm_common.decoding
 import predict
-from glm_common.cache import RoomyCache, RoomyLayer
-from glm_common.decoding import decode, longer_mask
+from generation import decoding
+from generation.decoding import decode, longer_mask
+from generation.kv_cache import RoomyCache, RoomyLayer
 
 NUM_NEW = 20
 STOP_ID = 1
@@ -63,7 +63,7 @@ def batch_sizes(monkeypatch):
             sizes.append(len(indices))
             super().batch_select_indices(indices)
 
-    monkeypatch.setattr(glm_common.decoding, "RoomyCache", Watched)
+    monkeypatch.setattr(decoding, "RoomyCache", Watched)
     return sizes
 
 

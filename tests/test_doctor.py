@@ -22,12 +22,14 @@ from test_bad_checkpoints import SAVED as SPOILT_RUNS
 from test_resume import STATE_FILES
 
 import doctor
-import weights
-from checkpoint import read_config
-from folders import close_folder
+from checkpoints import base_weights, inspection
+from checkpoints.opening import read_config
+from flags import doctor as flags_doctor
 from modes import MODES
+from runtime import machine
+from runtime.folders import close_folder
 
-CARD = doctor.Card("H", 80 * 10**9, 70 * 10**9, (9, 0))
+CARD = machine.Card("H", 80 * 10**9, 70 * 10**9, (9, 0))
 SMI = "NVIDIA-SMI 550.1  Driver Version: 550.1  CUDA Version: 12.4"
 ZEROS = "base_model.model.transformer.encoder.layers.0.self_attention.query_key_value.lora_A.weight"
 
@@ -35,7 +37,7 @@ ZEROS = "base_model.model.transformer.encoder.layers.0.self_attention.query_key_
 def look(path, mode=None, full=False, facts=None, base=None):
     """The lines of a folder."""
     args = argparse.Namespace(mode=mode, full=full, model_name_or_path=base)
-    return list(doctor.folder_lines(str(path), args, facts or doctor.Facts()))
+    return list(inspection.folder_lines(str(path), args, facts or machine.Facts()))
 
 
 def text_of(lines, name):
@@ -45,7 +47,7 @@ def text_of(lines, name):
 
 def bad(lines):
     """Texts of what is BAD."""
-    return [text for mark, _, text in lines if mark == doctor.BAD]
+    return [text for mark, _, text in lines if mark == machine.BAD]
 
 
 def spoilt(lines, *says):
@@ -59,11 +61,11 @@ def adapter(here, **run):
     """An adapter as train.py saves it."""
     path, mode = here.adapter(**run), MODES["glm3"]
     model = get_peft_model(
-        weights.empty_model(mode, read_config(str(GOLDEN_FOLDERS["glm3"]), mode)),
+        base_weights.empty_model(mode, read_config(str(GOLDEN_FOLDERS["glm3"]), mode)),
         LoraConfig(r=4, target_modules=["query_key_value"], task_type="CAUSAL_LM"),
     )
     model.peft_config["default"].save_pretrained(path)
-    with doctor.quiet():
+    with machine.quiet():
         state = {name: torch.zeros(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
     save_file(state, path / "adapter_model.safetensors")
     return path
@@ -75,7 +77,7 @@ def adapter(here, **run):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_good_checkpoint(mode):
     lines = look(GOLDEN_FOLDERS[mode], full=True)
-    assert {mark for mark, *_ in lines} == {doctor.OK}
+    assert {mark for mark, *_ in lines} == {machine.OK}
     assert text_of(lines, "what").startswith(f"{mode}: whole")
     assert "fp16" in text_of(lines, "weights") and text_of(lines, "values") == "all are finite"
     assert text_of(lines, "loads").endswith(f"--model_path {GOLDEN_FOLDERS[mode]}")
@@ -118,7 +120,7 @@ def test_values_that_are_not_finite_show_with_full(here):
 
 
 def test_an_adapter(here):
-    folder = adapter(here, step=7, versions={"torch": "1.0", "peft": doctor.installed("peft")})
+    folder = adapter(here, step=7, versions={"torch": "1.0", "peft": machine.installed("peft")})
     lines = look(folder, full=True)
     assert not bad(lines)
     assert "glm3: adapter weights on" in text_of(lines, "what") and "lora, step 7" in text_of(lines, "what")
@@ -141,7 +143,7 @@ def test_a_prefix_encoder(here):
     folder = here.adapter(train_type="ptuning", weights="prefix")
     put("config.json", PREFIX_CONFIG)(folder)
     config = read_config(str(folder), MODES["glm3"])
-    wanted = weights.empty_model(MODES["glm3"], config).state_dict()
+    wanted = base_weights.empty_model(MODES["glm3"], config).state_dict()
     save_file(
         {name: torch.zeros(t.shape) for name, t in wanted.items() if "prefix_encoder." in name},
         folder / "prefix_encoder.safetensors",
@@ -218,14 +220,14 @@ def test_what_is_no_checkpoint(here):
 def test_memory_to_predict(here, monkeypatch):
     folder = here.model()
     for facts, says in (
-        (doctor.Facts(), "1.4 MB to predict in fp32"),
-        (doctor.Facts(cards=[CARD]), "698.5 KB to predict in bf16, and the tokens; 70.0 GB free"),
-        (doctor.Facts(cards=[CARD._replace(capability=(7, 5))]), "in fp16"),
-        (doctor.Facts(cards=[CARD._replace(capability=(8, 0))]), "in bf16"),  # an A100
-        (doctor.Facts(cards=[CARD, CARD._replace(capability=(7, 5), free=2 * 10**9)]), "in fp16"),
+        (machine.Facts(), "1.4 MB to predict in fp32"),
+        (machine.Facts(cards=[CARD]), "698.5 KB to predict in bf16, and the tokens; 70.0 GB free"),
+        (machine.Facts(cards=[CARD._replace(capability=(7, 5))]), "in fp16"),
+        (machine.Facts(cards=[CARD._replace(capability=(8, 0))]), "in bf16"),  # an A100
+        (machine.Facts(cards=[CARD, CARD._replace(capability=(7, 5), free=2 * 10**9)]), "in fp16"),
     ):
         assert says in text_of(look(folder, facts=facts), "memory")
-    monkeypatch.setattr(doctor, "memory", lambda: (1000, 1000))
+    monkeypatch.setattr(inspection, "memory", lambda: (1000, 1000))
     assert "too little" in text_of(look(folder), "memory")
 
 
@@ -233,51 +235,52 @@ def test_memory_to_predict(here, monkeypatch):
 
 
 def test_pins_are_those_of_requirements():
-    lines = [line for line in doctor.REQUIREMENTS.read_text().splitlines() if line and not line.startswith("#")]
+    lines = [line for line in machine.REQUIREMENTS.read_text().splitlines() if line and not line.startswith("#")]
     for python in ("3.10", "3.11", "3.13"):
         kept = [Requirement(line) for line in lines]
         kept = [line for line in kept if line.marker is None or line.marker.evaluate({"python_version": python})]
         wanted = {line.name: str(line.specifier).removeprefix("==") for line in kept}
-        assert doctor.pins(tuple(map(int, python.split(".")))) == wanted
-    assert set(doctor.IMPORTS) <= set(wanted)
+        assert machine.pins(tuple(map(int, python.split(".")))) == wanted
+    assert set(machine.IMPORTS) <= set(wanted)
 
 
 def test_packages(monkeypatch):
-    installed = doctor.installed
+    installed = machine.installed
     versions = {"peft": None, "numpy": "1.0", "tokenizers": "0.1"}
-    monkeypatch.setattr(doctor, "installed", lambda name: versions[name] if name in versions else installed(name))
+    for module in (machine, doctor, inspection):
+        monkeypatch.setattr(module, "installed", lambda name: versions[name] if name in versions else installed(name))
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     lines = list(doctor.version_lines())
-    assert (doctor.BAD, "peft", f"missing: pip install peft=={doctor.pins()['peft']}") in lines
+    assert (machine.BAD, "peft", f"missing: pip install peft=={machine.pins()['peft']}") in lines
     assert text_of(lines, "missing ones").endswith("pip install -r requirements.txt")
     assert "cannot be imported (ModuleNotFoundError" in text_of(lines, "sentencepiece")
     assert text_of(lines, "numpy").startswith("1.0, but the tests run with 2")
     assert any("needs tokenizers<" in text and "here is 0.1: pip install 'tokenizers<" in text for text in bad(lines))
     versions |= {"transformers": "4.33.0", "torch": "2.0.1+cu118"}
-    found = [(mark, name) for mark, name, _ in doctor.broken_lines(doctor.Facts(cards=[CARD]))]
+    found = [(mark, name) for mark, name, _ in inspection.broken_lines(machine.Facts(cards=[CARD]))]
     assert found.count(("BAD", "transformers")) == 1 and ("note", "torch") in found
 
 
 def test_a_missing_library_ends_its_section_only(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "deepspeed.git_version_info", None)
-    assert doctor.show("ops", doctor.op_lines(doctor.Facts(), False)) == [doctor.BAD]
+    assert doctor.show("ops", doctor.op_lines(machine.Facts(), False)) == [machine.BAD]
     assert "not looked at" in capsys.readouterr().out
 
 
 def test_no_card(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor.glob, "glob", lambda pattern: [])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert list(doctor.card_lines(doctor.Facts(cuda=""))) == [("note", "cards", "none: tiny models only")]
+    assert list(doctor.card_lines(machine.Facts(cuda=""))) == [("note", "cards", "none: tiny models only")]
     for facts, says in (
-        (doctor.Facts(smi=(0, SMI)), "torch cannot be imported"),
-        (doctor.Facts(cuda="", smi=(0, SMI)), "built for CPU only: pip install --force-reinstall"),
-        (doctor.Facts(cuda="13.0", driver_cuda="12.4", smi=(0, SMI)), "the driver runs up to CUDA 12.4, torch is"),
-        (doctor.Facts(cuda="12.8", driver_cuda="12.4", smi=(0, SMI), problem="no device"), "torch says 'no device'"),
-        (doctor.Facts(cuda="13.0", smi=(9, "it couldn't communicate")), "nvidia-smi says"),
+        (machine.Facts(smi=(0, SMI)), "torch cannot be imported"),
+        (machine.Facts(cuda="", smi=(0, SMI)), "built for CPU only: pip install --force-reinstall"),
+        (machine.Facts(cuda="13.0", driver_cuda="12.4", smi=(0, SMI)), "the driver runs up to CUDA 12.4, torch is"),
+        (machine.Facts(cuda="12.8", driver_cuda="12.4", smi=(0, SMI), problem="no device"), "torch says 'no device'"),
+        (machine.Facts(cuda="13.0", smi=(9, "it couldn't communicate")), "nvidia-smi says"),
     ):
         assert says in bad(doctor.card_lines(facts))[0]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert "CUDA_VISIBLE_DEVICES is ''" in bad(doctor.card_lines(doctor.Facts(cuda="13.0", smi=(0, SMI))))[0]
+    assert "CUDA_VISIBLE_DEVICES is ''" in bad(doctor.card_lines(machine.Facts(cuda="13.0", smi=(0, SMI))))[0]
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch is built for CUDA")
@@ -286,20 +289,20 @@ def test_a_driver_and_a_torch_for_cpu(monkeypatch, tmp_path):
     program.write_text(f"#!/bin/sh\necho '{SMI}'\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    facts = doctor.Facts()
-    doctor.find_cards(facts)
+    facts = machine.Facts()
+    machine.find_cards(facts)
     assert facts.driver_cuda == "12.4" and "built for CPU only" in bad(doctor.card_lines(facts))[0]
 
 
 def test_cards(monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     old = CARD._replace(name="T", capability=(7, 5))
-    facts = doctor.Facts(cuda="12.8", driver_cuda="12.4", cards=[CARD, old], smi=(0, SMI), warned=["no code"])
+    facts = machine.Facts(cuda="12.8", driver_cuda="12.4", cards=[CARD, old], smi=(0, SMI), warned=["no code"])
     lines = list(doctor.card_lines(facts))
     assert text_of(lines, "CUDA") == "torch is built for 12.8, the driver 550.1 runs up to 12.4"
     assert text_of(lines, "card 0") == "H, 80.0 GB, free 70.0 GB, compute capability 9.0, bf16 yes"
     assert text_of(lines, "card 1").endswith("bf16 no") and ("note", "torch warns", "no code") in lines
-    assert [name for _, name, _ in doctor.broken_lines(facts)] == ["bf16", "DS_ACCELERATOR"]
+    assert [name for _, name, _ in inspection.broken_lines(facts)] == ["bf16", "DS_ACCELERATOR"]
     size = os.statvfs("/dev/shm")
     monkeypatch.setattr(doctor.os, "statvfs", lambda path: argparse.Namespace(f_frsize=1, f_blocks=64 << 20))
     assert size and "--shm-size=1g" in text_of(list(doctor.machine_lines(facts)), "/dev/shm")
@@ -320,7 +323,7 @@ def test_memory_limits(tmp_path):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_text(text)
         groups.write_text(line + "\n")
-        assert doctor.memory_limit(groups, root) == limit
+        assert machine.memory_limit(groups, root) == limit
 
 
 def test_a_whole_checkpoint_takes_what_is_said():
@@ -334,31 +337,31 @@ def test_compiled_ops(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     (tmp_path / "cpu_adam").mkdir()
     (tmp_path / "cpu_adam" / "cpu_adam.so").touch()
-    assert text_of(list(doctor.op_lines(doctor.Facts(cuda=""), False)), "cpu_adam").startswith("built")
+    assert text_of(list(doctor.op_lines(machine.Facts(cuda=""), False)), "cpu_adam").startswith("built")
     monkeypatch.setattr(doctor, "cpu_adam_problem", lambda: "no C++ compiler")
-    assert ("note", "cpu_adam", "no C++ compiler (for the _offload files)") in doctor.op_lines(doctor.Facts(), True)
+    assert ("note", "cpu_adam", "no C++ compiler (for the _offload files)") in doctor.op_lines(machine.Facts(), True)
     lock = tmp_path / "cpu_adam" / "lock"
     lock.touch()
-    assert not bad(doctor.op_lines(doctor.Facts(), True))  # and the op is not loaded: that would wait
+    assert not bad(doctor.op_lines(machine.Facts(), True))  # and the op is not loaded: that would wait
     os.utime(lock, (time.time() - 3600,) * 2)
-    assert "remove it" in bad(doctor.op_lines(doctor.Facts(), True))[0]
+    assert "remove it" in bad(doctor.op_lines(machine.Facts(), True))[0]
 
 
 def test_no_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    lines = list(doctor.compiler_lines(doctor.Facts()))
+    lines = list(doctor.compiler_lines(machine.Facts()))
     assert "apt install g++" in text_of(lines, "C++") and "pip install ninja" in text_of(lines, "ninja")
     (tmp_path / "bin").mkdir()
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 11.8, V11.8.89'\n")
     nvcc.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert "is of CUDA 11.8, torch of 13.0" in text_of(list(doctor.compiler_lines(doctor.Facts(cuda="13.0"))), "nvcc")
-    assert text_of(list(doctor.compiler_lines(doctor.Facts(cuda="11.6"))), "nvcc").endswith("CUDA 11.8")
+    assert "is of CUDA 11.8, torch of 13.0" in text_of(list(doctor.compiler_lines(machine.Facts(cuda="13.0"))), "nvcc")
+    assert text_of(list(doctor.compiler_lines(machine.Facts(cuda="11.6"))), "nvcc").endswith("CUDA 11.8")
 
 
 def test_lines_are_short_and_plain(capsys):
-    doctor.show("title", [(doctor.BAD, "name", "word " * 60 + "\x1b[31m" + "/a-b" * 30)])
+    doctor.show("title", [(machine.BAD, "name", "word " * 60 + "\x1b[31m" + "/a-b" * 30)])
     out = capsys.readouterr().out
     assert "\x1b" not in out and all(len(line) <= 100 for line in out.splitlines()[:-1])
 
@@ -374,7 +377,7 @@ def answers_of(here, *answers):
 
 def look_at_rows(mode, path):
     """The lines on the rows, from a folder without weights."""
-    args = doctor.parse_doctor([str(mode), "--train_path", path])
+    args = flags_doctor.parse_doctor([str(mode), "--train_path", path])
     return list(doctor.row_lines(args.folders[0], args))
 
 
@@ -410,7 +413,7 @@ def test_rows_need_a_tokenizer(here, capsys):
         [line] = capsys.readouterr().err.splitlines()
         assert stop.value.code == 2 and says in line
     (here.folder / "out").mkdir()
-    args = doctor.parse_doctor(["out", "--train_path", "rows.json"])
+    args = flags_doctor.parse_doctor(["out", "--train_path", "rows.json"])
     with pytest.raises(ValueError, match="out: has no tokenizer: name a checkpoint"):
         list(doctor.row_lines("out", args))
     put("rows.json", "{}")(here.folder)

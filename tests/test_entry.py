@@ -17,18 +17,16 @@ import pytest
 from conftest import GOLDEN, ROOT
 from launching import hears_signals
 from refusing import here  # noqa: F401  a fixture
-
-import arguments
-import entry
-import steps
-import utils
-import watch
-from checkpoint import no_checkpoint_problem
-from compare_plan import read_plan
-from folders import last_named
-from talk import talk
 from test_readme import PARSERS
-from train_arguments import train_parser
+
+from checkpoints.opening import no_checkpoint_problem
+from comparison import commands
+from comparison.plan import read_plan
+from flags import common, predict
+from flags.train import train_parser
+from generation.talk import talk
+from runtime import entry, ranks, watchdog
+from runtime.folders import last_named
 
 SCRIPTS = ("export_prefix", "make_base", "make_data", "predict_vllm", "quickstart")
 COMMANDS = [*sorted(PARSERS), *(f"scripts/{name}.py" for name in SCRIPTS)]
@@ -98,7 +96,7 @@ def test_a_training_on_a_terminal_without_chinese(tmp_path):
 def test_streams_that_are_closed_or_not_read():
     """A parent that closes the streams, and a reader that has seen enough, are no errors."""
     for streams, code in ((">&- 2>&-", 0), ("| exit; exit ${PIPESTATUS[0]}", 141)):
-        command = f"python -c 'import entry; entry.run(print)' {streams}"
+        command = f"python -c 'from runtime import entry; entry.run(print)' {streams}"
         done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
         assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
 
@@ -106,12 +104,15 @@ def test_streams_that_are_closed_or_not_read():
 # Ctrl-C.
 
 
+QUICK = ("import os", "import sys", "from pathlib import Path")  # what finds the rooms when a script of scripts/ starts
+
+
 @pytest.mark.parametrize("script", COMMANDS)
 def test_every_command_goes_through_the_door(script):
     """Ctrl-C is heard from the first import on: `entry` comes before all that takes time."""
     tree = ast.parse((ROOT / script).read_text(encoding="utf-8"))
-    names = [alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names]
-    assert [name for name in names if name not in ("os", "sys")][0] == "entry"
+    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert [line for line in map(ast.unparse, imports) if line not in QUICK][0] == "from runtime import entry"
     last = ast.unparse(tree.body[-1])
     assert "entry.run(" in last or (script == "train.py" and "together()" in last)
 
@@ -119,7 +120,7 @@ def test_every_command_goes_through_the_door(script):
 def test_ctrl_c_is_one_line():
     """While a command imports, and while it works; a thread that is at work is not waited for."""
     for code in ("raise KeyboardInterrupt", "entry.run(lambda argv: signal.raise_signal(signal.SIGINT))"):
-        code = f"import entry, signal, sys, threading, time\nsys.argv = ['x.py']\n{code}"
+        code = f"from runtime import entry\nimport signal, sys, threading, time\nsys.argv = ['x.py']\n{code}"
         code = code.replace("entry.run", "threading.Thread(target=time.sleep, args=[600]).start()\nentry.run")
         words = [sys.executable, "-c", code]
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=180, preexec_fn=hears_signals)
@@ -140,7 +141,7 @@ def test_what_the_parent_ignores_stays_ignored(handlers, monkeypatch):
     monkeypatch.setattr(sys, "stderr", sys.stderr)
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    with watch.together() as watched:
+    with watchdog.together() as watched:
         assert {signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)} == {signal.SIG_IGN}
         assert signal.getsignal(signal.SIGTERM) == watched.on_signal
     assert signal.getsignal(signal.SIGTERM) != watched.on_signal
@@ -151,7 +152,7 @@ def test_a_request_before_the_training(handlers, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", sys.stdout)
     monkeypatch.setattr(sys, "stderr", sys.stderr)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    with pytest.raises(SystemExit) as stop, watch.together():
+    with pytest.raises(SystemExit) as stop, watchdog.together():
         signal.raise_signal(signal.SIGINT)
     assert stop.value.code == 75 and capsys.readouterr().err == "\nCtrl-C: left before the training began\n"
 
@@ -176,7 +177,7 @@ def test_what_was_pressed_is_passed_on(number, tmp_path):
     """By job.sh and by what runs the commands of a comparison: the same signal, once."""
     job = ["bash", str(ROOT / "scripts" / "job.sh"), sys.executable, "-c", HEARS]
     assert press(job, number) == (75, ["ready", number.name])
-    code = f"import sys, steps\nprint(*steps.run_words([sys.executable, '-c', {HEARS!r}], None))"
+    code = f"import sys\nfrom comparison import commands\nprint(*commands.run_words([sys.executable, '-c', {HEARS!r}], None))"
     assert press([sys.executable, "-c", code], number, cwd=ROOT) == (0, ["ready", number.name, "75 True"])
 
 
@@ -211,7 +212,7 @@ def test_variables_of_a_launch_without_one(here, monkeypatch, variables, says): 
     commands of one process do not mind."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert (utils.world_size(), utils.rank(), utils.local_rank(), utils.is_main()) == (1, 0, 0, True)
+    assert (ranks.world_size(), ranks.rank(), ranks.local_rank(), ranks.is_main()) == (1, 0, 0, True)
     here.train_fails(says=says)
     here.fails("predict.py", "--model_path", GOLDEN / "glm3", "--prompt", "问", says=says)
     here.fails("merge_lora.py", "--model_dir", "nowhere", says="--model_dir nowhere: no such folder")
@@ -221,13 +222,13 @@ def test_a_launch_is_one(monkeypatch):
     variables = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert (utils.world_size(), utils.rank(), utils.local_rank(), utils.is_main()) == (2, 1, 1, False)
-    assert utils.launcher_problem() is None
+    assert (ranks.world_size(), ranks.rank(), ranks.local_rank(), ranks.is_main()) == (2, 1, 1, False)
+    assert ranks.launcher_problem() is None
 
 
 def test_steps_do_not_inherit_a_launch(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert "WORLD_SIZE" not in steps.Steps(tmp_path).environment
+    assert "WORLD_SIZE" not in commands.Steps(tmp_path).environment
 
 
 # Paths.
@@ -243,9 +244,9 @@ def test_home_in_every_path(name, monkeypatch):
     words = ("path", "dir", "file", "folder", "config", "resume", "before", "suite", "baseline", "criteria")
     known = {"lora_module_name", "freeze_module_name", "dir"}
     paths = [a for a in flags_of(name) if any(word in a.dest for word in words) or a.dest == "predictions"]
-    assert paths and all(action.type is arguments.path for action in paths if action.dest not in known)
+    assert paths and all(action.type is common.path for action in paths if action.dest not in known)
     monkeypatch.setenv("HOME", "/there")
-    assert arguments.path("~/x") == "/there/x" and arguments.path("a~b") == "a~b"
+    assert common.path("~/x") == "/there/x" and common.path("a~b") == "a~b"
     args = train_parser().parse_args(["--train_path", "a", "~/b", "--model_name_or_path=~", "--output_dir=~/x"])
     assert (args.train_path, args.model_name_or_path, args.output_dir) == (["a", "/there/b"], "/there", "/there/x")
 
@@ -271,9 +272,9 @@ def test_names_of_folders(monkeypatch, tmp_path):
     monkeypatch.chdir(place)
     assert last_named(".") == str(place) and last_named("../a/") == "../a"
     assert last_named("..") == str(place.parent)
-    labels = {arguments.model_label(name) for name in (".", "../epoch-1-step-3/", str(place))}
+    labels = {predict.model_label(name) for name in (".", "../epoch-1-step-3/", str(place))}
     assert labels == {"output-x-epoch-1-step-3"}
-    assert arguments.model_label("../best/") == "output-x-best" and arguments.model_label("/") == "model"
+    assert predict.model_label("../best/") == "output-x-best" and predict.model_label("/") == "model"
 
 
 @pytest.fixture
@@ -311,7 +312,8 @@ def test_a_folder_with_a_run_says_how_to_go_on(run_folder):
 # Talking.
 
 STUB = """import sys, time
-import entry, talk
+from generation import talk
+from runtime import entry
 class Answerer:
     max_src_len = 99
     def prompt_ids(self, query, history): return [query, len(history)], 0

@@ -12,13 +12,13 @@ import torch
 from conftest import GOLDEN_FOLDERS, ROOT
 from safetensors.torch import load_file
 
-from bases import base_fingerprint
-from checkpoint import read_config
-from evaluation import Evaluation
-from folders import is_whole
+from checkpoints.bases import base_fingerprint
+from checkpoints.opening import read_config
+from data_set import RowSet, hold_out, mix
+from evaluation.round_trip import come_back
 from modes import MODES
-from round_trip import come_back
-from row_sets import RowSet, hold_out, mix
+from runtime.folders import is_whole
+from training.evaluation import Evaluation
 
 
 @pytest.mark.parametrize("every, due", [(0, [3, 6, 9, 10]), (2, [2, 4, 6, 8, 10]), (3, [3, 6, 9, 10])])

@@ -9,13 +9,13 @@ from conftest import ROOT
 
 COMMAND = """import sys
 sys.argv = ['x.py']
-import entry, watch
-from exits import UserError
+from runtime import entry, watchdog
+from runtime.exits import UserError
 def main(argv):
     {body}
 {door}
 """
-DOORS = {"entry": "entry.run(main)", "train": "with watch.together() as it:\n    main([])"}
+DOORS = {"entry": "entry.run(main)", "train": "with watchdog.together() as it:\n    main([])"}
 
 
 def run(body, door):
@@ -62,8 +62,8 @@ def test_writers_of_weights_tell_of_a_full_disk(tmp_path):
     """safetensors and torch have errors of their own for it; the door sees the machine's error."""
     import torch
 
-    from exits import ending
-    from weights import disk_errors, write_bin
+    from checkpoints.weight_files import disk_errors, write_bin
+    from runtime.exits import ending
 
     with pytest.raises(OSError) as caught, disk_errors():
         raise RuntimeError("I/O error: No space left on device (os error 28)")

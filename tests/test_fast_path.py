@@ -6,11 +6,12 @@ import pytest
 import torch
 from conftest import Golden
 
-from batches import collate
 from benchmarks.plain import pad, plain_loss, plain_settings
-from glm_common import loss as loss_module
-from glm_common.functions import MaskFromSeed, RMSNormOnCPU, SeededDropout
-from tuning import TRAIN_TYPES, checkpoint_layers
+from modeling import loss as loss_module
+from modeling.fused_ops import MaskFromSeed, RMSNormOnCPU, SeededDropout
+from modeling.gradient_checkpointing import checkpoint_layers
+from rows.batches import collate
+from train_types import TRAIN_TYPES
 
 MODES = ["glm", "glm2", "glm3"]
 LORA = SimpleNamespace(
@@ -370,7 +371,7 @@ def test_dropout_of_the_prefix(mode_name):
 
 def test_a_new_prefix_has_the_bounds_of_linear_layers():
     """Uniform within +- 1 / sqrt(inputs), as torch makes them; the table is standard normal."""
-    from glm_common.prefix import PrefixEncoder
+    from modeling.prefix_encoder import PrefixEncoder
 
     torch.manual_seed(0)
     encoder = PrefixEncoder(64, 2, 2, 8, True, embedding_size=64, hidden_size=400)

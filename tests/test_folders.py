@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-import folders
+from runtime import folders, streams
 
 
 class Killed(BaseException):
@@ -124,7 +124,7 @@ def test_room_to_the_byte(tmp_path, monkeypatch):
     folders.require_space(str(tmp_path), 1000, "a state")
     with pytest.raises(ValueError, match="a state takes about 1.0 KB, 1.0 KB are free"):
         folders.require_space(str(tmp_path), 1001, "a state")
-    assert folders.size_text(999) == "999 bytes" and folders.size_text(1000) == "1.0 KB"
+    assert streams.size_text(999) == "999 bytes" and streams.size_text(1000) == "1.0 KB"
 
 
 def test_room(tmp_path):
@@ -134,7 +134,7 @@ def test_room(tmp_path):
     ):
         folders.require_space(str(tmp_path / "a" / "b"), 10**15, "a state")
     sizes = {5: "5 bytes", 16_200: "16.2 KB", 12_400_000_000: "12.4 GB", 10**15: "1000.0 TB"}
-    assert {number: folders.size_text(number) for number in sizes} == sizes
+    assert {number: streams.size_text(number) for number in sizes} == sizes
 
 
 def test_a_file_that_is_not_as_it_was_written(tmp_path):

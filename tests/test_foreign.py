@@ -18,12 +18,12 @@ from refusing import change_json, drop, here, put  # noqa: F401, a fixture
 from safetensors.torch import load_file, save_file
 from test_predict import answers, write_rows
 
-import doctor
 import merge_lora
-import weights
-from checkpoint import load_opened, open_checkpoint
+from checkpoints import base_weights, inspection, weight_files
+from checkpoints.opening import load_opened, open_checkpoint
 from modes import MODES
-from tuning import LORA_TARGETS
+from runtime import machine
+from train_types import LORA_TARGETS
 
 CPU = torch.device("cpu")
 LAST = "layers.1.mlp.dense_4h_to_h"
@@ -59,7 +59,7 @@ def adapted(golden, folder, name="plain", change=None):
 def look(folder, base=None, mode=None, full=False):
     """(marks, text) of doctor.py on a folder."""
     args = argparse.Namespace(mode=mode, full=full, model_name_or_path=base and str(base))
-    lines = list(doctor.folder_lines(str(folder), args, doctor.Facts()))
+    lines = list(inspection.folder_lines(str(folder), args, machine.Facts()))
     return [mark for mark, *_ in lines], " ".join(text for *_, text in lines)
 
 
@@ -116,7 +116,7 @@ def test_an_adapter_of_peft_through_every_command(golden, tmp_path, capsys):
     folder, rows = tmp_path / "checkpoint-30", write_rows(tmp_path / "rows.json", 3)
     model = adapted(golden, folder)
     marks, text = look(folder, full=True)
-    assert doctor.BAD not in marks and "adapter weights on" in text and "not saved by this toolkit" in text
+    assert machine.BAD not in marks and "adapter weights on" in text and "not saved by this toolkit" in text
     merge_lora.main(["--model_dir", str(folder), "--precision", "fp32"])
     merged = tmp_path / "checkpoint-30-merged"
     run = json.loads((merged / "run.json").read_text())
@@ -175,7 +175,7 @@ def test_harmless_settings(tmp_path):
     change = {"auto_mapping": {"base_model_class": "X", "parent_library": "os.gone"}, "of_a_newer_peft": None}
     change |= {"runtime_config": {"ephemeral_gpu_offload": False}, "modules_to_save": [], "lora_bias": False}
     adapted(Golden("glm3"), tmp_path, change=change)
-    assert doctor.BAD not in look(tmp_path)[0]
+    assert machine.BAD not in look(tmp_path)[0]
 
 
 SPOILT = [  # what is done to the weights' table, what the line says
@@ -201,7 +201,7 @@ def test_weights_that_do_not_fit_an_adapter(spoil, says, tmp_path):
 def test_an_expression_of_a_stranger_is_not_run(tmp_path):
     """It would take longer than anybody waits."""
     adapted(Golden("glm3"), tmp_path, change={"target_modules": "(([a-z_0-9]+)*.?)*!", "exclude_modules": "(x+x+)+y"})
-    assert doctor.BAD not in look(tmp_path)[0]
+    assert machine.BAD not in look(tmp_path)[0]
 
 
 def test_a_folder_that_is_two_things(here):
@@ -261,7 +261,7 @@ def test_an_official_prefix_encoder_through_every_command(here, tmp_path):
     says = "ptuning: holds a prefix encoder alone: name the base model .* predict.py takes both"
     here.train_fails(model_name_or_path="ptuning", says=says)
     marks, text = look(folder, golden.folder, full=True)
-    assert doctor.BAD not in marks and f"{sum(t.numel() for t in state.values()):,} in fp32" in text
+    assert machine.BAD not in marks and f"{sum(t.numel() for t in state.values()):,} in fp32" in text
     here.allow_weights()
     rows = write_rows(here.folder / "spo.json", 2)
     found = answers(folder, rows, here.folder / "p.jsonl", "--model_name_or_path", golden.folder)
@@ -273,7 +273,7 @@ def test_a_whole_checkpoint_with_its_prefix_encoder(golden, tmp_path):
     """As the first official code saved it: base and prefix encoder in one."""
     folder, kind = tmp_path / "whole", "prefix_projection"
     prefix = official(golden, kind, folder)
-    state = {name: rows[:].clone() for name, _, rows in weights.stored_tensors(golden.folder)}
+    state = {name: rows[:].clone() for name, _, rows in weight_files.stored_tensors(golden.folder)}
     torch.save({**state, **prefix}, folder / "pytorch_model.bin")
     vocabulary = golden.mode.tokenizer_class.vocab_files_names["vocab_file"]
     shutil.copy(f"{golden.folder}/{vocabulary}", folder)
@@ -290,16 +290,16 @@ def test_a_whole_checkpoint_with_its_prefix_encoder(golden, tmp_path):
 @pytest.mark.parametrize("old, new", [("transformer.", ""), ("", "module."), ("transformer.", "module.")])
 def test_names_of_a_network_that_was_saved_alone(golden, old, new, tmp_path):
     """Of the kind: the same weights under other names. Read from headers and streamed alike, and one base all the same."""
-    from bases import base_fingerprint
+    from checkpoints.bases import base_fingerprint
 
-    stored = weights.stored_tensors(golden.folder)
+    stored = weight_files.stored_tensors(golden.folder)
     state = {re.sub(f"^{old}", new, name): rows[:].clone() for name, _, rows in stored}
     shutil.copy(f"{golden.folder}/config.json", tmp_path)
     torch.save(state, tmp_path / "pytorch_model.bin")
     config = golden.config()
-    weights.check_weights(str(tmp_path), golden.mode, config)
-    model = weights.load_base(str(tmp_path), golden.mode, config, torch.float16)
-    wanted = weights.load_base(golden.folder, golden.mode, config, torch.float16).state_dict()
+    base_weights.check_weights(str(tmp_path), golden.mode, config)
+    model = base_weights.load_base(str(tmp_path), golden.mode, config, torch.float16)
+    wanted = base_weights.load_base(golden.folder, golden.mode, config, torch.float16).state_dict()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
     fingerprints = [base_fingerprint(folder, golden.mode, config) for folder in (str(tmp_path), golden.folder)]
     assert fingerprints[0] == fingerprints[1]
@@ -308,11 +308,11 @@ def test_names_of_a_network_that_was_saved_alone(golden, old, new, tmp_path):
 def test_weights_of_a_model_with_an_adapter(here):
     """They are told from those of a plain network."""
     folder = here.model()
-    state = {f"base_model.model.{n}": rows[:].clone() for n, _, rows in weights.stored_tensors(str(GOLDEN_FOLDERS["glm3"]))}
+    state = {f"base_model.model.{n}": rows[:].clone() for n, _, rows in weight_files.stored_tensors(str(GOLDEN_FOLDERS["glm3"]))}
     drop("pytorch_model*")(folder)
     save_file(state, folder / "model.safetensors")
     with pytest.raises(ValueError, match="is missing|it was saved from a model with an adapter: merge it"):
-        weights.check_weights(str(folder), MODES["glm3"], MODES["glm3"].config_class.from_pretrained(folder))
+        base_weights.check_weights(str(folder), MODES["glm3"], MODES["glm3"].config_class.from_pretrained(folder))
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"

@@ -14,11 +14,13 @@ from conftest import GOLDEN_FOLDERS, ROOT
 from launching import check_done, run_command
 
 import forgetting
-from data_set import encode_row
+from evaluation import forgetting as evaluation_forgetting
+from evaluation import general_suite
+from rows.encoding import encode_row
 
 SUITE = ROOT / "data" / "general" / "suite.jsonl"
 RAW = [json.loads(line) for line in SUITE.read_text(encoding="utf-8").splitlines()]
-ROWS = forgetting.read_suite(str(SUITE.parent))
+ROWS = general_suite.read_suite(str(SUITE.parent))
 SMALL = ROWS[::6]  # two of each category
 BATCHES = SimpleNamespace(batch_size=5, batch_tokens=0, model_path="model")
 
@@ -79,7 +81,7 @@ def test_suite_is_well_formed():
     assert len({row["query"] for row in ROWS}) == len(ROWS), "a question stands twice"
     counts = Counter(row["category"] for row in ROWS)
     assert len(counts) == 8 and set(counts.values()) == {12}
-    assert {row["check"] for row in ROWS} == set(forgetting.CHECKS), "each check is used"
+    assert {row["check"] for row in ROWS} == set(general_suite.CHECKS), "each check is used"
     allowed = {"category", "check", "instruction", "input", "output", "accept"}
     assert all(set(row) <= allowed for row in RAW)
     num_chinese = sum(any("\u4e00" <= c <= "\u9fff" for c in row["query"]) for row in ROWS)
@@ -91,13 +93,13 @@ def test_readme_counts_the_rows():
     assert f"{len(ROWS)} questions" in text and f"{len(ROWS)} 个问题" in text
     for category, count in Counter(row["category"] for row in ROWS).items():
         assert f"| `{category}` | {count} |" in text
-    assert all(f"| `{check}` |" in text for check in forgetting.CHECKS)
+    assert all(f"| `{check}` |" in text for check in general_suite.CHECKS)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["place"].split(":")[-1])
 def test_reference_passes_its_own_check(row):
-    assert forgetting.score_answer(row["answer"], row) == 100
-    assert forgetting.score_answer("", row) == 0 and forgetting.score_answer("qwerty zxcvb", row) == 0
+    assert general_suite.score_answer(row["answer"], row) == 100
+    assert general_suite.score_answer("", row) == 0 and general_suite.score_answer("qwerty zxcvb", row) == 0
 
 
 def test_references_are_right():
@@ -144,7 +146,7 @@ def test_checks(check, answer, score):
         "number": {"answer": "1200", "accept": []},
         "rougeL": {"answer": "她喝茶", "accept": ["他喝茶"]},
     }[check]
-    assert forgetting.score_answer(answer, {**row, "check": check}) == score
+    assert general_suite.score_answer(answer, {**row, "check": check}) == score
 
 
 @pytest.mark.parametrize(
@@ -152,7 +154,7 @@ def test_checks(check, answer, score):
     [("3-5", 5), ("得-5", -5), ("= −5", -5), ("1,2", 2), ("1,234,567.5 元", 1234567.5), ("x_1-2", 2), ("", None)],
 )
 def test_last_number(text, number):
-    assert forgetting.last_number(text) == number
+    assert general_suite.last_number(text) == number
 
 
 # ---------------------------------------------------------------- losses
@@ -173,23 +175,23 @@ def reference_losses(model, tokenizer, prompt, rows):
 def test_loss_is_that_of_the_rows_alone(golden, kind):
     model = golden.model() if kind == "plain" else golden.prefix_model(kind)
     tokenizer, prompt = golden.tokenizer(), golden.mode.prompt
-    rows = forgetting.measure_losses(model.eval(), tokenizer, prompt, SMALL, BATCHES)
+    rows = evaluation_forgetting.measure_losses(model.eval(), tokenizer, prompt, SMALL, BATCHES)
     expected = list(reference_losses(model, tokenizer, prompt, SMALL))
     assert [row["num_tokens"] for row in rows] == [num_tokens for _, num_tokens in expected]
     assert [row["loss"] for row in rows] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
     assert [row["index"] for row in rows] == list(range(len(SMALL)))
     total = sum(loss * count for loss, count in expected) / sum(count for _, count in expected)
-    assert forgetting.totals(rows) == {"loss": pytest.approx(total), "score": None, "num_rows": len(SMALL)}
+    assert evaluation_forgetting.totals(rows) == {"loss": pytest.approx(total), "score": None, "num_rows": len(SMALL)}
 
 
 def test_supervised_tokens_and_loss_are_those_of_training(golden):
     """The same batch through the model's own forward with labels."""
-    from batches import collate
+    from rows.batches import collate
 
     model, tokenizer = golden.model(), golden.tokenizer()
     encoded = [encode_row(r["query"], r["answer"], tokenizer, golden.mode.prompt, 4096, 2048) for r in SMALL[:4]]
     batch = collate(encoded, tokenizer.pad_token_id)
-    sums = forgetting.row_losses(model, batch)
+    sums = evaluation_forgetting.row_losses(model, batch)
     assert sum(count for _, count in sums) == len(batch["label_positions"])
     with torch.no_grad():
         assert sum(loss for loss, _ in sums) == pytest.approx(
@@ -204,7 +206,7 @@ def test_weights_that_are_not_finite_are_refused():
     model = golden.model()
     model.get_output_embeddings().weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="model: the loss of .*suite.jsonl:1 is nan"):
-        forgetting.measure_losses(model, golden.tokenizer(), golden.mode.prompt, SMALL[:1], BATCHES)
+        evaluation_forgetting.measure_losses(model, golden.tokenizer(), golden.mode.prompt, SMALL[:1], BATCHES)
 
 
 # ---------------------------------------------------------------- differences
@@ -212,11 +214,11 @@ def test_weights_that_are_not_finite_are_refused():
 
 def test_interval_holds_the_mean_about_as_often_as_it_should(monkeypatch):
     """Normal changes, 60 rows; 190 of 200 expected, about 3 fewer or more by chance."""
-    monkeypatch.setattr(forgetting, "NUM_RESAMPLES", 300)
+    monkeypatch.setattr(evaluation_forgetting, "NUM_RESAMPLES", 300)
     draws = numpy.random.default_rng(7)
     num_inside, widths = 0, []
     for _ in range(200):
-        value, low, high = forgetting.paired_difference(draws.normal(1, 2, 60), numpy.ones(60))
+        value, low, high = evaluation_forgetting.paired_difference(draws.normal(1, 2, 60), numpy.ones(60))
         assert low < value < high
         num_inside += low < 1 < high
         widths.append(high - low)
@@ -226,11 +228,11 @@ def test_interval_holds_the_mean_about_as_often_as_it_should(monkeypatch):
 
 def test_interval_is_weighted_and_repeats():
     changes, weights = numpy.arange(8.0), numpy.array([1, 1, 1, 1, 1, 1, 1, 9])
-    first = forgetting.paired_difference(changes, weights)
-    assert first == forgetting.paired_difference(changes, weights)
+    first = evaluation_forgetting.paired_difference(changes, weights)
+    assert first == evaluation_forgetting.paired_difference(changes, weights)
     assert first[0] == (21 + 63) / 16
-    assert forgetting.paired_difference(changes[:5], weights[:5]) == [2.0, None, None]
-    assert forgetting.paired_difference([0.5] * 6, [1] * 6) == [0.5, 0.5, 0.5]
+    assert evaluation_forgetting.paired_difference(changes[:5], weights[:5]) == [2.0, None, None]
+    assert evaluation_forgetting.paired_difference([0.5] * 6, [1] * 6) == [0.5, 0.5, 0.5]
 
 
 def made_rows(loss, score=None, num_rows=12):
@@ -247,7 +249,7 @@ def test_verdict_names_what_was_forgotten():
     before = made_rows(1.0, 80)
 
     def said(after):
-        return forgetting.verdict(forgetting.differences(after, before, "before.json"))
+        return evaluation_forgetting.verdict(evaluation_forgetting.differences(after, before, "before.json"))
 
     assert said(made_rows(1.4, 80)) == "forgot: loss +0.40 [+0.40, +0.40]"
     assert said(made_rows(1.4, 50)) == "forgot: loss +0.40 [+0.40, +0.40], score -30.0 [-30.0, -30.0]"
@@ -257,16 +259,16 @@ def test_verdict_names_what_was_forgotten():
     for row in mixed:
         row["score"] += {"a": 10, "b": -10}[row["category"]]
     assert said(mixed).endswith("; look at b")
-    few = forgetting.differences(made_rows(2.0, 80)[:4], before[:4], "before.json")
+    few = evaluation_forgetting.differences(made_rows(2.0, 80)[:4], before[:4], "before.json")
     assert few["loss"] == [pytest.approx(1.0), None, None]
-    assert forgetting.verdict(few) == "too few rows to tell forgetting from noise: loss +1.00, score +0.0"
+    assert evaluation_forgetting.verdict(few) == "too few rows to tell forgetting from noise: loss +1.00, score +0.0"
 
 
 def test_answers_of_an_earlier_result_are_scored_as_those_of_now():
     """An older version scored another way: the difference would be that of the versions. Full width counts nowhere."""
     suite = [{"answer": "先关电源，再更换（水泵）", "accept": [], "check": "rougeL"}] * 3
     rows = [{"score": 50.0, "prediction": "先关电源,再更换(水泵)"}, {"score": 7.0, "prediction": None}, {"loss": 1.0}]
-    forgetting.rescore(rows, suite)
+    evaluation_forgetting.rescore(rows, suite)
     assert rows[0]["score"] == 100 and rows[1:] == [{"score": 7.0, "prediction": None}, {"loss": 1.0}]
 
 
@@ -274,7 +276,7 @@ def test_other_tokens_are_refused():
     other = made_rows(1.0)
     other[3]["num_tokens"] += 1
     with pytest.raises(ValueError, match="--before b.json: row 3 has 9 supervised tokens there, 8 here"):
-        forgetting.differences(made_rows(1.0), other, "b.json")
+        evaluation_forgetting.differences(made_rows(1.0), other, "b.json")
 
 
 # ---------------------------------------------------------------- the command
@@ -319,8 +321,8 @@ def test_a_changed_model_is_compared(base_result, tmp_path, capsys):
     """A LoRA adapter with a strong effect on the same rows; in other batches."""
     from conftest import Golden
 
-    from checkpoint import describe_run, save_checkpoint
-    from tuning import TRAIN_TYPES
+    from checkpoints.saving import describe_run, save_checkpoint
+    from train_types import TRAIN_TYPES
 
     golden, lora = Golden("glm3"), TRAIN_TYPES["lora"]
     settings = {"lora_dim": 4, "lora_alpha": 16, "lora_dropout": 0.0, "lora_module_name": "query_key_value,dense"}
@@ -441,9 +443,9 @@ def test_what_cannot_be_compared_is_refused(base_result, tmp_path, capsys, monke
 
 def test_hash_is_of_the_questions_and_not_of_the_file(tmp_path):
     (tmp_path / "array.json").write_text(json.dumps([{**row, "more": 1} for row in RAW]))
-    assert forgetting.suite_hash(forgetting.read_suite(str(tmp_path))) == forgetting.suite_hash(ROWS)
-    assert forgetting.suite_hash(ROWS[:-1]) != forgetting.suite_hash(ROWS)
-    assert forgetting.suite_hash([{**row, "accept": []} for row in ROWS]) != forgetting.suite_hash(ROWS)
+    assert general_suite.suite_hash(general_suite.read_suite(str(tmp_path))) == general_suite.suite_hash(ROWS)
+    assert general_suite.suite_hash(ROWS[:-1]) != general_suite.suite_hash(ROWS)
+    assert general_suite.suite_hash([{**row, "accept": []} for row in ROWS]) != general_suite.suite_hash(ROWS)
 
 
 @pytest.mark.parametrize(
@@ -470,7 +472,7 @@ def test_rows_that_cannot_be_scored_are_refused(tmp_path, change, says):
     path = tmp_path / "suite.jsonl"
     path.write_text("\n" + json.dumps({**row, "accept": ["北京"], **change}))
     with pytest.raises(ValueError, match=f"suite.jsonl:2: .*{says}"):
-        forgetting.read_suite(str(path))
+        general_suite.read_suite(str(path))
 
 
 def test_nothing_is_left_where_writing_fails(tmp_path, monkeypatch):
@@ -478,7 +480,7 @@ def test_nothing_is_left_where_writing_fails(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     (tmp_path / "new").mkdir()
-    monkeypatch.setattr(forgetting, "dump_json", full)
+    monkeypatch.setattr(evaluation_forgetting, "dump_json", full)
     with pytest.raises(ValueError, match="result.json: cannot be written .No space left on device.: choose"):
-        forgetting.save({}, str(tmp_path / "new" / "result.json"))
+        evaluation_forgetting.save({}, str(tmp_path / "new" / "result.json"))
     assert not list((tmp_path / "new").iterdir())

@@ -14,14 +14,15 @@ from refusing import change_json, drop, here  # noqa: F401, a fixture
 from safetensors.torch import load_file, save_file
 from test_foreign import CPU, adapted
 
-import resume
-from batches import collate
-from checkpoint import describe_run, load_opened, open_checkpoint, read_config, save_checkpoint
-from data_set import encode_row
-from going_on import check_start, open_start, put_start
-from train_arguments import parse_train
-from tuning import TRAIN_TYPES
-from weights import load_base
+from checkpoints.base_weights import load_base
+from checkpoints.opening import load_opened, open_checkpoint, read_config
+from checkpoints.saving import describe_run, save_checkpoint
+from flags.train import parse_train
+from rows.batches import collate
+from rows.encoding import encode_row
+from train_types import TRAIN_TYPES
+from training import resuming
+from training.going_on import check_start, open_start, put_start
 
 LORA = {"lora_dim": 3, "lora_alpha": 12.0, "lora_dropout": 0.2, "lora_module_name": "dense,query_key_value"}
 PREFIX = {"pre_seq_len": 5, "prefix_projection": False}
@@ -71,7 +72,7 @@ def test_an_adapter_of_ours(tmp_path):
     assert torch.equal(logits(model.eval()), logits(wanted))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained and all("lora_" in name for name in trained)
-    from glm_common.functions import SeededDropout
+    from modeling.fused_ops import SeededDropout
 
     assert {module.p for module in model.modules() if isinstance(module, SeededDropout)} == {0.2}
     run = describe_run(args, str(GOLDEN_FOLDERS["glm3"]), "fp32")
@@ -101,12 +102,12 @@ def test_what_a_run_goes_on_from_is_part_of_its_fingerprint(tmp_path):
     def of(name):
         args, _ = begun(tmp_path / name)
         more = ("rows", "fp32", "torch AdamW", CPU, {"zero_optimization": {"stage": 2}})
-        return resume.fingerprint(args, str(GOLDEN_FOLDERS["glm3"]), *more)
+        return resuming.fingerprint(args, str(GOLDEN_FOLDERS["glm3"]), *more)
 
-    assert resume.differences(of("a"), of("b")) == []
+    assert resuming.differences(of("a"), of("b")) == []
     path = tmp_path / "b" / "adapter_model.safetensors"
     save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
-    assert resume.differences(of("a"), of("b")) == ["weights it went on from was other contents"]
+    assert resuming.differences(of("a"), of("b")) == ["weights it went on from was other contents"]
 
 
 REFUSED = [  # kind of what is gone on from, flags, what the line says

@@ -7,13 +7,13 @@ import torch
 from conftest import GOLDEN_FOLDERS, ROOT
 from launching import check_done, free_port, run_command
 from safetensors.torch import load_file
-
 from test_fast_path import build, check_same, gradients, rows_of
 
-from batches import collate, to_device
 from benchmarks.plain import pad, plain_loss, plain_settings
+from checkpoints.base_weights import load_base
+from checkpoints.weight_files import stored_tensors
 from modes import MODES
-from weights import load_base, stored_tensors
+from rows.batches import collate, to_device
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,9 +7,11 @@ import torch
 from conftest import GOLDEN_FOLDERS, ROOT
 from launching import check_done, free_port, run_command
 
-from batches import Updates, collate
-from data_set import Columns, encode_row, read_rows
 from modes import MODES
+from rows.batches import Updates, collate
+from rows.checks import Columns
+from rows.encoding import encode_row
+from rows.reading import read_rows
 
 FILES = {
     "glm": "ds_zero3_no_offload.json,ds_zero2_offload.json",

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import guard
-from batches import Update
-from progress import Progress
-from exits import BadNumbers
+import utils
+from checkpoints import progress as checkpoints_progress
+from checkpoints.progress import Progress
+from rows.batches import Update
+from runtime.exits import BadNumbers
+from training import bad_numbers
 
 
 def losses(number, seed=0):
@@ -22,16 +24,16 @@ def losses(number, seed=0):
 
 def test_noise_is_no_spike():
     for seed in range(20):
-        usual = guard.UsualLoss()
+        usual = checkpoints_progress.UsualLoss()
         assert not any(usual.is_spike(loss) for loss in losses(1000, seed))
 
 
 def test_a_spike_is_found_and_forgotten():
-    usual = guard.UsualLoss()
+    usual = checkpoints_progress.UsualLoss()
     found = [n for n, loss in enumerate(losses(500)) if usual.is_spike(loss + 6 * (n in (120, 121, 300)))]
     assert found == [120, 121, 300]
     assert usual.mean == pytest.approx(1, abs=0.2)
-    usual = guard.UsualLoss()
+    usual = checkpoints_progress.UsualLoss()
     assert not any(usual.is_spike(loss + 6 * (n == 5)) for n, loss in enumerate(losses(30))), "too early to tell"
 
 
@@ -66,9 +68,9 @@ def test_the_best_value():
     [("fp16", "the loss scale is down to 2: use --precision bf16"), ("bf16", "lower --learning_rate")],
 )
 def test_many_updates_left_out(precision, advice):
-    guard.check_skipped(guard.MAX_SKIPPED - 1, 40, precision, 2.0)
+    bad_numbers.check_skipped(bad_numbers.MAX_SKIPPED - 1, 40, precision, 2.0)
     with pytest.raises(BadNumbers, match=f"step 40: the gradients of 16 updates in a row .*{advice}"):
-        guard.check_skipped(guard.MAX_SKIPPED, 40, precision, 2.0)
+        bad_numbers.check_skipped(bad_numbers.MAX_SKIPPED, 40, precision, 2.0)
 
 
 class Model(torch.nn.Module):
@@ -92,43 +94,43 @@ class Rows(list):
 
 
 def test_rows_and_module_are_named(monkeypatch):
-    monkeypatch.setattr(guard, "gather", lambda value: [value])
+    monkeypatch.setattr(bad_numbers, "gather", lambda value: [value])
     rows = Rows({"input_ids": [n % 3, 5, 6], "num_unlabelled": 1} for n in range(6))
     update = Update([[0, 1], [2], [3]], [0, 1, 2, 3], 8)
     with pytest.raises(BadNumbers) as error:
-        guard.explain_bad_loss(Model(), update, rows, 7, 9, torch.device("cpu"), "fp16")
+        bad_numbers.explain_bad_loss(Model(), update, rows, 7, 9, torch.device("cpu"), "fp16")
     text = str(error.value)
     assert text.startswith(
         "step 7: the loss is not finite, the update was not applied; rows rows.json:1, rows.json:4; "
     )
     assert "first output that is not finite: second" in text and "--precision bf16" in text
     with pytest.raises(BadNumbers, match="rows rows.json:2, rows.json:3; each alone and without dropout is finite"):
-        guard.explain_bad_loss(Model(), Update([[1, 2]], [1, 2], 8), rows, 7, 9, torch.device("cpu"), "fp32")
+        bad_numbers.explain_bad_loss(Model(), Update([[1, 2]], [1, 2], 8), rows, 7, 9, torch.device("cpu"), "fp32")
     model = Model()
     model.second.weight.data[0] = float("nan")
     with pytest.raises(BadNumbers, match="the weight second.weight is not finite: the base checkpoint is damaged"):
-        guard.explain_bad_loss(model, Update([[1]], [1], 8), rows, 7, 9, torch.device("cpu"), "fp32")
+        bad_numbers.explain_bad_loss(model, Update([[1]], [1], 8), rows, 7, 9, torch.device("cpu"), "fp32")
 
 
 def test_few_rows_are_named():
-    assert guard.name_rows(["a", "b"]) == "a, b"
-    assert guard.name_rows([str(n) for n in range(8)]) == "0, 1, 2, 3, 4, 5, 6, 7"
-    assert guard.name_rows([str(n) for n in range(12)]) == "0, 1, 2, 3, 4, 5, 6, 7 and 4 more"
+    assert utils.name_rows(["a", "b"]) == "a, b"
+    assert utils.name_rows([str(n) for n in range(8)]) == "0, 1, 2, 3, 4, 5, 6, 7"
+    assert utils.name_rows([str(n) for n in range(12)]) == "0, 1, 2, 3, 4, 5, 6, 7 and 4 more"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_bad_weight_is_found_in_this_ranks_part(value):
     """Under ZeRO-3 the parameter itself is empty: what this rank holds is beside it."""
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
-    assert guard.bad_weight(model) is None
+    assert bad_numbers.bad_weight(model) is None
     split = model[1].weight
     split.ds_tensor = torch.tensor([1.0, 1.0])
-    assert guard.bad_weight(model) is None
+    assert bad_numbers.bad_weight(model) is None
     split.ds_tensor[1] = value
-    assert guard.bad_weight(model) == "1.weight"
+    assert bad_numbers.bad_weight(model) == "1.weight"
     with torch.no_grad():
         model[0].bias[1] = value
-    assert guard.bad_weight(model) == "0.bias"
+    assert bad_numbers.bad_weight(model) == "0.bias"
 
 
 def test_what_is_far_above_the_usual_loss():
@@ -140,12 +142,12 @@ def test_what_is_far_above_the_usual_loss():
         (0.25, 4.9, False),
         (0.25, 5.1, True),
     ):
-        usual = guard.UsualLoss(count=50, mean=2.0, variance=variance)
+        usual = checkpoints_progress.UsualLoss(count=50, mean=2.0, variance=variance)
         assert usual.is_spike(loss) == is_spike
         assert (usual.count, usual.mean) == ((50, 2.0) if is_spike else (51, pytest.approx(2 + 0.02 * (loss - 2))))
     for count, is_spike in ((19, False), (20, True)):
-        assert guard.UsualLoss(count=count, mean=2.0).is_spike(9.0) == is_spike
-    usual = guard.UsualLoss()
+        assert checkpoints_progress.UsualLoss(count=count, mean=2.0).is_spike(9.0) == is_spike
+    usual = checkpoints_progress.UsualLoss()
     for loss in (3.0, 5.0, 4.0):  # few: their plain mean and variance
         usual.is_spike(loss)
     assert (usual.count, usual.mean, usual.variance) == (3, 4.0, pytest.approx(2 / 3))
@@ -166,9 +168,9 @@ class Odd(torch.nn.Module):
 
 def test_a_loss_that_no_module_explains(monkeypatch):
     """Only the rows are named then."""
-    monkeypatch.setattr(guard, "gather", lambda value: [value])
+    monkeypatch.setattr(bad_numbers, "gather", lambda value: [value])
     rows = Rows({"input_ids": [5, 6], "num_unlabelled": 1} for _ in range(3))
     with pytest.raises(BadNumbers) as error:
-        guard.explain_bad_loss(Odd(), Update([[0, 2]], [0, 2], 2), rows, 7, 9, torch.device("cpu"), "fp32")
+        bad_numbers.explain_bad_loss(Odd(), Update([[0, 2]], [0, 2], 2), rows, 7, 9, torch.device("cpu"), "fp32")
     said = "rows rows.json:1, rows.json:3: lower --learning_rate, or look at these rows"
     assert str(error.value) == f"step 7: the loss is not finite, the update was not applied; {said}"

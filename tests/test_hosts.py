@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore
 
-import hosts
 import utils
-from exits import NotStarted, UserError
-from train_arguments import train_parser
-from utils import free_port
+from flags.train import train_parser
+from runtime import distributed, hosts
+from runtime.distributed import free_port
+from runtime.exits import NotStarted, UserError
 
 TOKEN = bytes(range(32))
 
@@ -188,7 +188,7 @@ def test_a_free_port_is_not_one_that_the_system_gives():
         first, last = map(int, file.read().split())
     if first < 32768:
         pytest.skip("this machine's range begins lower")
-    assert all(not first <= utils.free_port() <= last for _ in range(5))
+    assert all(not first <= distributed.free_port() <= last for _ in range(5))
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ def test_leaving_on_one_host_tells_nobody(launched, monkeypatch):
 
 def test_hosts_of_the_launcher(launched, monkeypatch):
     slots = base64.urlsafe_b64encode(json.dumps({"node1": [0, 1], "node2": [0]}).encode()).decode()
-    child = "import hosts; print(hosts.describe_missing({1, 2, 3}))"
+    child = "from runtime import hosts; print(hosts.describe_missing({1, 2, 3}))"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     words = [sys.executable, "-c", parent, f"--world_info={slots}"]
     done = subprocess.run(words, cwd=utils.__file__.rpartition("/")[0], capture_output=True, text=True, timeout=120)

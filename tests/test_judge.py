@@ -19,11 +19,13 @@ from types import SimpleNamespace
 import pytest
 from launching import hears_signals
 
-import endpoint
 import judge
-import judge_pairs
-import judge_questions
-from arguments import judge_parser
+from flags.judge import judge_parser
+from judging import endpoint
+from judging import pairs as judge_pairs
+from judging import questions as judge_questions
+from judging import rows as judging_rows
+from judging import verdicts as judging_verdicts
 
 ROOT = Path(judge.__file__).resolve().parent
 KEY = "sk-secret-0123456789"
@@ -288,7 +290,7 @@ def test_a_run_that_is_stopped(serve, here, how):
         stopped.set()
     assert process.returncode == (130 if how == signal.SIGINT else -how)
     assert "Traceback" not in error
-    assert (error.splitlines()[-1] == f"judge.py: stopped: {judge.GO_ON}") == (how == signal.SIGINT)
+    assert (error.splitlines()[-1] == f"judge.py: stopped: {endpoint.GO_ON}") == (how == signal.SIGINT)
     with open(here.output, "ab") as file:  # and it was writing
         file.write(b'{"index": 3, "order": "basel')
     server.answer = lambda request: completion(say(request["messages"][0]["content"]))
@@ -343,14 +345,14 @@ def test_unparsed_verdicts_are_stored_and_counted(serve, here):
 
     server = serve(answer)
     report, table = here.run(server.url)
-    assert len(server.requests) == 4 + 2 * judge.ASKS
+    assert len(server.requests) == 4 + 2 * endpoint.ASKS
     assert (report["num_rows"], report["num_left_out"], report["num_unparsed"]) == (2, 1, 2)
     assert (report["wins"], report["losses"], report["score_percent"]) == (1, 1, 100)
     assert "unparsed: 2; rows left out: 1" in table
     bad = [verdict for verdict in here.verdicts() if verdict["index"] == 2]
     assert [(v["winner"], v["scores"], v["reasons"]) for v in bad] == [("unparsed", None, "A is better")] * 2
     here.run(server.url)
-    assert len(server.requests) == 4 + 2 * judge.ASKS
+    assert len(server.requests) == 4 + 2 * endpoint.ASKS
     here.rows([("bad 1", "b 7")])
     here.output.unlink()
     report, table = here.run(server.url)
@@ -834,9 +836,9 @@ def test_the_command_itself(serve, here):
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert process.stdout.splitlines()[-1] == "[]" and all(flag.help for flag in judge_parser()._actions)
     [language] = [flag for flag in judge_parser()._actions if flag.dest == "language"]
-    assert all(set(language.choices) == set(kind.LANGUAGES) for kind in judge.KINDS.values())
+    assert all(set(language.choices) == set(kind.LANGUAGES) for kind in judging_verdicts.KINDS.values())
     [task] = [flag for flag in judge_parser()._actions if flag.dest == "task"]
-    assert set(task.choices) == set(judge.KINDS)
+    assert set(task.choices) == set(judging_verdicts.KINDS)
 
 
 # Rows of questions; those that a stand-in finds wrong say so.
@@ -900,7 +902,7 @@ def test_a_list_of_questions_that_cannot_be_read(serve, tmp_path, capsys):
     write(here.folder / "questions.jsonl", [{"query": "文档", "predictions": ["问题一？", "第二个问题？"]}])
     server = serve(faults=[completion("有错：3")], answer=lambda request: completion("都好"))
     report, table = here.run(server.url)
-    assert len(server.requests) == judge.ASKS and "编号" in server.requests[1]["messages"][2]["content"]
+    assert len(server.requests) == endpoint.ASKS and "编号" in server.requests[1]["messages"][2]["content"]
     assert (report["num_rows"], report["num_unparsed"], report["num_left_out"]) == (0, 1, 1) and "score" not in report
     [verdict] = here.verdicts()
     assert verdict["wrong"] is None and verdict["reasons"] == "都好"
@@ -925,7 +927,7 @@ def test_a_list_of_questions_that_cannot_be_read(serve, tmp_path, capsys):
     ],
 )
 def test_last_line_of_questions(last, wrong):
-    job = judge.Job(0, "alone", "", "", "", {"num_questions": 3, "empty": []})
+    job = judging_rows.Job(0, "alone", "", "", "", {"num_questions": 3, "empty": []})
     reasons, found = judge_questions.read_reply(job, f"A question says\nWRONG: 2\nwhich is data.\n{last}")
     assert found == (None if wrong is None else {"wrong": wrong})
     assert wrong is None or reasons == "A question says\nWRONG: 2\nwhich is data."

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 import merge_lora
 import predict
 import score
-from checkpoint import load_opened, open_checkpoint
+from checkpoints.opening import load_opened, open_checkpoint
 from modes import MODES
-from tuning import TRAIN_TYPES
+from train_types import TRAIN_TYPES
 
 pytestmark = pytest.mark.launch
 

@@ -10,12 +10,14 @@ import pytest
 from conftest import ROOT
 from refusing import FOLDERS, ROW_LINE, case, here, put, row  # noqa: F401, a fixture
 
-import compare
 import forgetting
 import predict
-from checkpoint import read_config
-from compare_plan import predict_words, read_plan
-from lengths import settle_columns, settle_lengths
+from checkpoints.opening import read_config
+from comparison import methods
+from comparison.plan import predict_words, read_plan
+from flags import predict as flags_predict
+from generation import prediction_file
+from generation.lengths import settle_columns, settle_lengths
 from modes import MODES
 
 PROMPT = MODES["glm"].prompt  # reserves 3 tokens
@@ -126,11 +128,11 @@ def test_an_interrupted_run_is_gone_on_with_by_the_length_that_holds(here):
     keys = set()
     for number, length in enumerate((20, 40, 40)):
         folder = with_run(here, f"{number}", max_src_len=length)
-        args = predict.parse_predict(["--model_path", str(folder), "--prompt", "a"])
+        args = flags_predict.parse_predict(["--model_path", str(folder), "--prompt", "a"])
         settle_lengths(args, SimpleNamespace(window=2048), PROMPT)
         args.model_path = "model"
         opened = SimpleNamespace(folder=str(FOLDERS["glm3"]), base_folder=str(FOLDERS["glm3"]))
-        keys.add(predict.key_of(args, opened, rows, "fp32"))
+        keys.add(prediction_file.key_of(args, opened, rows, "fp32"))
     assert len(keys) == 2
 
 
@@ -162,10 +164,10 @@ def test_a_comparison_asks_the_base_as_it_asks_the_methods(tmp_path, monkeypatch
     assert words[0][words[0].index("--max_src_len") + 1] == "192" and "--prompt_column" not in words[0]
     plan.methods[0].all["max_src_len"] = 8100
     plan.predict_flags["max_new_tokens"] = 500
-    [problem] = [line for line in compare.model_problems(plan, plan.methods[:1]) if line and "window" in line]
+    [problem] = [line for line in methods.model_problems(plan, plan.methods[:1]) if line and "window" in line]
     assert problem.startswith("freeze: predict_flags: --max_new_tokens 500: does not fit, with --max_src_len 8100")
     plan.predict_flags["max_src_len"] = 100
-    assert not any(line and "window" in line for line in compare.model_problems(plan, plan.methods[:1]))
+    assert not any(line and "window" in line for line in methods.model_problems(plan, plan.methods[:1]))
 
 
 def test_columns_of_a_prompt_are_left_alone():

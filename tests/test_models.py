@@ -273,8 +273,8 @@ def test_loss_is_a_sum_over_given_items(golden):
 def test_saved_checkpoint_has_released_names(golden, tmp_path):
     import json
 
-    from checkpoint import save_config
-    from weights import write_weights
+    from checkpoints.released_files import save_config
+    from checkpoints.weight_files import write_weights
 
     model = golden.model(dtype=torch.float16)
     write_weights(
@@ -302,8 +302,8 @@ def test_hub_name_is_read_from_the_hub_cache(golden, tmp_path, monkeypatch):
     """The layout that a download leaves; nothing is fetched."""
     import huggingface_hub.constants
 
-    from checkpoint import resolve_folder
-    from weights import check_weights
+    from checkpoints.base_weights import check_weights
+    from checkpoints.opening import resolve_folder
 
     snapshot = tmp_path / "models--THUDM--some-model" / "snapshots" / "0123abc"
     snapshot.mkdir(parents=True)

@@ -5,7 +5,7 @@ import ast
 import pytest
 from launching import load_script
 
-from exits import UserError
+from runtime.exits import UserError
 
 SOURCE = '''"""A file."""
 LIMIT = 3  # 水

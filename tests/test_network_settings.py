@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import GOLDEN
 
-from checkpoint import read_config
+from checkpoints.opening import read_config
 from modes import MODES
 
 SMALL = {

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ds_config import complete_config, conflicts, offloads, read_ds_file, wanted_precision
-from optimizer import build_optimizer, build_scheduler, choose_adam, learning_rate_factor, parameter_groups
+from training.ds_config import complete_config, conflicts, offloads, read_ds_file, wanted_precision
+from training.optimizer import build_optimizer, build_scheduler, choose_adam, learning_rate_factor, parameter_groups
 
 
 def flags(**changes):

@@ -5,8 +5,8 @@ import warnings
 import pytest
 from matplotlib import font_manager
 
-import plots
-import run_log
+from reports import plots
+from training import run_log
 
 BARS = [("发动机, learning_rate=$3$", 83.5, 78.0, 88.0), ("base", 0.0, None, None)]
 

@@ -10,8 +10,10 @@ from launching import check_done, free_port, run_command
 
 import merge_lora
 import predict
-from checkpoint import describe_run, save_checkpoint
-from tuning import TRAIN_TYPES
+from checkpoints.saving import describe_run, save_checkpoint
+from generation import answerer as generation_answerer
+from generation import prediction_file
+from train_types import TRAIN_TYPES
 
 
 def write_rows(path, num_rows=5):
@@ -88,7 +90,7 @@ def test_merged_model_answers_like_the_adapter(golden, adapter, tmp_path, capsys
 
 
 def test_merge_keeps_the_base_precision(golden, adapter, tmp_path):
-    from weights import weight_shapes
+    from checkpoints.weight_files import weight_shapes
 
     merge_lora.main(["--model_dir", str(adapter), "--output_dir", str(tmp_path / "merged")])
     assert {dtype for _, dtype in weight_shapes(str(tmp_path / "merged")).values()} == {"F16"}
@@ -124,7 +126,7 @@ def test_an_interrupted_run_is_gone_on_with(tmp_path, monkeypatch, capsys):
     model, output = GOLDEN_FOLDERS["glm3"], tmp_path / "p.jsonl"
     whole = answers(model, rows, tmp_path / "whole.jsonl", "--batch_size", "1")
     asked = []
-    call = predict.Answerer.__call__
+    call = generation_answerer.Answerer.__call__
 
     def until_the_fourth(self, encoded):
         asked.append(len(encoded))
@@ -132,7 +134,7 @@ def test_an_interrupted_run_is_gone_on_with(tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
         return call(self, encoded)
 
-    monkeypatch.setattr(predict.Answerer, "__call__", until_the_fourth)
+    monkeypatch.setattr(generation_answerer.Answerer, "__call__", until_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         answers(model, rows, output, "--batch_size", "1")
     part = tmp_path / "p.jsonl.rank0.partial"
@@ -165,7 +167,7 @@ def test_an_interrupted_run_is_gone_on_with(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_loops_are_found(text, is_loop):
-    assert predict.is_repeated("开头。" + text) == is_loop
+    assert prediction_file.is_repeated("开头。" + text) == is_loop
 
 
 @pytest.mark.launch
@@ -198,13 +200,13 @@ class Planned:
 
 def answerer(model, *flags):
     """An Answerer of glm3 with flags of predict.py."""
-    from arguments import predict_parser
+    from flags.predict import predict_parser
     from modes import MODES
 
     mode = MODES["glm3"]
     tokenizer = mode.tokenizer_class.from_pretrained(GOLDEN_FOLDERS["glm3"])
     args = predict_parser().parse_args(["--model_path", "x", "--prompt", "x", "--max_src_len", "64", *flags])
-    return predict.Answerer(model, tokenizer, mode.prompt, args)
+    return generation_answerer.Answerer(model, tokenizer, mode.prompt, args)
 
 
 def test_where_an_answer_ends():
@@ -230,10 +232,10 @@ def test_where_an_answer_ends():
     assert second == {"predictions": ["", "水温高"], "stopped": [True, True], "source_cut": 0}
     assert model.asked["input_ids"].tolist() == [[5, 6, 7], [pad, pad, 8]]
     assert model.asked["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
-    line = predict.output_row(3, {"query": "问", "answer": "答"}, first)
+    line = prediction_file.output_row(3, {"query": "问", "answer": "答"}, first)
     assert (line["stopped"], line["cut"], line["empty"]) == ([True, False], [False, True], [False, False])
     assert (line["index"], line["source_tokens_cut"], line["predictions"]) == (3, 4, ["水温高", cut])
-    line = predict.output_row(
+    line = prediction_file.output_row(
         0, {"query": "问", "answer": None}, {"predictions": [" "], "stopped": [False], "source_cut": 0}
     )
     assert line == {
@@ -267,7 +269,7 @@ def test_every_decoding_flag_reaches_generate():
 
 
 def predict_decode():
-    from glm_common.decoding import decode
+    from generation.decoding import decode
 
     return decode
 
@@ -280,7 +282,7 @@ def test_what_an_interrupted_run_may_change(tmp_path):
     """Kind: a list of exceptions that one more would not show. Every other flag, the rows and the files decide."""
     from argparse import Namespace
 
-    from arguments import predict_parser
+    from flags.predict import predict_parser
 
     args = vars(predict_parser().parse_args(["--model_path", "x", "--prompt", "x"]))
     assert set(FREE) < set(args)
@@ -291,7 +293,7 @@ def test_what_an_interrupted_run_may_change(tmp_path):
     rows = [{"query": "问", "answer": "答"}]
 
     def key(rows=rows, precision="fp32", **changes):
-        return predict.key_of(Namespace(**{**args, **changes}), folders, rows, precision)
+        return prediction_file.key_of(Namespace(**{**args, **changes}), folders, rows, precision)
 
     first = key()
     for name in args:
@@ -321,13 +323,13 @@ def test_the_rates_are_of_all_answers():
     """By hand: of four answers in three rows three stopped, one was cut and is empty, another one is a loop."""
     row = {"query": "问", "answer": None}
     lines = [
-        predict.output_row(0, row, {"predictions": ["水", " "], "stopped": [True, False], "source_cut": 5}),
-        predict.output_row(1, row, {"predictions": ["好" * 20], "stopped": [True], "source_cut": 0}),
-        predict.output_row(2, row, {"predictions": ["风"], "stopped": [True], "source_cut": 12}),
+        prediction_file.output_row(0, row, {"predictions": ["水", " "], "stopped": [True, False], "source_cut": 5}),
+        prediction_file.output_row(1, row, {"predictions": ["好" * 20], "stopped": [True], "source_cut": 0}),
+        prediction_file.output_row(2, row, {"predictions": ["风"], "stopped": [True], "source_cut": 12}),
     ]
     said = "75.0% stopped by themselves, 25.0% cut at --max_new_tokens 7, 25.0% empty, 25.0% end in a loop"
-    assert predict.describe_answers(lines, 7) == f"answers: {said}"
-    assert predict.describe_answers([], 7).startswith("answers: 0.0% stopped")
+    assert prediction_file.describe_answers(lines, 7) == f"answers: {said}"
+    assert prediction_file.describe_answers([], 7).startswith("answers: 0.0% stopped")
     said = "cut 2 of 3 at --max_src_len 64: 17 tokens lost, 12 of the longest (source_tokens_cut)"
-    assert predict.describe_cut_questions(lines, 64) == f"questions: {said}"
-    assert predict.describe_cut_questions(lines[1:2], 64) == "questions: none was cut at --max_src_len 64"
+    assert prediction_file.describe_cut_questions(lines, 64) == f"questions: {said}"
+    assert prediction_file.describe_cut_questions(lines[1:2], 64) == "questions: none was cut at --max_src_len 64"

@@ -14,11 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_data_set import encode, ids_and_labels, text_control_ids
 
-import row_cache
 import score
-from batches import Updates, pack
-from data_set import Columns, check_items, read_file, read_rows
-from row_cache import load_rows
+from evaluation import metrics, predictions
+from rows import cache, encoding
+from rows.batches import Updates, pack
+from rows.cache import load_rows
+from rows.checks import Columns
+from rows.reading import check_items, read_file, read_rows
 
 
 def examples(number):
@@ -226,9 +228,9 @@ def tokenizer3(glm3):
     batch_rows=st.integers(1, 6),
 )
 def test_encoded_rows_are_those_of_the_files(glm3, tokenizer3, monkeypatch, files, is_skip, batch_rows):
-    monkeypatch.setattr(row_cache, "BATCH_ROWS", batch_rows)
+    monkeypatch.setattr(encoding, "BATCH_ROWS", batch_rows)
     with tempfile.TemporaryDirectory() as folder:
-        monkeypatch.setattr(row_cache, "cache_folder", lambda: os.path.join(folder, "cache"))
+        monkeypatch.setattr(cache, "cache_folder", lambda: os.path.join(folder, "cache"))
         wanted, bad_places = [], []
         for n, (entries, is_array) in enumerate(files):
             content, good, bad = make_file(entries, is_array)
@@ -314,7 +316,7 @@ STRINGS = st.text(max_size=30) | st.text("今天气好。,!?？….”’“_aB1
 @examples(150)
 @given(prediction=STRINGS, reference=STRINGS)
 def test_scores_are_in_range_and_none_beats_the_reference_itself(prediction, reference):
-    result, best = score.score_rows([prediction], [reference]), score.score_rows([reference], [reference])
+    result, best = metrics.score_rows([prediction], [reference]), metrics.score_rows([reference], [reference])
     for name in score.METRICS:
         for value in (result[name], result["rows"][0].get(name), best[name]):
             assert value is None or (math.isfinite(value) and 0 <= value <= 100), name
@@ -329,7 +331,7 @@ def test_scores_are_in_range_and_none_beats_the_reference_itself(prediction, ref
 def test_any_file_of_predictions_is_scored_or_one_error(tmp_path, content):
     path = write(tmp_path, content.replace(b"instruction", b"prediction"), "predictions.jsonl")
     try:
-        rows = score.read_predictions(path)
+        rows = predictions.read_predictions(path)
     except ValueError as error:
         assert str(error).startswith(f"{path}:")
     else:

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 import score
-from folders import close_folder
+from runtime.folders import close_folder
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +121,8 @@ def test_the_table_is_of_the_answers_whoever_scored_them(quickstart, tmp_path):
 
 
 def test_flags_are_taken_by_train(quickstart):
-    from train_arguments import train_parser
-    from tuning import TRAIN_TYPES
+    from flags.train import train_parser
+    from train_types import TRAIN_TYPES
 
     assert set(quickstart.FLAGS) == set(TRAIN_TYPES)
     for name, flags in quickstart.FLAGS.items():
@@ -151,5 +151,5 @@ def test_the_base_is_made_from_the_networks_too(quickstart, monkeypatch):
     name, *inputs = asked.value.args
     assert name == "base" and all(path.is_file() for path in inputs)
     wanted = "scripts/make_base.py scripts/make_data.py scripts/data_words.py glm1/modeling_chatglm.py"
-    wanted += " glm2/modeling_chatglm.py glm2/configuration_chatglm.py glm3/configuration_chatglm.py glm_common/loss.py"
+    wanted += " glm2/modeling_chatglm.py glm2/configuration_chatglm.py glm3/configuration_chatglm.py modeling/loss.py"
     assert {ROOT / path for path in wanted.split()} <= set(inputs)

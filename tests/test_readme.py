@@ -10,22 +10,21 @@ import pytest
 from conftest import GOLDEN_FOLDERS, ROOT
 from launching import free_port
 
-import arguments
-import train_arguments
-from ds_config import read_ds_file
+from flags import compare, doctor, forgetting, judge, merge_lora, predict, score, train
 from modes import MODES
-from tuning import TRAIN_TYPES
+from train_types import TRAIN_TYPES
+from training.ds_config import read_ds_file
 
 READMES = ("README.md", "README_zh.md")
 PARSERS = {
-    "train.py": train_arguments.train_parser,
-    "predict.py": arguments.predict_parser,
-    "merge_lora.py": arguments.merge_parser,
-    "score.py": arguments.score_parser,
-    "doctor.py": arguments.doctor_parser,
-    "compare.py": arguments.compare_parser,
-    "forgetting.py": arguments.forgetting_parser,
-    "judge.py": arguments.judge_parser,
+    "train.py": train.train_parser,
+    "predict.py": predict.predict_parser,
+    "merge_lora.py": merge_lora.merge_parser,
+    "score.py": score.score_parser,
+    "doctor.py": doctor.doctor_parser,
+    "compare.py": compare.compare_parser,
+    "forgetting.py": forgetting.forgetting_parser,
+    "judge.py": judge.judge_parser,
 }
 
 
@@ -75,7 +74,10 @@ def test_flags_and_files_in_the_text_exist(name):
 @pytest.mark.parametrize("name", READMES)
 def test_every_room_is_on_the_map(name):
     text = (ROOT / name).read_text(encoding="utf-8")
-    assert [path.name for path in sorted(ROOT.glob("*.py")) if f"`{path.name}`" not in text] == []
+    rooms = [path.name for path in ROOT.glob("*.py")] + [f"{path.parent.name}/" for path in ROOT.glob("*/__init__.py")]
+    assert [name for name in sorted(rooms) if f"`{name}`" not in text] == []
+    [table] = re.findall(r"\n## (?:File map|文件地图)\n\n((?:\|.*\n)+)", text)
+    assert table.count("\n") <= 25
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda p: p.name)
@@ -110,7 +112,7 @@ def test_launchers(name, mode, tmp_path):
     )
     assert process.returncode == 0, process.stderr
     cards, *words = process.stdout.splitlines()
-    args = train_arguments.train_parser().parse_args(words[words.index("train.py") + 1 :])
+    args = train.train_parser().parse_args(words[words.index("train.py") + 1 :])
     assert args.mode == mode and args.seed == 7 and args.model_name_or_path == "some/model"
     read_ds_file(args.ds_file)
     if name == "train_four_cards.sh":

@@ -13,14 +13,15 @@ from conftest import GOLDEN_FOLDERS, ROOT
 from launching import load_script
 from safetensors.torch import load_file
 
-import checkpoint
 import merge_lora
-import released_files
-from checkpoint import COMPANIONS, describe_run, open_checkpoint, save_checkpoint
-from folders import verify
-from modes import read_json
-from tuning import TRAIN_TYPES
-from weights import check_weights
+from checkpoints import base_weights, opening, released_files, saving, weight_files
+from checkpoints.base_weights import check_weights
+from checkpoints.opening import open_checkpoint
+from checkpoints.released_files import COMPANIONS
+from checkpoints.saving import describe_run, save_checkpoint
+from runtime.folders import verify
+from train_types import TRAIN_TYPES
+from utils import read_json
 
 PEFT_0_5 = (  # every key that LoraConfig of peft 0.5.0 takes
     "peft_type auto_mapping base_model_name_or_path revision task_type inference_mode r target_modules lora_alpha"
@@ -54,7 +55,7 @@ def saved(golden, tmp_path_factory):
     for train_type, flags in (("all", {}), ("lora", lora), ("ptuning", prefix)):
         args = SimpleNamespace(mode=golden.mode.name, train_type=train_type, model_name_or_path=str(base), **flags)
         config = golden.mode.config_class.from_pretrained(base, **(prefix if train_type == "ptuning" else {}))
-        model = checkpoint.load_base(str(base), golden.mode, config, torch.float32)
+        model = base_weights.load_base(str(base), golden.mode, config, torch.float32)
         model = TRAIN_TYPES[train_type].prepare(model, args)
         tokenizer = golden.mode.tokenizer_class.from_pretrained(base)
         run = describe_run(args, str(base), "fp32", epoch=1, step=1)
@@ -208,10 +209,10 @@ def test_a_torn_second_file_is_not_saved(tmp_path):
     """Every file of weights is read back before the folder gets its name."""
     state = {"transformer.prefix_encoder.embedding.weight": torch.zeros(4, 8)}
     released_files.write_prefix(state, tmp_path)
-    checkpoint.check_written(tmp_path, state)
-    released_files.write_bin({"other": torch.zeros(3)}, tmp_path / "pytorch_model.bin")
+    saving.check_written(tmp_path, state)
+    weight_files.write_bin({"other": torch.zeros(3)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(AssertionError, match="pytorch_model.bin"):
-        checkpoint.check_written(tmp_path, state)
+        saving.check_written(tmp_path, state)
 
 
 @pytest.mark.parametrize("kind", ["all", "lora"])
@@ -250,7 +251,7 @@ def test_the_code_is_fetched_from_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda name, allow_patterns: asked.append(allow_patterns) or str(tmp_path)
     )
-    checkpoint.resolve_folder("THUDM/chatglm3-6b")
+    opening.resolve_folder("THUDM/chatglm3-6b")
     assert set(COMPANIONS) < set(asked[0])
 
 

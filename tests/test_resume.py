@@ -9,12 +9,12 @@ from dataclasses import asdict
 import pytest
 import torch
 
-import folders
-import resume
-from exits import BadNumbers
-from progress import Progress
-
-
+from checkpoints import state_checks
+from checkpoints import states as checkpoints_states
+from checkpoints.progress import Progress
+from runtime import folders
+from runtime.exits import BadNumbers
+from training import resuming
 
 STATE_FILES = (
     *("rank-0.pt", "rank-1.pt", "deepspeed/mp_rank_00_model_states.pt"),
@@ -38,15 +38,15 @@ def make_state(parent, step, **changes):
 def test_the_newest_whole_state_is_found(tmp_path):
     for step in (4, 20, 8):
         make_state(tmp_path, step)
-    assert resume.find_state("auto", str(tmp_path)) == (str(tmp_path / "state-step-20"), [])
+    assert resuming.find_state("auto", str(tmp_path)) == (str(tmp_path / "state-step-20"), [])
     (tmp_path / "state-step-20" / "state.json").write_text("{}")
     (tmp_path / "state-step-8" / "manifest.json").unlink()
-    folder, skipped = resume.find_state("auto", str(tmp_path))
+    folder, skipped = resuming.find_state("auto", str(tmp_path))
     assert folder == str(tmp_path / "state-step-4") and len(skipped) == 2
     assert "state-step-20 is left out, it is not whole: " in skipped[0] and "manifest.json: missing" in skipped[1]
     with pytest.raises(ValueError, match=r"--resume \S+/state-step-20: .*use an older state, or --resume auto"):
-        resume.find_state(str(tmp_path / "state-step-20"), str(tmp_path))
-    assert resume.find_state("auto", str(tmp_path / "absent")) == (None, [])
+        resuming.find_state(str(tmp_path / "state-step-20"), str(tmp_path))
+    assert resuming.find_state("auto", str(tmp_path / "absent")) == (None, [])
 
 
 @pytest.mark.parametrize(
@@ -61,23 +61,23 @@ def test_the_newest_whole_state_is_found(tmp_path):
 def test_another_run_is_refused(tmp_path, current, split, says):
     folder = make_state(tmp_path, 4)
     with pytest.raises(ValueError, match=f"--resume {folder}: {says}"):
-        resume.check_same_run(str(folder), resume.read_info(str(folder)), current, split)
+        resuming.check_same_run(str(folder), state_checks.read_info(str(folder)), current, split)
 
 
 def test_another_split_is_noted(tmp_path):
-    info = resume.read_info(str(make_state(tmp_path, 4)))
+    info = state_checks.read_info(str(make_state(tmp_path, 4)))
     same = {"--seed": 1, "rows": "a"}
-    assert resume.check_same_run("x", info, same, [2, 1, 2]) == []
-    [note] = resume.check_same_run("x", info, same, [1, 4, 1])
+    assert resuming.check_same_run("x", info, same, [2, 1, 2]) == []
+    [note] = resuming.check_same_run("x", info, same, [1, 4, 1])
     assert "2 x 1 x 2 before, 1 x 4 x 1 now" in note
     with_adam = {**same, "--optimizer": "DeepSpeed CPU AdamW"}
-    [note] = resume.check_same_run("x", {**info, "fingerprint": with_adam}, with_adam, [2, 1, 2])
+    [note] = resuming.check_same_run("x", {**info, "fingerprint": with_adam}, with_adam, [2, 1, 2])
     assert "does not restart to the bit" in note
 
 
 def test_a_state_that_does_not_say_enough(tmp_path):
     with pytest.raises(ValueError, match=r"state.json: progress is None: use another state"):
-        resume.read_info(str(make_state(tmp_path, 4, progress=None)))
+        state_checks.read_info(str(make_state(tmp_path, 4, progress=None)))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_state_that_does_not_say_enough(tmp_path):
 )
 def test_a_state_whose_values_are_not_right(tmp_path, more, says):
     with pytest.raises(ValueError, match=f"state.json: {says}: use another state"):
-        resume.read_info(str(make_state(tmp_path, 4, **more)))
+        state_checks.read_info(str(make_state(tmp_path, 4, **more)))
 
 
 def test_what_evaluations_are_compared_by():
@@ -117,41 +117,42 @@ def test_what_evaluations_are_compared_by():
 
 def test_a_run_without_a_state_begins_anew_only_in_its_own_folder(tmp_path):
     current = {"--seed": 1}
-    resume.check_own_folder(str(tmp_path), current)
+    resuming.check_own_folder(str(tmp_path), current)
     (tmp_path / "epoch-1-step-3").mkdir()
     with pytest.raises(ValueError, match="epoch-1-step-3 of another run .* choose a new --output_dir"):
-        resume.check_own_folder(str(tmp_path), current)
+        resuming.check_own_folder(str(tmp_path), current)
     (tmp_path / "fingerprint.json").write_text('{"--seed": 1}')
-    resume.check_own_folder(str(tmp_path), current)
+    resuming.check_own_folder(str(tmp_path), current)
     with pytest.raises(ValueError, match="--seed was 1, now it is 2"):
-        resume.check_own_folder(str(tmp_path), {"--seed": 2})
+        resuming.check_own_folder(str(tmp_path), {"--seed": 2})
 
 
 def test_the_fingerprint_holds_what_decides_the_weights(tmp_path, golden):
-    import train_arguments
+
+    from flags.train import train_parser
 
     words = ["--train_path", "x", "--model_name_or_path", golden.folder, "--output_dir", "y"]
     base = tmp_path / "base"
     shutil.copytree(golden.folder, base)
 
     def of(*more, folder=golden.folder, key="rows"):
-        args = train_arguments.train_parser().parse_args([*words, *more])
+        args = train_parser().parse_args([*words, *more])
         ds = {"zero_optimization": {"stage": 2}}
-        return resume.fingerprint(args, str(folder), key, "fp32", "torch AdamW", torch.device("cpu"), ds)
+        return resuming.fingerprint(args, str(folder), key, "fp32", "torch AdamW", torch.device("cpu"), ds)
 
     assert of() == of(folder=base) == of("--output_dir", "z", "--save_state_step", "5", "--num_proc", "3")
     for flags in (["--seed", "5"], ["--packing"], ["--num_train_epochs", "3"], ["--lora_dropout", "0"]):
-        assert [line.split()[0] for line in resume.differences(of(), of(*flags))] == [flags[0]]
+        assert [line.split()[0] for line in resuming.differences(of(), of(*flags))] == [flags[0]]
     # A run that was begun before a switch was there goes on without it.
     saved = {name: value for name, value in of().items() if name != "--no_normalize"}
-    assert resume.differences(saved, of()) == []
-    assert resume.differences(saved, of("--no_normalize")) == ["--no_normalize was None, now it is True"]
-    assert resume.differences(of(), of(key="others")) == ["rows of --train_path was other contents"]
+    assert resuming.differences(saved, of()) == []
+    assert resuming.differences(saved, of("--no_normalize")) == ["--no_normalize was None, now it is True"]
+    assert resuming.differences(of(), of(key="others")) == ["rows of --train_path was other contents"]
     [shard] = base.glob("*-00002-of-00002.bin")
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    assert resume.differences(of(), of(folder=base)) == ["base weights was other contents"]
+    assert resuming.differences(of(), of(folder=base)) == ["base weights was other contents"]
 
 
 class Attack:
@@ -169,10 +170,10 @@ def test_a_state_that_would_run_code_is_not_read(tmp_path, is_zip):
     marker, path = tmp_path / "marker", tmp_path / "rank-0.pt"
     torch.save({"torch": torch.zeros(3), "x": Attack(marker)}, path, _use_new_zipfile_serialization=is_zip)
     with pytest.raises(ValueError, match="rank-0.pt: holds more than tensors: it is not read.*do not use it"):
-        resume.load_tensors(str(path))
+        checkpoints_states.load_tensors(str(path))
     path.write_bytes(pickle.dumps(Attack(marker)))
     with pytest.raises(ValueError, match="rank-0.pt: "):
-        resume.load_tensors(str(path))
+        checkpoints_states.load_tensors(str(path))
     assert not marker.exists()
 
 
@@ -181,7 +182,7 @@ def test_what_deepspeed_writes_is_read(tmp_path):
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
     scaler = DynamicLossScaler(2**16, 2, 1000, 1, 2, False)
-    files = resume.state_files(str(tmp_path))
+    files = checkpoints_states.state_files(str(tmp_path))
     state = {"loss_scaler": scaler, "zero_stage": ZeroStageEnum.weights, "shape": torch.Size([2]), "w": torch.ones(3)}
     files.save(state, str(tmp_path / "x.pt"))
     assert files.problem is None and files.written == {"x.pt": os.path.getsize(tmp_path / "x.pt")}
@@ -190,7 +191,7 @@ def test_what_deepspeed_writes_is_read(tmp_path):
 
 
 def test_what_is_not_finite_is_not_saved(tmp_path):
-    files = resume.state_files(str(tmp_path))
+    files = checkpoints_states.state_files(str(tmp_path))
     files.save({"a": [torch.ones(3), torch.tensor([1e30, 1e38])]}, str(tmp_path / "x.pt"))
     assert files.problem is None, "large is not infinite"
     files.save({"a": [torch.ones(3), torch.tensor([1.0, float("nan")])]}, str(tmp_path / "y.pt"))
@@ -203,19 +204,18 @@ def test_random_states_come_back(tmp_path):
 
     import numpy
 
-    torch.save(resume.random_states(), tmp_path / "rank-0.pt")
+    torch.save(checkpoints_states.random_states(), tmp_path / "rank-0.pt")
     drawn = torch.rand(3), random.random(), numpy.random.rand()
-    resume.set_random_states(resume.load_tensors(str(tmp_path / "rank-0.pt")))
+    checkpoints_states.set_random_states(checkpoints_states.load_tensors(str(tmp_path / "rank-0.pt")))
     again = torch.rand(3), random.random(), numpy.random.rand()
     assert torch.equal(drawn[0], again[0]) and drawn[1:] == again[1:]
 
 
 def test_which_flags_are_compared(golden):
     """Kind: a list of exceptions that one more would not show. What is not on this list must be as it was."""
-    import train_arguments
 
     words = ["--train_path", "x", "--model_name_or_path", golden.folder, "--output_dir", "y"]
-    args = train_arguments.train_parser().parse_args(words)
+    args = train_parser().parse_args(words)
     free = "output_dir resume save_model_step save_state_step save_total_limit show_loss_step step_timeout local_rank"
     free += " num_proc train_path model_name_or_path ds_file device precision optimizer per_device_train_batch_size"
     free += " gradient_accumulation_steps eval_path eval_step eval_generate eval_max_new_tokens task replay_path"
@@ -224,11 +224,11 @@ def test_which_flags_are_compared(golden):
 
     def of(**changes):
         more = {**vars(args), **changes}
-        return resume.fingerprint(type(args)(**more), golden.folder, "k", "fp32", "AdamW", torch.device("cpu"), ds)
+        return resuming.fingerprint(type(args)(**more), golden.folder, "k", "fp32", "AdamW", torch.device("cpu"), ds)
 
     first = of()
     for name in vars(args):
-        lines = resume.differences(first, of(**{name: "another"}))
+        lines = resuming.differences(first, of(**{name: "another"}))
         assert bool(lines) == (name not in free.split()), name
     assert (first["--precision"], first["--device"], first["--optimizer"]) == ("fp32", "cpu", "AdamW")
     assert len(first["base weights"]) == len(set(first["base weights"])) > 1
@@ -248,12 +248,12 @@ def test_a_state_needs_the_files_of_every_process(tmp_path):
     for missing in sizes:
         scratch()
         with pytest.raises(AssertionError, match="files of a state are missing"):
-            resume.close_state(str(tmp_path / "state-step-3"), info, {n: s for n, s in sizes.items() if n != missing})
+            checkpoints_states.close_state(str(tmp_path / "state-step-3"), info, {n: s for n, s in sizes.items() if n != missing})
     for world in (1, 3):
         with pytest.raises(AssertionError, match="files of a state are missing"):
-            resume.close_state(str(tmp_path / "state-step-3"), {**info, "world_size": world}, sizes)
+            checkpoints_states.close_state(str(tmp_path / "state-step-3"), {**info, "world_size": world}, sizes)
     assert os.listdir(tmp_path) == ["state-step-3.partial"]
-    resume.close_state(str(tmp_path / "state-step-3"), info, sizes)
+    checkpoints_states.close_state(str(tmp_path / "state-step-3"), info, sizes)
     assert os.listdir(tmp_path) == ["state-step-3"] and folders.is_whole(str(tmp_path / "state-step-3"))
     assert json.loads((tmp_path / "state-step-3" / "state.json").read_text()) == info
 
@@ -267,7 +267,7 @@ def test_what_is_mended_in_a_converted_state():
     groups = [{"lr": 1.0, "weight_decay": 0.5}, {"lr": 1.0, "weight_decay": 0.5}]
     optimizer = SimpleNamespace(optimizer=SimpleNamespace(state=states), param_groups=groups)
     engine = SimpleNamespace(optimizer=optimizer, lr_scheduler=SimpleNamespace(get_last_lr=lambda: [0.25, 0.125]))
-    resume.mend_converted(engine, [0.1, 0.0])
+    checkpoints_states.mend_converted(engine, [0.1, 0.0])
     assert groups == [{"lr": 0.25, "weight_decay": 0.1}, {"lr": 0.125, "weight_decay": 0.0}]
     for number in range(3):
         states[number]["step"] += 1
@@ -280,22 +280,22 @@ def test_the_kinds_of_values_in_a_state():
     cases += [("x", None, False), (True, None, False), (None, 1, False), ("x", "", True), ({}, {"a": 1}, True)]
     cases += [({"a": 2}, {"a": 1}, True), ({"b": 2}, {"a": 1}, False), ({"a": "x"}, {"a": 1}, False), (1, {}, False)]
     for value, new, is_like in cases:
-        assert resume.is_like(value, new) == is_like, (value, new)
+        assert checkpoints_states.is_like(value, new) == is_like, (value, new)
 
 
 def test_random_states_of_a_gpu(monkeypatch):
     """Kept and set where there is one; a state that was saved without one is taken as well."""
-    assert "cuda" not in resume.random_states() or torch.cuda.is_available()
+    assert "cuda" not in checkpoints_states.random_states() or torch.cuda.is_available()
     state, given = torch.tensor([3, 1], dtype=torch.uint8), []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: state)
     monkeypatch.setattr(torch.cuda, "set_rng_state", given.append)
-    states = resume.random_states()
+    states = checkpoints_states.random_states()
     assert states["cuda"] is state
-    resume.set_random_states(states)
+    checkpoints_states.set_random_states(states)
     assert len(given) == 1 and given[0] is state
     del states["cuda"]
-    resume.set_random_states(states)
+    checkpoints_states.set_random_states(states)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    resume.set_random_states({**states, "cuda": state})
+    checkpoints_states.set_random_states({**states, "cuda": state})
     assert len(given) == 1

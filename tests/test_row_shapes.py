@@ -10,17 +10,19 @@ import pytest
 from conftest import ROOT, Golden
 from refusing import FOLDERS, NotNoticed, here  # noqa: F401, a fixture
 
-import compare_plan
-import data_set
-import file_kinds
-import judge
-import judge_rows
-import row_cache
-import score
-from data_set import Columns, Notes, check_items, read_file, read_row, read_rows, read_to_answer, show_row
-from ds_config import read_ds_file
-from row_cache import describe_counts, load_rows
-from row_checks import MEANINGFUL
+from comparison import plan
+from data_set import describe_counts
+from evaluation import predictions
+from judging import rows as judge_rows
+from judging import verdicts
+from rows import cache as rows_cache
+from rows import encoding, reading
+from rows.cache import load_rows
+from rows.checks import MEANINGFUL, Columns, Notes
+from rows.encoding import show_row
+from rows.reading import check_items, read_file, read_row, read_rows, read_to_answer
+from runtime import file_kinds
+from training.ds_config import read_ds_file
 
 ROW = {"instruction": "问题", "input": "一", "output": "答案"}
 ROWS = [ROW, {**ROW, "input": "", "more": {"a": [{"b": "}{"}]}}, {**ROW, "output": "两\n行 {"}]
@@ -41,7 +43,7 @@ def tokenizer(glm3):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """An empty cache of encoded rows."""
-    monkeypatch.setattr(row_cache, "cache_folder", lambda: str(tmp_path / "cache"))
+    monkeypatch.setattr(rows_cache, "cache_folder", lambda: str(tmp_path / "cache"))
 
 
 def write(path, content):
@@ -85,7 +87,7 @@ SHAPES = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_same_rows_in_any_shape(tmp_path, monkeypatch, name, piece, start, line_end):
     """White space between and inside objects, line ends and marks at the start are no part of a row."""
-    monkeypatch.setattr(data_set, "ARRAY_PIECE", piece)
+    monkeypatch.setattr(reading, "ARRAY_PIECE", piece)
     content, line_numbers = SHAPES[name]
     rows = read(tmp_path / "rows.json", start + content.replace("\n", line_end).encode())
     assert [(row["query"], row["answer"]) for row in rows] == [
@@ -101,7 +103,7 @@ def test_the_same_rows_in_any_shape(tmp_path, monkeypatch, name, piece, start, l
 
 def test_the_same_ids_in_any_shape(glm3, tokenizer, tmp_path, cache, monkeypatch):
     """And the same places after encoding, in batches of one row."""
-    monkeypatch.setattr(row_cache, "BATCH_ROWS", 1)
+    monkeypatch.setattr(encoding, "BATCH_ROWS", 1)
     found = []
     for name, (content, _) in SHAPES.items():
         path = write(tmp_path / f"{name}.json", content)
@@ -122,11 +124,11 @@ def test_a_bad_row_among_objects_over_lines_is_left_out(tmp_path):
 
 def test_objects_over_lines_are_read_in_pieces(tmp_path, monkeypatch):
     """However long the file, and however broken, no more than a row is in memory."""
-    monkeypatch.setattr(data_set, "ARRAY_PIECE", 10)
-    monkeypatch.setattr(data_set, "MAX_ROW", 100)
+    monkeypatch.setattr(reading, "ARRAY_PIECE", 10)
+    monkeypatch.setattr(reading, "MAX_ROW", 100)
     path = write(tmp_path / "rows.json", '{\n"a": 1\n}\n{\n"b": "' + "x" * 10_000)
     with open(path, "rb") as file:
-        text = data_set.JsonText(path, file)
+        text = reading.JsonText(path, file)
         assert json.loads(text.take_value()) == {"a": 1}
         with pytest.raises(ValueError, match=r"rows\.json:5: not a JSON object \(Unterminated .*, or a row of more th"):
             text.take_value()
@@ -199,7 +201,7 @@ def test_files_are_known_by_their_names_too(tmp_path, name):
 
 @pytest.mark.parametrize("indent", [None, 1])
 def test_rows_under_a_key_are_named_when_there_are_too_many_for_one_row(tmp_path, monkeypatch, indent):
-    monkeypatch.setattr(data_set, "MAX_ROW", 100)
+    monkeypatch.setattr(reading, "MAX_ROW", 100)
     with pytest.raises(ValueError, match=r"rows\.json:1: one object with the rows under 'data'"):
         read(tmp_path / "rows.json", json.dumps({"data": ROWS * 9}, indent=indent))
 
@@ -242,7 +244,7 @@ def test_every_flag_for_rows_refuses_such_a_field(here, flag):  # noqa: F811
 
 def run_with_cache(here, flags):  # noqa: F811
     """train.py, which may encode the good rows that come first."""
-    here.monkeypatch.setattr(row_cache, "cache_folder", lambda: str(here.cache.parent / "filled"))
+    here.monkeypatch.setattr(rows_cache, "cache_folder", lambda: str(here.cache.parent / "filled"))
     path = [] if "--train_path" in flags else ["--train_path", "rows.json"]
     base = ["--model_name_or_path", FOLDERS["glm3"], "--output_dir", "out", "--device", "cpu"]
     return here.run("train.py", *path, *base, *flags.split())
@@ -312,7 +314,7 @@ def test_notes_of_batches_are_added(glm3, tokenizer, tmp_path, cache, monkeypatc
     path = write(tmp_path / "rows.json", "\n".join(map(json.dumps, rows)))
     found = []
     for batch_rows, max_len in ((1000, 512), (1, 511)):  # another length, another place in the cache
-        monkeypatch.setattr(row_cache, "BATCH_ROWS", batch_rows)
+        monkeypatch.setattr(encoding, "BATCH_ROWS", batch_rows)
         _, counts = load_rows([path], Columns(), tokenizer, glm3.mode, max_len, 384, False)
         found.append(said(counts))
     assert found[0] == found[1] == [
@@ -360,7 +362,7 @@ def test_files_of_a_folder_that_are_not_read_are_said(glm3, tokenizer, tmp_path,
     assert read_to_answer([str(folder)], Columns())[1] == says
     (folder / "a.json").unlink()
     with pytest.raises(ValueError, match=r"no \*\.json or \*\.jsonl file in this folder: .* not c\.csv, d\.txt, e"):
-        data_set.data_files([str(folder)])
+        reading.data_files([str(folder)])
 
 
 # ---------------------------------------------------------------- line ends
@@ -375,11 +377,11 @@ def test_files_of_the_clone_have_their_line_ends():
 
 
 @pytest.mark.parametrize("name, content, read", [
-    ("criteria.txt", "One.\n\nTwo.\n", lambda path: judge.read_criteria(path, judge.KINDS["pairs"], "en")),
-    ("plan.yaml", "base: |\n  a\n  b\nmethods:\n  - 1\n", compare_plan.read_yaml),
+    ("criteria.txt", "One.\n\nTwo.\n", lambda path: verdicts.read_criteria(path, verdicts.KINDS["pairs"], "en")),
+    ("plan.yaml", "base: |\n  a\n  b\nmethods:\n  - 1\n", plan.read_yaml),
     ("ds.json", '{\n"zero_optimization": {\n"stage": 2\n}\n}\n', read_ds_file),
     ("rows.jsonl", LINES, lambda path: [row["query"] for row in read_rows([path], Columns())]),
-    ("answers.jsonl", '{"prediction": "a", "output": "b"}\n' * 2, lambda path: score.read_predictions(path).answers),
+    ("answers.jsonl", '{"prediction": "a", "output": "b"}\n' * 2, lambda path: predictions.read_predictions(path).answers),
     ("answers.jsonl", '{"query": "q", "prediction": "a"}\n' * 2, functools.partial(judge_rows.read_answers, "--predictions")),
 ])
 def test_line_ends_do_not_matter_in_files_that_people_bring(tmp_path, name, content, read):

@@ -10,11 +10,12 @@ from conftest import Golden
 from safetensors.torch import load_file, save_file
 
 import utils
-from checkpoint import check_written, describe_run, save_checkpoint
-from exits import BadNumbers
-from folders import is_whole, new_folder
-from run_folder import RunFolder, last_checkpoint
-from tuning import TRAIN_TYPES
+from checkpoints import saving
+from checkpoints.saving import check_written, describe_run, save_checkpoint
+from runtime.exits import BadNumbers
+from runtime.folders import is_whole, new_folder
+from train_types import TRAIN_TYPES
+from training.run_folder import RunFolder, last_checkpoint
 
 FLAGS = {"lora_dim": 2, "lora_alpha": 4, "lora_dropout": 0.0, "lora_module_name": "dense"}
 
@@ -140,23 +141,22 @@ def test_each_rank_draws_its_own_dropout(monkeypatch):
 
 def test_what_a_checkpoint_takes():
     """An adapter: its own weights; a prefix encoder: twice, while that is not much; a whole one: all; and some room."""
-    import checkpoint
-    import released_files
+    from checkpoints import released_files
 
     model = torch.nn.Sequential(torch.nn.Linear(3, 5, bias=False), torch.nn.Linear(5, 7, bias=False).half())
     model[0].requires_grad_(False)
     sizes = {"adapter": 70, "prefix": 140, "whole": 60 + 70}
     for weights, num_bytes in sizes.items():
         train_type = SimpleNamespace(weights=weights)
-        assert checkpoint.checkpoint_bytes(model, train_type) == num_bytes + checkpoint.TOKENIZER_BYTES
+        assert saving.checkpoint_bytes(model, train_type) == num_bytes + saving.TOKENIZER_BYTES
     model[1].weight.ds_numel = released_files.MOST_PREFIX_BIN_BYTES  # split over the ranks: this is the whole
-    wanted = 2 * released_files.MOST_PREFIX_BIN_BYTES + checkpoint.TOKENIZER_BYTES
-    assert checkpoint.checkpoint_bytes(model, SimpleNamespace(weights="prefix")) == wanted
+    wanted = 2 * released_files.MOST_PREFIX_BIN_BYTES + saving.TOKENIZER_BYTES
+    assert saving.checkpoint_bytes(model, SimpleNamespace(weights="prefix")) == wanted
 
 
 def test_whole_weights_come_back(tmp_path):
     """All of them, under the released names, with what lies beside them."""
-    from checkpoint import load_opened, open_checkpoint
+    from checkpoints.opening import load_opened, open_checkpoint
 
     golden = Golden("glm3")
     args = SimpleNamespace(mode="glm3", train_type="all", model_name_or_path=golden.folder)
@@ -177,13 +177,13 @@ def test_whole_weights_come_back(tmp_path):
 
 def test_a_disk_that_fails_is_no_reason_to_end(lora, tmp_path, monkeypatch, capsys):
     """The reason is given back for a checkpoint, and told for the best weights."""
-    import checkpoint
-    import run_folder
+    from checkpoints import saving
+    from training import run_folder
 
     def broken(*args):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(checkpoint, "write_checkpoint", broken)
+    monkeypatch.setattr(saving, "write_checkpoint", broken)
     assert save(lora, tmp_path / "x") == "Input/output error"
     monkeypatch.setattr(run_folder, "is_whole", broken)
     folder = RunFolder.__new__(RunFolder)
@@ -194,7 +194,7 @@ def test_a_disk_that_fails_is_no_reason_to_end(lora, tmp_path, monkeypatch, caps
 
 def test_large_values_are_finite():
     """A sum that runs over is no infinity; whole numbers are looked over."""
-    from weights import finite_problem
+    from checkpoints.weight_files import finite_problem
 
     good = {"a": torch.full((9,), 6e4, dtype=torch.float16), "b": torch.full((9,), 3e38), "c": torch.arange(3)}
     assert finite_problem(good.items()) is None and finite_problem([]) is None

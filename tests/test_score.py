@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_chinese import Rouge
 
-import metrics
 import score
-from arguments import score_parser
-from tasks import TRIPLES, find_task
+from evaluation import metrics, row_scores
+from evaluation import predictions as evaluation_predictions
+from evaluation.tasks import TRIPLES, find_task
+from flags import score as flags_score
+from flags.score import score_parser
 
 REPO_ROOT = Path(score.__file__).resolve().parent
 
@@ -71,7 +73,7 @@ def predictions_path(tmp_path):
 
 @pytest.mark.parametrize("metric, name", [("rouge1", "rouge-1"), ("rouge2", "rouge-2"), ("rougeL", "rouge-l")])
 def test_rouge_is_that_of_the_library(metric, name):
-    result = score.score_rows(PREDICTIONS, REFERENCES, normalize=False)
+    result = metrics.score_rows(PREDICTIONS, REFERENCES, normalize=False)
     expected = [direct_rouge(prediction, reference, name) for prediction, reference in PAIRS]
     assert row_values(result, metric) == pytest.approx(expected, abs=1e-12)
     assert result[metric] == pytest.approx(sum(expected) / len(expected), abs=1e-12)
@@ -80,7 +82,7 @@ def test_rouge_is_that_of_the_library(metric, name):
 
 @pytest.mark.parametrize("metric, tokens", [("bleu4", list), ("bleu4_words", jieba.lcut)])
 def test_bleu4_is_that_of_the_library(metric, tokens):
-    result = score.score_rows(PREDICTIONS, REFERENCES, normalize=False)
+    result = metrics.score_rows(PREDICTIONS, REFERENCES, normalize=False)
     pairs = [[[token for token in tokens(text) if token not in " \n"] for text in pair] for pair in PAIRS]
     expected = [direct_bleu(prediction, reference) for prediction, reference in pairs]
     assert row_values(result, metric) == pytest.approx(expected, abs=1e-12)
@@ -89,7 +91,7 @@ def test_bleu4_is_that_of_the_library(metric, tokens):
 
 def test_exact_match_ignores_white_space_at_the_ends_only():
     predictions, references = [" 好\n", "好 的", "好", "不"], ["好", "好的", "好", "好"]
-    result = score.score_rows(predictions, references)
+    result = metrics.score_rows(predictions, references)
     assert row_values(result, "exact_match") == [100, 0, 100, 0]
     assert result["exact_match"] == 50
 
@@ -99,12 +101,12 @@ def test_exact_match_ignores_white_space_at_the_ends_only():
 )
 def test_bleu4_of_a_short_identical_text_is_smoothed(text, expected):
     # By hand: each missing order counts 1/2, 1/4, 1/8 in turn, and BLEU is the fourth root of the product.
-    assert score.score_rows([text], [text])["bleu4"] == pytest.approx(expected)
+    assert metrics.score_rows([text], [text])["bleu4"] == pytest.approx(expected)
 
 
 def test_a_blank_line_is_no_word():
     text, spaced = "今天天气很好。\n明天下雨。", "今天天气很好。\n\n \u3000\n明天下雨。"
-    result, plain = score.score_rows([spaced], [text]), score.score_rows([text], [text])
+    result, plain = metrics.score_rows([spaced], [text]), metrics.score_rows([text], [text])
     assert direct_rouge(spaced, text, "rouge-l") < 99  # the library alone counts it
     for name in ("rouge1", "rouge2", "rougeL", "bleu4", "bleu4_words"):
         assert result[name] == plain[name] > 99.9
@@ -113,7 +115,7 @@ def test_a_blank_line_is_no_word():
 def test_a_reference_the_library_raises_for_counts_as_0_and_the_others_are_scored():
     with pytest.raises(ValueError):
         direct_rouge("好", " \n", "rouge-1")
-    result = score.score_rows(["好的", "好的"], [" \n", "好的"])
+    result = metrics.score_rows(["好的", "好的"], [" \n", "好的"])
     assert row_values(result, "rouge1") == [0, pytest.approx(100, abs=1e-6)]
     assert result["rouge1"] == pytest.approx(50, abs=1e-6)
     assert (row_values(result, "bleu4")[0], row_values(result, "exact_match")[0]) == (0, 0)
@@ -122,23 +124,23 @@ def test_a_reference_the_library_raises_for_counts_as_0_and_the_others_are_score
 def test_rouge_l_of_long_texts_is_the_same_without_the_library_table(monkeypatch):
     predictions = [*PREDICTIONS, "甲乙丙丁" * 30 + "。", "一.............二"]
     references = [*REFERENCES, "丁甲丙乙" * 25, "一............二"]
-    with_library = row_values(score.score_rows(predictions, references), "rougeL")
-    monkeypatch.setattr(metrics, "MAX_ROUGE_L_CELLS", 0)
-    assert row_values(score.score_rows(predictions, references), "rougeL") == pytest.approx(with_library, abs=1e-9)
+    with_library = row_values(metrics.score_rows(predictions, references), "rougeL")
+    monkeypatch.setattr(row_scores, "MAX_ROUGE_L_CELLS", 0)
+    assert row_values(metrics.score_rows(predictions, references), "rougeL") == pytest.approx(with_library, abs=1e-9)
 
 
 def test_a_very_long_text_is_scored():
     # The library's table of these would have 4e8 entries.
     text = "水泵漏水。" * 7000
-    result = score.score_rows([text], [text])
+    result = metrics.score_rows([text], [text])
     assert [round(result[name], 4) for name in ("rouge1", "rouge2", "rougeL", "bleu4")] == [100] * 4
 
 
 def test_lists_of_different_or_no_length_are_refused():
     with pytest.raises(ValueError, match="2 and 1"):
-        score.score_rows(["好", "好"], ["好"])
+        metrics.score_rows(["好", "好"], ["好"])
     with pytest.raises(ValueError, match="0 and 0"):
-        score.score_rows([], [])
+        metrics.score_rows([], [])
 
 
 @pytest.mark.parametrize(
@@ -156,7 +158,7 @@ def test_lists_of_different_or_no_length_are_refused():
     ],
 )
 def test_parse_triples(text, expected):
-    assert metrics.parse_triples(text) == expected
+    assert row_scores.parse_triples(text) == expected
 
 
 TRIPLE_PAIRS = [
@@ -171,7 +173,7 @@ TRIPLE_PAIRS = [
 
 
 def test_triple_values_by_hand():
-    result = score.score_rows(*map(list, zip(*TRIPLE_PAIRS)))
+    result = metrics.score_rows(*map(list, zip(*TRIPLE_PAIRS)))
     assert row_values(result, "precision") == [100, 50, None, 0, 0, 0, None]
     assert row_values(result, "recall") == [100, pytest.approx(100 / 3), None, 0, 0, 0, None]
     assert row_values(result, "f1") == [100, pytest.approx(40), None, 0, 0, 0, None]
@@ -184,21 +186,21 @@ def test_triple_values_by_hand():
 
 
 def test_no_triple_predicted_gives_0_and_none_in_any_reference_null():
-    assert [score.score_rows(["没有"], ["a_b_c"])[name] for name in TRIPLES] == [0] * 6
-    result = score.score_rows(["a_b_c", "好"], ["没有", "好"])
+    assert [metrics.score_rows(["没有"], ["a_b_c"])[name] for name in TRIPLES] == [0] * 6
+    result = metrics.score_rows(["a_b_c", "好"], ["没有", "好"])
     assert [result[name] for name in TRIPLES] == [None] * 6
     assert result["exact_match"] == 50
 
 
 def test_aggregating_chosen_rows_is_scoring_them():
-    rows = score.score_rows(PREDICTIONS, REFERENCES)["rows"]
+    rows = metrics.score_rows(PREDICTIONS, REFERENCES)["rows"]
     chosen = [2, 2, 0, 5]
-    alone = score.score_rows([PREDICTIONS[i] for i in chosen], [REFERENCES[i] for i in chosen])
-    assert score.metrics_of([rows[i] for i in chosen]) == {name: alone[name] for name in score.METRICS}
+    alone = metrics.score_rows([PREDICTIONS[i] for i in chosen], [REFERENCES[i] for i in chosen])
+    assert metrics.metrics_of([rows[i] for i in chosen]) == {name: alone[name] for name in score.METRICS}
 
 
 def test_an_empty_prediction_is_0_in_every_metric():
-    result = score.score_rows(["", " \n\u3000", "好"], ["a_b_c", "", "好"])
+    result = metrics.score_rows(["", " \n\u3000", "好"], ["a_b_c", "", "好"])
     assert row_values(result, "exact_match") == [0, 0, 100]
     for name in ("rouge1", "rouge2", "rougeL", "bleu4", "bleu4_words"):
         assert row_values(result, name)[:2] == [0, 0]
@@ -213,7 +215,7 @@ texts = st.text(max_size=40) | st.text(
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(texts, texts), min_size=1, max_size=4))
 def test_no_text_crashes_and_metrics_stay_in_range(pairs):
-    result = score.score_rows(*map(list, zip(*pairs)))
+    result = metrics.score_rows(*map(list, zip(*pairs)))
     for values in [result, *result["rows"]]:
         for name in score.METRICS:
             value = values.get(name)
@@ -223,7 +225,7 @@ def test_no_text_crashes_and_metrics_stay_in_range(pairs):
 @settings(max_examples=100, deadline=None)
 @given(st.lists(texts.filter(str.strip), min_size=1, max_size=4))
 def test_identical_texts_match(references):
-    result = score.score_rows(references, references)
+    result = metrics.score_rows(references, references)
     assert result["exact_match"] == 100
     assert result["rouge1"] == pytest.approx(100, abs=1e-5)
     assert result["rougeL"] == pytest.approx(100, abs=1e-5)
@@ -237,7 +239,7 @@ def test_lcs_length_is_that_of_the_plain_recursion(first, second):
     for i, a in enumerate(first, 1):
         for j, b in enumerate(second, 1):
             table[i][j] = table[i - 1][j - 1] + 1 if a == b else max(table[i - 1][j], table[i][j - 1])
-    assert metrics.lcs_length(first, second) == table[-1][-1]
+    assert row_scores.lcs_length(first, second) == table[-1][-1]
 
 
 def test_bom_blank_lines_and_other_columns(tmp_path):
@@ -249,7 +251,7 @@ def test_bom_blank_lines_and_other_columns(tmp_path):
         '{"output": "丁", "prediction": "丙\\r\u2028"}',
     ]
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(rows).encode("utf-8"))
-    assert score.read_predictions(path) == ([["甲"], ["丙\r\u2028"]], ["乙", "丁"], [1, 4])
+    assert evaluation_predictions.read_predictions(path) == ([["甲"], ["丙\r\u2028"]], ["乙", "丁"], [1, 4])
 
 
 def test_several_answers_count_once(tmp_path):
@@ -260,14 +262,14 @@ def test_several_answers_count_once(tmp_path):
         {"prediction": "戊", "predictions": ["己"], "output": "戊"},
         {"prediction": ["庚", "辛"], "output": "庚"},
     )
-    rows = score.read_predictions(path)
+    rows = evaluation_predictions.read_predictions(path)
     assert rows == ([["甲", "乙", "丙"], ["丁"], ["戊"], ["庚", "辛"]], ["甲", "丁", "戊", "庚"], [1, 2, 3, 4])
     assert (rows.predictions, rows.num_extra) == (["甲", "丁", "戊", "庚"], 3)
 
 
 def test_columns_can_be_named(tmp_path):
     path = write_lines(tmp_path / "p.jsonl", {"answer": "甲", "label": "乙"}, {"answers": ["丙", "丁"], "label": "丙"})
-    assert score.read_predictions(path, "answer", "label") == ([["甲"], ["丙", "丁"]], ["乙", "丙"], [1, 2])
+    assert evaluation_predictions.read_predictions(path, "answer", "label") == ([["甲"], ["丙", "丁"]], ["乙", "丙"], [1, 2])
     assert score.main(["--predictions", path, "--prediction_column", "answer", "--reference_column", "label"]) == 0
     report = json.loads((tmp_path / "p.scores.json").read_text())
     assert (report["prediction_column"], report["reference_column"]) == ("answer", "label")
@@ -282,7 +284,7 @@ def test_report_beside_the_predictions(predictions_path, tmp_path, capsys):
     capsys.readouterr()
     assert score.main(["--predictions", predictions_path]) == 0
     report = json.loads(output_path.read_text(encoding="utf-8"))
-    result = score.score_rows(PREDICTIONS, REFERENCES)
+    result = metrics.score_rows(PREDICTIONS, REFERENCES)
     assert report["metrics"] == {name: result[name] for name in score.METRICS}
     assert (
         list(report["metrics"])
@@ -377,7 +379,7 @@ def test_a_failed_write_leaves_the_old_report(predictions_path, tmp_path, monkey
         assert json.loads(Path(source).read_text())["num_rows"] == len(PAIRS)  # complete before it is moved
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(score.os, "replace", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
     assert exit_code(["--predictions", predictions_path]) == 2
     assert "cannot be written (No space left on device)" in capsys.readouterr().err
     assert output_path.read_text() == older
@@ -397,7 +399,7 @@ def test_texts_are_compared_folded_on_both_sides(task):
     """Kind: a perfect model whose tokenizer folds marks scored 0; every metric that compares texts folds both sides."""
     prediction, reference = FOLDED[task]
     for pair in ((prediction, reference), (reference, prediction)):
-        folded, plain = (score.score_rows([pair[0]], [pair[1]], task, normalize=on) for on in (True, False))
+        folded, plain = (metrics.score_rows([pair[0]], [pair[1]], task, normalize=on) for on in (True, False))
         for name in find_task(task).metrics:
             assert folded[name] in (None, pytest.approx(100, abs=1e-5)), name
             assert folded[name] is None or plain[name] < 90, name
@@ -409,7 +411,7 @@ def test_the_folding_is_said_beside_the_numbers_and_can_be_switched_off(tmp_path
     reports = []
     for more in ([], ["--no_normalize", "--output_path", str(tmp_path / "plain.json")]):
         assert score.main(["--predictions", path, "--task", "extraction", *more]) == 0
-        reports.append(json.loads(Path(more[-1] if more else score.scores_path(path, "extraction")).read_text()))
+        reports.append(json.loads(Path(more[-1] if more else flags_score.scores_path(path, "extraction")).read_text()))
     assert [report["metrics"]["f1"] for report in reports] == [100, 0]
     assert [report["normalize"] for report in reports] == [True, False]
     assert all("NFKC" in text and "① 1" in text for text in reports[0]["definitions"].values())
@@ -601,7 +603,7 @@ def test_the_command_fails_without_a_traceback(tmp_path):
 
 
 def test_scoring_imports_no_deep_learning_library():
-    code = "import sys, score; score.score_rows(['好_的_吧'], ['好']); print(*sys.modules)"
+    code = "import sys, score; from evaluation.metrics import score_rows; score_rows(['好_的_吧'], ['好']); print(*sys.modules)"
     modules = set(run_python("-c", code).stdout.split())
     assert {"score", "jieba", "nltk", "rouge_chinese"} <= modules
     assert not modules & {"torch", "transformers", "deepspeed", "peft", "datasets"}

@@ -8,11 +8,11 @@ import os
 import pytest
 from test_resume import STATE_FILES, make_state
 
-import folders
-import resume
-import run_folder
-import state_checks
-from exits import UserError
+import utils
+from checkpoints import state_checks
+from runtime import folders
+from runtime.exits import UserError
+from training import resuming, run_folder
 
 USUAL = {"count": 3, "mean": -1.0, "variance": 0.5}
 
@@ -68,14 +68,14 @@ def test_counts_that_no_run_has(tmp_path, changes, says):
     good = {"num_applied": 4, "num_tokens": 9, "best_value": -2.5, "best_step": 4, "usual_loss": USUAL}
     state_checks.check_range(str(folder), edit_progress(folder, **good), 12)
     edit_progress(folder, **{**good, **changes})
-    assert resume.find_state("auto", str(tmp_path)) == (str(folder), [])
+    assert resuming.find_state("auto", str(tmp_path)) == (str(folder), [])
     with pytest.raises(UserError, match=rf"--resume: {folder}/state.json: {says}.*: use another state"):
-        state_checks.check_range(str(folder), resume.read_info(str(folder)), 12)
+        state_checks.check_range(str(folder), state_checks.read_info(str(folder)), 12)
 
 
 def test_a_world_that_is_not_that_of_the_split(tmp_path):
     with pytest.raises(UserError, match=r"world_size is 2, but split is \[2, 1, 1\]: use another state"):
-        resume.read_info(str(make_state(tmp_path, 4, split=[2, 1, 1])))
+        state_checks.read_info(str(make_state(tmp_path, 4, split=[2, 1, 1])))
 
 
 OPTIMIZER = STATE_FILES[-1]
@@ -97,10 +97,10 @@ def test_a_manifest_that_leaves_something_out(tmp_path, spoil, says):
     folder = make_state(tmp_path, 4)
     assert state_checks.state_problems(str(folder)) == []
     spoil(folder)
-    place, [line] = resume.find_state("auto", str(tmp_path))
+    place, [line] = resuming.find_state("auto", str(tmp_path))
     assert place is None and says in line
     with pytest.raises(UserError, match="use an older state"):
-        resume.find_state(str(folder), str(tmp_path))
+        resuming.find_state(str(folder), str(tmp_path))
 
 
 def link(folder, name):
@@ -157,10 +157,10 @@ def test_a_json_file_without_an_end(tmp_path, spoil, name):
     """A manifest is read before anything else of a folder; a state.json by other commands, too."""
     folder = make_state(tmp_path, 4)
     spoil(folder, name)
-    place, [line] = resume.find_state("auto", str(tmp_path))
+    place, [line] = resuming.find_state("auto", str(tmp_path))
     assert place is None and name in line
     with pytest.raises(UserError, match="not a file"):
-        resume.read_json(str(folder / name))
+        utils.read_json(str(folder / name))
 
 
 def test_a_last_checkpoint_that_names_no_file(tmp_path):

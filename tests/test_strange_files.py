@@ -30,12 +30,12 @@ from refusing import (
 )
 from safetensors.torch import save_file
 
-import checkpoint
-import plain_files
-import weights
-from exits import UserError
-from modes import MODES, read_json
-from pickles import check_pickle
+from checkpoints import base_weights, opening, weight_files
+from checkpoints.pickles import check_pickle
+from modes import MODES
+from runtime import plain_files
+from runtime.exits import UserError
+from utils import read_json
 
 BIN = "pytorch_model.bin"
 GIB = 1 << 30
@@ -141,9 +141,9 @@ def test_keys_of_no_use_are_told_and_left(tmp_path, capsys):
     put("config.json", (GOLDEN_FOLDERS["glm3"] / "config.json").read_bytes())(folder)
     change_json("config.json", **strange)(folder)
     before = peak()
-    config = checkpoint.read_config(str(folder), MODES["glm3"])
+    config = opening.read_config(str(folder), MODES["glm3"])
     assert peak() - before < GIB // 4
-    assert config.to_dict() == checkpoint.read_config(str(GOLDEN_FOLDERS["glm3"]), MODES["glm3"]).to_dict()
+    assert config.to_dict() == opening.read_config(str(GOLDEN_FOLDERS["glm3"]), MODES["glm3"]).to_dict()
     names = "num_labels, pruned_heads, id2label, per_layer_config and 4 others"
     assert capsys.readouterr().err == f"note: {folder}/config.json: not used here: {names}\n"
 
@@ -151,10 +151,10 @@ def test_keys_of_no_use_are_told_and_left(tmp_path, capsys):
 @pytest.mark.parametrize("name", MODES)
 def test_released_files_are_read_without_a_note(name, capsys):
     mode, folder = MODES[name], str(GOLDEN_FOLDERS[name])
-    config = checkpoint.read_config(folder, mode)
+    config = opening.read_config(folder, mode)
     by_library = mode.config_class.from_pretrained(folder)
     assert config.to_diff_dict() == by_library.to_diff_dict()
-    tokenizer = checkpoint.read_tokenizer(folder, mode, config)
+    tokenizer = opening.read_tokenizer(folder, mode, config)
     by_library = mode.tokenizer_class.from_pretrained(folder)
     for name in ("special_tokens_map", "added_tokens_decoder", "padding_side", "vocab_size"):
         assert getattr(tokenizer, name) == getattr(by_library, name)
@@ -185,7 +185,7 @@ def test_values_of_odd_kinds(tmp_path, changes, says):
     put("config.json", (GOLDEN_FOLDERS["glm3"] / "config.json").read_bytes())(tmp_path)
     change_json("config.json", **changes)(tmp_path)
     with pytest.raises(UserError, match=rf"^{tmp_path}/config\.json: .*{says}") as caught:
-        checkpoint.read_config(str(tmp_path), MODES["glm3"])
+        opening.read_config(str(tmp_path), MODES["glm3"])
     assert len(str(caught.value)) < 400
 
 
@@ -221,8 +221,8 @@ def test_settings_that_reach_no_library(here):
     )(folder)
     put("special_tokens_map.json", "[" * 9999)(folder)
     put("added_tokens.json", '{"a": "b"}')(folder)
-    config = checkpoint.read_config(str(folder), MODES["glm3"])
-    tokenizer = checkpoint.read_tokenizer(str(folder), MODES["glm3"], config)
+    config = opening.read_config(str(folder), MODES["glm3"])
+    tokenizer = opening.read_tokenizer(str(folder), MODES["glm3"], config)
     assert tokenizer.get_vocab() == MODES["glm3"].tokenizer_class.from_pretrained(GOLDEN_FOLDERS["glm3"]).get_vocab()
 
 
@@ -230,9 +230,9 @@ def test_settings_that_reach_no_library(here):
 def test_settings_of_generation(tmp_path, capsys, value):
     put("generation_config.json", json.dumps({"temperature": value}))(tmp_path)
     with pytest.raises(UserError, match=r"generation_config\.json: temperature = .*: must be a number"):
-        weights.read_generation_config(str(tmp_path))
+        base_weights.read_generation_config(str(tmp_path))
     put("generation_config.json", json.dumps({"eos_token_id": [2, 5], "cache_implementation": "x", "a": 1}))(tmp_path)
-    assert weights.read_generation_config(str(tmp_path)).eos_token_id == [2, 5]
+    assert base_weights.read_generation_config(str(tmp_path)).eos_token_id == [2, 5]
     assert "not used here: cache_implementation, a" in capsys.readouterr().err
 
 
@@ -314,7 +314,7 @@ def test_small_files_take_little_memory(tmp_path, monkeypatch, name):
         with pytest.raises(pickle.UnpicklingError):
             check_pickle(str(tmp_path / BIN))
     with pytest.raises(UserError, match=rf"{tmp_path}/{BIN}: .*(do not use it|download it again)$"):
-        weights.read_bin(str(tmp_path / BIN))
+        weight_files.read_bin(str(tmp_path / BIN))
     assert peak() - before < GIB // 4
 
 
@@ -332,7 +332,7 @@ def test_what_torch_saves_is_read(tmp_path, is_old):
     types = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.int64, torch.bool)
     table |= {f"of {dtype}": torch.ones(2, 3, dtype=dtype) for dtype in types}
     torch.save(table, tmp_path / BIN, _use_new_zipfile_serialization=not is_old)
-    read = weights.read_bin(str(tmp_path / BIN))
+    read = weight_files.read_bin(str(tmp_path / BIN))
     assert read.keys() == table.keys() and all(torch.equal(read[name], table[name]) for name in table)
 
 
@@ -340,17 +340,17 @@ def test_many_weights_cannot_share_their_bytes(tmp_path):
     """A tied pair may; a whole network in the bytes of one layer would be allocated layer by layer."""
     one = torch.zeros(1000, 10)
     torch.save({"embedding": one, "output": one}, tmp_path / BIN)
-    assert len(weights.read_bin(str(tmp_path / BIN))) == 2
+    assert len(weight_files.read_bin(str(tmp_path / BIN))) == 2
     torch.save({f"layers.{i}": one for i in range(9)}, tmp_path / BIN)
     with pytest.raises(UserError, match=r"pytorch_model\.bin: many weights lie in the same bytes of it: do not use it"):
-        weights.read_bin(str(tmp_path / BIN))
+        weight_files.read_bin(str(tmp_path / BIN))
 
 
 def test_a_header_of_safetensors_is_bounded(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(struct.pack("<Q", 99 << 20) + b" " * 100)
     with pytest.raises(UserError, match=r"model\.safetensors: truncated or not safetensors \(a header of 103,809,024"):
-        weights.safetensors_shapes(str(path))
+        weight_files.safetensors_shapes(str(path))
 
 
 # ---------------------------------------------------------------- files that are no files, JSON without measure
@@ -467,11 +467,11 @@ def test_a_base_that_is_not_finite_is_refused(here, value, file):
 def test_weights_too_large_for_half_precision(here):
     one_file(replaced(lambda t: with_one(1e6)(t.float())))(here.model())
     mode = MODES["glm3"]
-    config = checkpoint.read_config("model", mode)
+    config = opening.read_config("model", mode)
     here.allow_weights()
-    weights.load_base("model", mode, config, torch.bfloat16)
+    base_weights.load_base("model", mode, config, torch.bfloat16)
     with pytest.raises(UserError, match=rf"{OUTPUT_LAYER} is too large for float16: use --precision bf16 or fp32"):
-        weights.load_base("model", mode, config, torch.float16)
+        base_weights.load_base("model", mode, config, torch.float16)
 
 
 @pytest.mark.parametrize(

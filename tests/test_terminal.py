@@ -12,10 +12,11 @@ from refusing import NotNoticed, here  # noqa: F401, a fixture
 from test_entry import COMMANDS, NEEDED, run_on
 
 import doctor
-import entry
 import predict
 import score
-import utils
+from generation import answerer
+from runtime import entry, machine
+from runtime import streams as utils
 
 # Clear the screen, the same with a C1 byte, a title, bell, delete, text that runs backwards, back to the line's begin.
 HOSTILE = "a\x1b[2Jb\x9b2J\x1b]0;t\x07\x7f\u202e\u2066\r"
@@ -34,7 +35,7 @@ def hostile_answers(monkeypatch):
     def answer(self, encoded):
         return [{"predictions": [f"{HOSTILE}\n\tsecond"], "stopped": [True], "source_cut": 0} for _ in encoded]
 
-    monkeypatch.setattr(predict.Answerer, "__call__", answer)
+    monkeypatch.setattr(answerer.Answerer, "__call__", answer)
 
 
 def said_by(main, monkeypatch, name, *argv):
@@ -89,7 +90,7 @@ def test_the_first_row_of_a_training(here, tmp_path, monkeypatch):  # noqa: F811
 
 
 def test_what_doctor_shows(monkeypatch):
-    lines = [(doctor.BAD, HOSTILE, f"word {HOSTILE}")]
+    lines = [(machine.BAD, HOSTILE, f"word {HOSTILE}")]
     _, *said = said_by(lambda argv: doctor.show(HOSTILE, lines), monkeypatch, "doctor.py")
     assert is_harmless(*said) and said[0].count(r"a\x1b[2J") == 3
 

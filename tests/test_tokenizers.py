@@ -143,7 +143,7 @@ def test_the_window_of_a_release(golden):
 
 def test_what_just_fits_stays():
     """To the id: turns, and the question; of a longer one the closing ids stay."""
-    from glm_common.prompt import cut_question, fit_turns
+    from modeling.prompt import cut_question, fit_turns
 
     for room, turns in ((9, [1, 2, 3]), (8, [2, 3]), (6, [2, 3]), (5, [3]), (2, []), (None, [1, 2, 3])):
         assert fit_turns(lambda left: [turn for turn in left for _ in range(3)], [1, 2, 3], room) == [

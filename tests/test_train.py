@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import predict
 import train
-from checkpoint import load_opened, open_checkpoint
+from checkpoints.opening import load_opened, open_checkpoint
 
 BASE = str(GOLDEN_FOLDERS["glm3"])
 SHORT = 40  # --max_src_len

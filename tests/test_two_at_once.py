@@ -19,23 +19,21 @@ from launching import load_script
 from refusing import here  # noqa: F401  a fixture
 
 import compare
-import entry
-import folders
 import forgetting
-import holding
 import judge
 import merge_lora
 import predict
-import run_log
 import score
-import steps
-import train_arguments
-import utils
-from exits import EXIT_GONE, FolderGone, UserError
-from run_folder import RunFolder
+from comparison import commands
+from flags import train
+from runtime import entry, folders, holding, json_lines
+from runtime import streams as utils
+from runtime.exits import EXIT_GONE, FolderGone, UserError
+from training import run_log
+from training.run_folder import RunFolder
 
 HOLDER = """import os, sys, time
-import holding
+from runtime import holding
 for path in sys.argv[2:]:
     holding.take(path, '--output_path', is_inside=sys.argv[1] == 'inside')
 child = os.fork()
@@ -197,16 +195,16 @@ def test_a_training_that_meets_another(here, other, monkeypatch):  # noqa: F811
     """A new folder is made and locked before anything else, and looked at again under the lock."""
     process = other("inside", here.folder / "out")
     here.train_fails(says=rf"--output_dir out: another process writes into it \(process {process.pid} ")
-    monkeypatch.setattr(train_arguments, "HOLD_SECONDS", 0)
+    monkeypatch.setattr(train, "HOLD_SECONDS", 0)
     here.train_fails("--resume auto", says="--output_dir out: another process writes into it")
     args = SimpleNamespace(output_dir="new", model_name_or_path="x", resume=None)
     here.write("new/fingerprint.json", "{}")  # that of a run which was over before the lock was ours
     with pytest.raises(UserError, match="--output_dir new: is not empty: choose a new folder"):
-        train_arguments.hold_output(args)
+        train.hold_output(args)
     holding.release_all()
     assert names(here.folder / "new") == ["fingerprint.json"]
     here.write("killed/.lock", "process 1 on x\n")
-    assert train_arguments.output_problems("killed", "x", None) == []
+    assert train.output_problems("killed", "x", None) == []
     here.train_fails("--lora_dim 4096", output_dir="made/out", says="--lora_dim 4096: use at most")  # under the lock
     assert not (here.folder / "made").exists()
 
@@ -327,7 +325,7 @@ def test_a_comparison_whose_folder_goes(tmp_path):
             return code, False
 
         with holding.holding(str(out), "--output_dir", is_inside=True):
-            runner = steps.Steps(out, run_words=run_words)
+            runner = commands.Steps(out, run_words=run_words)
             with pytest.raises(FolderGone):
                 runner.run("a/b", "true", [], f"{out}/result")
             with pytest.raises(FolderGone):
@@ -393,12 +391,12 @@ def test_trainings_that_meet_and_a_folder_that_goes(tmp_path):
 
 WRITES = """import os, sys, time
 sys.argv = ["x.py"]
-import entry, folders, holding, utils
+from runtime import entry, folders, holding, streams
 def main(argv):
     with holding.holding("out.json"), folders.whole_file("out.json") as file:
         file.write("half")
         print("ready", flush=True)
-        for _ in utils.progress_bar(range({tenths}), mininterval=0):
+        for _ in streams.progress_bar(range({tenths}), mininterval=0):
             time.sleep(0.1)
             print("still here", flush=True)
 entry.run(main)"""
@@ -493,8 +491,8 @@ def test_a_clock_that_stands_still_or_goes_back(tmp_path, monkeypatch):
     log.record(1, 0.5, 2.0, 1e-3, 1.0, speed.take())
     log.done(SimpleNamespace(step=1, num_tokens=7, best_step=0, best_value=None), 1, 1, 1)
     log.bar.close()
-    [record] = run_log.read_records(tmp_path / "train_log.jsonl")
-    [event] = run_log.read_records(tmp_path / "events.jsonl")
+    [record] = json_lines.read_records(tmp_path / "train_log.jsonl")
+    [event] = json_lines.read_records(tmp_path / "events.jsonl")
     assert (record["tokens_per_second"], record["seconds"]) == (None, 0.0)
     assert (event["tokens_per_second"], event["seconds"]) == (None, 0.0)
     monkeypatch.undo()
@@ -503,6 +501,6 @@ def test_a_clock_that_stands_still_or_goes_back(tmp_path, monkeypatch):
     with utils.progress_bar(total=3, file=open(os.devnull, "w")) as bar:
         bar.update(2)
         assert 0 <= bar.format_dict["elapsed"] < 60
-    runner = steps.Steps(tmp_path / "steps", run_words=lambda words, environment: (0, False))
+    runner = commands.Steps(tmp_path / "steps", run_words=lambda words, environment: (0, False))
     runner.run("a", "true", [], tmp_path / "steps" / "x")
     assert 0 <= runner.stamp("a")["seconds"] < 60

@@ -9,8 +9,8 @@ from threading import Thread
 
 import pytest
 
-from exits import EXIT_BAD_NUMBERS, EXIT_LEFT, EXIT_STALLED
-from watch import Watch
+from runtime.exits import EXIT_BAD_NUMBERS, EXIT_LEFT, EXIT_STALLED
+from runtime.watchdog import Watch
 
 
 class Left(Exception):
@@ -72,10 +72,10 @@ def test_what_comes_after_the_end_is_no_news(pair):
 
 def test_a_step_that_does_not_end(pair, monkeypatch):
     """It is written down with its rows, the others hear of it, and the code says it."""
-    import watch as module
+    from runtime import watchdog
 
     watch, line, other, told, selector = pair
-    monkeypatch.setattr(module, "LOOK_SECONDS", 0)
+    monkeypatch.setattr(watchdog, "LOOK_SECONDS", 0)
     Thread(target=time.sleep, args=(2,), daemon=True).start()
     watch.begin(7, type("Rows", (), {"place": staticmethod(lambda n: f"rows.json:{n}")})(), [4, 9])
     watch.step_timeout = 5

@@ -12,8 +12,9 @@ import torch
 from conftest import GOLDEN_FOLDERS, ROOT
 from launching import check_done, free_port, run_command
 
+from checkpoints.base_weights import empty_model, load_base, put_part
+from checkpoints.weight_files import stored_tensors, weight_files, write_weights
 from modes import MODES
-from weights import empty_model, load_base, put_part, stored_tensors, weight_files, write_weights
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["bin", "safetensors"]

@@ -9,14 +9,16 @@ from types import SimpleNamespace
 import deepspeed
 import torch
 
-from batches import Updates, collate
-from data_set import Columns, encode_row, read_rows
-from ds_config import complete_config, read_ds_file
-from hosts import start_distributed
 from modes import MODES
-from optimizer import build_optimizer
-from tuning import TRAIN_TYPES
-from utils import stop_distributed
+from rows.batches import Updates, collate
+from rows.checks import Columns
+from rows.encoding import encode_row
+from rows.reading import read_rows
+from runtime.distributed import stop_distributed
+from runtime.hosts import start_distributed
+from train_types import TRAIN_TYPES
+from training.ds_config import complete_config, read_ds_file
+from training.optimizer import build_optimizer
 
 
 def main(mode_name, folder, rows_path, output_dir):

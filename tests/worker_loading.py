@@ -12,11 +12,11 @@ import sys
 
 import torch
 
-import weights
-from ds_config import read_ds_file
-from hosts import start_distributed
+from checkpoints import base_weights, weight_files
 from modes import MODES
-from utils import stop_distributed
+from runtime.distributed import stop_distributed
+from runtime.hosts import start_distributed
+from training.ds_config import read_ds_file
 
 CONFIGS = {
     "no_offload": {"stage": 3},
@@ -60,13 +60,13 @@ class Counted:
 
 def count_reading():
     """From now on Counted.num_bytes grows with what is read."""
-    stored_tensors = weights.stored_tensors
+    stored_tensors = weight_files.stored_tensors
 
     def counted_tensors(folder):
         for name, shape, rows in stored_tensors(folder):
             yield name, shape, Counted(rows)
 
-    weights.stored_tensors = counted_tensors
+    weight_files.stored_tensors = counted_tensors
 
 
 def load(mode_name, folder, zero, **changes):
@@ -83,7 +83,7 @@ def load(mode_name, folder, zero, **changes):
     Counted.num_bytes = 0
     forget_peak()
     start = memory("VmRSS")
-    model = weights.load_base(folder, mode, config, dtype, ds_config=ds_config)
+    model = base_weights.load_base(folder, mode, config, dtype, ds_config=ds_config)
     measured = {
         "peak": memory("VmHWM") - start,
         "read": Counted.num_bytes,
@@ -96,7 +96,7 @@ def load(mode_name, folder, zero, **changes):
 def compare(model, folder):
     """Every parameter, gathered, equals the files, and tied weights are one."""
     stored = {
-        name: (shape, rows[:].clone()) for name, shape, rows in weights.stored_tensors(folder) if "inv_freq" not in name
+        name: (shape, rows[:].clone()) for name, shape, rows in weight_files.stored_tensors(folder) if "inv_freq" not in name
     }
     assert not model.training and next(model.parameters()).requires_grad
     for name, source in model.all_tied_weights_keys.items():
@@ -146,10 +146,10 @@ def measure_plain_load(mode_name, folder, dtype_name):
     """Print the peak memory of a load without ZeRO-3, in bytes above what there was before."""
     mode = MODES[mode_name]
     config = mode.config_class.from_pretrained(folder)
-    weights.empty_model(mode, config)  # what is imported along the way does not count
+    base_weights.empty_model(mode, config)  # what is imported along the way does not count
     forget_peak()
     start = memory("VmRSS")
-    model = weights.load_base(folder, mode, config, getattr(torch, dtype_name))
+    model = base_weights.load_base(folder, mode, config, getattr(torch, dtype_name))
     print(json.dumps({"peak": memory("VmHWM") - start, "held": sum(p.nbytes for p in model.parameters())}))
 
 

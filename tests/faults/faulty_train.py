@@ -22,10 +22,12 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-import folders  # noqa: E402
-import resume  # noqa: E402
 import train  # noqa: E402
-import watch  # noqa: E402
+from checkpoints import states  # noqa: E402
+from runtime import (
+    folders,  # noqa: E402
+    watchdog,  # noqa: E402
+)
 
 POINTS = ("before a file", "after a file", "before the manifest", "before the rename", "after the rename")
 REPLACING = "between the renames"  # reached only where a folder of the name is there already
@@ -79,19 +81,19 @@ def full(number):
 
 def hang(rank, step):
     """One rank stops in a step."""
-    begin = watch.Watch.begin
+    begin = watchdog.Watch.begin
 
     def stop(self, now, *rows):
         begin(self, now, *rows)
         if os.environ["RANK"] == rank and now == int(step):
             time.sleep(10_000)
 
-    watch.Watch.begin = stop
+    watchdog.Watch.begin = stop
 
 
 def nan(step):
     """The loss is not finite in a step: a weight is not."""
-    begin = watch.Watch.begin
+    begin = watchdog.Watch.begin
     load_base = train.load_base
     models = []
 
@@ -108,12 +110,12 @@ def nan(step):
                 parameter = next(p for n, p in models[0].named_parameters() if "layers.1.mlp.dense_4h_to_h" in n)
                 parameter.view(-1)[0] = float("nan")
 
-    train.load_base, watch.Watch.begin = loaded, spoil
+    train.load_base, watchdog.Watch.begin = loaded, spoil
 
 
 def inf(step):
     """The gradients are not finite from a step on."""
-    begin, count_parameters = watch.Watch.begin, train.count_parameters
+    begin, count_parameters = watchdog.Watch.begin, train.count_parameters
     now = []
 
     def hooked(model):
@@ -126,19 +128,19 @@ def inf(step):
         now.append(number)
         begin(self, number, *rows)
 
-    train.count_parameters, watch.Watch.begin = hooked, note
+    train.count_parameters, watchdog.Watch.begin = hooked, note
 
 
 def ask(step):
     """SIGTERM in the middle of a step."""
-    begin = watch.Watch.begin
+    begin = watchdog.Watch.begin
 
     def asked(self, now, *rows):
         begin(self, now, *rows)
         if now == int(step):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    watch.Watch.begin = asked
+    watchdog.Watch.begin = asked
 
 
 def time_saves(path):
@@ -148,7 +150,7 @@ def time_saves(path):
     Right before the save and before the plain write, the bytes are written and removed once: so both find memory and
     blocks that the system has at hand. The first save, whose bytes are not known before, is not counted.
     """
-    state_files, begin = resume.state_files, watch.Watch.begin
+    state_files, begin = states.state_files, watchdog.Watch.begin
     begun = []  # (when, folder) of a save; the loop goes on where the next micro-batch begins
     contents = []  # of the files that this rank had in the last state
 
@@ -181,7 +183,7 @@ def time_saves(path):
                     file.write(json.dumps(values) + "\n")
         begin(self, *rest)
 
-    resume.state_files, watch.Watch.begin = files, compare
+    states.state_files, watchdog.Watch.begin = files, compare
 
 
 def plain_write(parent, contents):
@@ -215,5 +217,5 @@ if __name__ == "__main__":
         name, *words = os.environ["FAULT"].split()
         faults = {"kill": kill, "full": full, "hang": hang, "nan": nan, "inf": inf, "ask": ask, "time": time_saves}
         faults[name](*words)
-    with watch.together() as watched:
+    with watchdog.together() as watched:
         train.main(sys.argv[1:], watched)

@@ -47,25 +47,39 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch  # noqa: E402, the path comes first
 from safetensors.torch import save_file  # noqa: E402
 
-import adapter_settings  # noqa: E402
-import bases  # noqa: E402
-import checkpoint  # noqa: E402
-import compare_plan  # noqa: E402
-import data_set  # noqa: E402
-import ds_config  # noqa: E402
-import endpoint  # noqa: E402
-import folders  # noqa: E402
-import judge_pairs  # noqa: E402
-import judge_questions  # noqa: E402
-import lengths  # noqa: E402
-import resume  # noqa: E402
-import score  # noqa: E402
-import trained_weights  # noqa: E402
-import utils  # noqa: E402
-import weights  # noqa: E402
-from exits import UserError  # noqa: E402
+from checkpoints import (
+    adapter_settings,  # noqa: E402
+    bases,  # noqa: E402
+    opening,  # noqa: E402
+    state_checks,
+    states,
+    trained_weights,  # noqa: E402
+    weight_files,  # noqa: E402
+)
+from checkpoints.progress import Progress  # noqa: E402
+from comparison import plan  # noqa: E402
+from evaluation import predictions  # noqa: E402
+from generation import lengths  # noqa: E402
+from judging import (
+    endpoint,  # noqa: E402
+    pairs,  # noqa: E402
+    questions,  # noqa: E402
+)
 from modes import MODES, possible_modes  # noqa: E402
-from progress import Progress  # noqa: E402
+from rows import (
+    checks,
+    encoding,
+    reading,  # noqa: E402
+)
+from runtime import (
+    folders,  # noqa: E402
+    streams,  # noqa: E402
+)
+from runtime.exits import UserError  # noqa: E402
+from training import (
+    ds_config,  # noqa: E402
+    resuming,  # noqa: E402
+)
 
 GOLDEN = {name: ROOT / "tests" / "golden" / mode.package for name, mode in MODES.items()}
 MEMORY, SECONDS, GRACE, NUM_INPUTS = 2 << 30, 30, 5, 10_000  # GRACE: seconds for an alarm to be heard
@@ -360,17 +374,17 @@ def as_json(content, rng):
 def read_model(seed, folder):
     """A checkpoint as commands open it, up to its weights."""
     possible_modes(folder)
-    opened = checkpoint.open_checkpoint(folder, seed)
+    opened = opening.open_checkpoint(folder, seed)
     config = opened.config()
-    checkpoint.check_opened(opened, config)
+    opening.check_opened(opened, config)
     opened.tokenizer(config)
-    weights.saved_dtype(folder)
+    weight_files.saved_dtype(folder)
 
 
 def read_and_load(seed, folder):
     """A checkpoint with its weights and settings of generation."""
-    opened = checkpoint.open_checkpoint(folder, seed)
-    model, tokenizer = checkpoint.load_opened(opened, torch.float32, "cpu")
+    opened = opening.open_checkpoint(folder, seed)
+    model, tokenizer = opening.load_opened(opened, torch.float32, "cpu")
     bases.base_fingerprint(opened.base_folder, opened.mode, opened.config())
     tokenizer("水温高")
 
@@ -401,8 +415,8 @@ def safetensors_seeds():
 def read_weights(seed, folder):
     """A file of weights: header, values, all finite."""
     name = SAFE if os.path.exists(os.path.join(folder, SAFE)) else BIN
-    weights.file_shapes(os.path.join(folder, name))
-    weights.finite_problem((name, rows[:]) for name, _, rows in weights.stored_tensors(folder))
+    weight_files.file_shapes(os.path.join(folder, name))
+    weight_files.finite_problem((name, rows[:]) for name, _, rows in weight_files.stored_tensors(folder))
 
 
 ADAPTER = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "bias": "none",
@@ -429,9 +443,9 @@ def run_home(seed, folder):
 
 def read_adapter(seed, folder):
     """An adapter as commands open it."""
-    opened = checkpoint.open_checkpoint(folder, "glm3")
+    opened = opening.open_checkpoint(folder, "glm3")
     config = opened.config()
-    checkpoint.check_opened(opened, config, allow_other_base=True)
+    opening.check_opened(opened, config, allow_other_base=True)
     opened.tokenizer(config)
     adapter_settings.read_settings(folder, bool(opened.run))
     names = argparse.Namespace(model_path=folder, max_src_len=None, max_new_tokens=8, test_path=["x"],
@@ -463,8 +477,8 @@ def state_seeds():
 def read_state(seed, folder):
     """What --resume looks at of a state."""
     folders.verify(folder)
-    info = resume.read_info(folder)
-    resume.check_same_run(folder, info, {"--seed": 1}, [1, 2, 1])
+    info = state_checks.read_info(folder)
+    resuming.check_same_run(folder, info, {"--seed": 1}, [1, 2, 1])
     Progress.from_info(info)
 
 
@@ -491,16 +505,16 @@ def read_manifest(seed, folder):
 def read_rows(seed, folder):
     """Rows, strictly and with those left out that are not right; one is encoded."""
     path = [os.path.join(folder, "rows.json")]
-    data_set.files_left([folder])
+    reading.files_left([folder])
     left = []
     try:
-        rows = list(data_set.read_rows(path, data_set.Columns(), bad_rows=left))
+        rows = list(reading.read_rows(path, checks.Columns(), bad_rows=left))
     except UserError:
         rows = []
     for row in rows[:2]:
         tokenizer = tokenizer_of("glm3")
-        data_set.encode_row(row["query"], row["answer"], tokenizer, MODES["glm3"].prompt, 96, 48)
-    list(data_set.read_rows(path, data_set.Columns()))
+        encoding.encode_row(row["query"], row["answer"], tokenizer, MODES["glm3"].prompt, 96, 48)
+    list(reading.read_rows(path, checks.Columns()))
 
 
 def tokenizer_of(mode, known={}):  # noqa: B006, kept between calls
@@ -512,7 +526,7 @@ def tokenizer_of(mode, known={}):  # noqa: B006, kept between calls
 
 def read_score(seed, folder):
     """Predictions as score.py reads them."""
-    score.read_predictions(os.path.join(folder, "predictions.jsonl"))
+    predictions.read_predictions(os.path.join(folder, "predictions.jsonl"))
 
 
 COMPLETION = {
@@ -536,8 +550,8 @@ def read_completion(seed, folder):
 
 def read_replies(text):
     """A reply as both kinds of judging read it."""
-    judge_pairs.read_reply(types.SimpleNamespace(order=next(iter(judge_pairs.ORDERS))), text)
-    judge_questions.read_reply(types.SimpleNamespace(facts={"num_questions": 3, "empty": [2]}), text)
+    pairs.read_reply(types.SimpleNamespace(order=next(iter(pairs.ORDERS))), text)
+    questions.read_reply(types.SimpleNamespace(facts={"num_questions": 3, "empty": [2]}), text)
 
 
 def read_reply(seed, folder):
@@ -554,7 +568,7 @@ def yaml_seeds():
 
 def read_yaml(seed, folder):
     """A comparison's plan."""
-    _, problems = compare_plan.read_plan(os.path.join(folder, "compare.yaml"))
+    _, problems = plan.read_plan(os.path.join(folder, "compare.yaml"))
     if problems:
         raise UserError(problems[0])
 
@@ -603,7 +617,7 @@ TARGETS = {
         "rank-0.pt",
         weights_seeds(),
         bin_file,
-        lambda seed, folder: resume.load_tensors(os.path.join(folder, "rank-0.pt")),
+        lambda seed, folder: states.load_tensors(os.path.join(folder, "rank-0.pt")),
     ),
     "state": Target("state.json", state_seeds, as_json, read_state),
     "manifest": Target(folders.MANIFEST, manifest_seeds, as_json, read_manifest, manifest_home),
@@ -667,7 +681,7 @@ def read_input(name, chosen, content, folder):
             target.read(chosen, str(place))
         return "accepted", ""
     except UserError as error:
-        return "refused", utils.shortened(utils.visible(error))
+        return "refused", streams.shortened(streams.visible(error))
     except SystemExit as error:
         return ("accepted" if error.code in (0, None) else "refused", "") if error.code in (0, None, 2) else (
             "problem", f"exit code {error.code}")  # fmt: skip

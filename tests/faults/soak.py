@@ -36,7 +36,7 @@ from faulty_train import POINTS, REPLACING  # noqa: E402
 from harness import TYPES, Run, last_weights, log_of, prepare  # noqa: E402
 
 from benchmarks import report  # noqa: E402
-from folders import PARTIAL, REPLACED, is_whole  # noqa: E402
+from runtime.folders import PARTIAL, REPLACED, is_whole  # noqa: E402
 
 FIGURES = ROOT / "docs" / "reliability.json"
 PAGE = ROOT / "docs" / "reliability.md"
@@ -399,8 +399,8 @@ def make_model(folder):
     import torch
 
     from benchmarks.presets import random_model
-    from checkpoint import save_config
-    from weights import write_weights
+    from checkpoints.released_files import save_config
+    from checkpoints.weight_files import write_weights
 
     folder.mkdir(parents=True)
     model = random_model("small", "glm3", torch.bfloat16, "cpu")

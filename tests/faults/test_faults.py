@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 from harness import TYPES, Run, last_weights, log_of, prepare
 
-from folders import is_whole, verify
+from runtime.folders import is_whole, verify
 
 pytestmark = pytest.mark.launch
 
@@ -240,7 +240,7 @@ def test_no_process_is_left():
 
 
 def test_a_spike_is_kept_with_its_rows(tmp_path, capsys):
-    from run_log import RunLog
+    from training.run_log import RunLog
 
     (tmp_path / "out").mkdir()
     log = RunLog(str(tmp_path / "out"), 10)
@@ -252,7 +252,7 @@ def test_a_spike_is_kept_with_its_rows(tmp_path, capsys):
 
 
 def test_events_are_json(tmp_path):
-    from run_log import JsonLines
+    from runtime.json_lines import JsonLines
 
     path = tmp_path / "events.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste', encoding="utf-8")

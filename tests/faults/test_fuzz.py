@@ -7,7 +7,7 @@ import time
 import fuzz
 import pytest
 
-from exits import UserError
+from runtime.exits import UserError
 
 NUM_EACH = 17
 

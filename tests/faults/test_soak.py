@@ -9,7 +9,7 @@ import soak
 from conftest import ROOT
 from faulty_train import POINTS, REPLACING
 
-import train_arguments
+from flags import train
 
 KILLS = [
     {"type": "lora", "chain": 1, "kill": "rank 0", "saved": 4, "done": 7, "whole": True, "begun": 4},
@@ -100,7 +100,7 @@ def test_both_languages_say_the_same():
 
 def test_commands_and_files_of_the_page_exist():
     text = soak.PAGE.read_text(encoding="utf-8")
-    parser, names = train_arguments.train_parser(), set()
+    parser, names = train.train_parser(), set()
     for block in re.findall(r"```bash\n(.*?)```", text, re.S):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)

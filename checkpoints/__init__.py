@@ -1,0 +1,1 @@
+"""Folders of weights and states: saved, opened, looked into."""

@@ -1,0 +1,124 @@
+"""Checkpoints: gathered, written, checked."""
+
+import importlib.metadata
+import math
+import os
+from contextlib import nullcontext
+
+from checkpoints.bases import base_name
+from checkpoints.opening import RUN_FILE
+from checkpoints.released_files import (
+    copy_companions,
+    prefix_bin_bytes,
+    save_config,
+    write_adapter_settings,
+    write_prefix,
+)
+from checkpoints.weight_files import bin_shapes, disk_errors, finite_problem, safetensors_shapes, write_weights
+from modes import MODES
+from runtime.distributed import on_main
+from runtime.exits import BadNumbers, UserError
+from runtime.folders import file_entry, new_folder, require_space
+from runtime.ranks import is_main
+from train_types import TRAIN_TYPES
+from utils import write_json
+
+TOKENIZER_BYTES = 4 << 20  # room for what lies beside the weights
+
+
+def gather_weights(model, names, zero3):
+    """{name: CPU tensor} of the named parameters on rank 0, {} elsewhere. Collective under ZeRO-3."""
+    import deepspeed
+
+    state = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in names:
+            with deepspeed.zero.GatheredParameters([parameter]) if zero3 else nullcontext():
+                if is_main():
+                    state[name] = parameter.detach().to("cpu", copy=True)
+    return state
+
+
+def checkpoint_bytes(model, train_type):
+    """About what a checkpoint of this train type takes."""
+    whole = train_type.weights == "whole"
+    sizes = [
+        getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+        for parameter in model.parameters()
+        if whole or parameter.requires_grad
+    ]
+    second = prefix_bin_bytes(sum(sizes)) if train_type.weights == "prefix" else 0
+    return sum(sizes) + second + TOKENIZER_BYTES
+
+
+def save_checkpoint(model, tokenizer, folder, train_type, run, zero3):
+    """Save a run's weights as the table of train types says; `folder` appears whole or not at all. Collective.
+
+    lora: adapter_model.safetensors and adapter_config.json. ptuning: prefix_encoder.safetensors and config.json.
+    freeze and all: a whole checkpoint under the released names. run.json and the manifest lie beside them all; all
+    files are listed in docs/files.md.
+
+    Returns, on every rank, why it could not be saved (a full disk: nothing has changed), or None. BadNumbers where a
+    weight is not finite.
+    """
+    whole = train_type.weights == "whole"
+    names = {n for n, p in model.named_parameters(remove_duplicate=False) if whole or p.requires_grad}
+    try:
+        on_main(lambda: require_space(folder, checkpoint_bytes(model, train_type), "a checkpoint"))
+        state = gather_weights(model, names, zero3)
+        if bad := on_main(lambda: finite_problem(state.items())):
+            raise BadNumbers(f"{bad}: {folder} was not saved")
+        on_main(lambda: write_checkpoint(model, tokenizer, folder, train_type, run, state))
+    except UserError as error:  # the same on all ranks
+        return str(error)
+    return None
+
+
+def write_checkpoint(model, tokenizer, folder, train_type, run, state):
+    """The files of `save_checkpoint`, from gathered weights {name: tensor}."""
+    with new_folder(folder) as scratch:
+        if train_type.weights == "adapter":
+            with disk_errors():
+                model.save_pretrained(scratch, state_dict=state)
+            readme = os.path.join(scratch, "README.md")  # a form to fill in, and nobody did
+            if os.path.exists(readme):
+                os.remove(readme)
+            write_adapter_settings(scratch, run["base_model"])
+        else:
+            save_config(model.config, scratch, next(iter(state.values())).dtype)
+            if train_type.weights == "whole":
+                write_weights(state, scratch)
+                copy_companions(model.config.name_or_path, scratch)
+            else:
+                write_prefix(state, scratch)
+        tokenizer.save_pretrained(scratch)
+        write_json(run, os.path.join(scratch, RUN_FILE))
+        check_written(scratch, state)
+
+
+def check_written(folder, state):
+    """Do the files hold as many tensors and values as they should? They are read back from their headers."""
+    expected = len(state), sum(tensor.numel() for tensor in state.values())
+    for ending, read in ((".safetensors", safetensors_shapes), (".bin", bin_shapes)):
+        names = [name for name in os.listdir(folder) if name.endswith(ending)]
+        shapes = [shape for name in names for shape, _ in read(os.path.join(folder, name)).values()]
+        found = len(shapes), sum(map(math.prod, shapes))
+        assert not names or found == expected, f"{folder}: {names}: tensors and values {found}, not {expected}"
+
+
+def describe_run(args, base_folder, precision, **progress):
+    """What run.json says: enough to load the weights and to repeat the run."""
+    packages = ("torch", "transformers", "deepspeed", "peft")
+    vocabulary = os.path.join(base_folder, MODES[args.mode].tokenizer_class.vocab_files_names["vocab_file"])
+    return {
+        "mode": args.mode,
+        "train_type": args.train_type,
+        "weights": TRAIN_TYPES[args.train_type].weights,
+        "base_model": base_name(args.model_name_or_path),
+        **({"continued_from": args.continued_from} if getattr(args, "continued_from", None) else {}),
+        "tokenizer_sha256": file_entry(vocabulary)["sha256"],
+        "precision": precision,
+        **progress,
+        "flags": {n: value for n, value in sorted(vars(args).items()) if n not in ("local_rank", "continued_from")},
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }

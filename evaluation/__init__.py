@@ -1,0 +1,1 @@
+"""How good answers are: tasks, metrics, intervals, what was forgotten."""

@@ -1,0 +1,321 @@
+"""The metrics of score.py: what a row gives, what the rows give together, and the sentence that says how.
+
+A row becomes a dict of numbers (`score_row`). A metric is a formula on the sums of these numbers over rows, so the
+value of all rows, of some of them and of a thousand resamples (bootstrap.py) come from the same lines. The text
+libraries and numpy are imported once a row is scored.
+"""
+
+import importlib.metadata
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Callable, NamedTuple
+
+from evaluation.row_scores import (
+    FOLDING,
+    MAX_QUESTION_CHARS,
+    MAX_ROUGE_L_CELLS,
+    NEAR_DUPLICATE,
+    QUESTION_FAULT,
+    QUESTION_POINTS,
+    score_row,
+    share,
+)
+from evaluation.tasks import NO_TASK, find_task
+
+
+def mean_of(column: str, over: str = "num_rows") -> Callable:
+    """The formula of a mean over rows."""
+    return lambda sums: sums[column] / sums[over]
+
+
+def share_of(column: str, whole: str) -> Callable:
+    """The formula of a share in per cent, both summed over the rows first."""
+    return lambda sums: share(sums[column], sums[whole])
+
+
+def macro_f1(sums):
+    """The mean F1 of the labels that occur in references."""
+    references, predictions, hits = (sums[f"label_{name}"] for name in ("references", "predictions", "hits"))
+    occurs = references > 0
+    return (share(2 * hits, references + predictions) * occurs).sum(axis=-1) / occurs.sum(axis=-1)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is computed and what is said of it.
+
+    title: its line in the table. definition: its sentence in the JSON file; `definitions` fills the braces.
+    formula(sums): the value from {column: sum over rows}, for arrays of sums at once.
+    needs: the column without which there is no value: its sum must not be 0.
+    """
+
+    title: str
+    definition: str
+    formula: Callable
+    needs: str = "num_rows"
+
+
+METRICS = {
+    "rouge1": Metric(
+        "ROUGE-1 F1 over words, mean over rows",
+        "{rouge} of rouge-1 {words}, joined by a space; repeated words count once; {empty}.",
+        mean_of("rouge1"),
+    ),
+    "rouge2": Metric(
+        "ROUGE-2 F1 over words, mean over rows",
+        "{rouge} of rouge-2 {words}, joined by a space; repeated pairs count once; one word alone has none and counts "
+        "as 0; {empty}.",
+        mean_of("rouge2"),
+    ),
+    "rougeL": Metric(
+        "ROUGE-L F1 over words, mean over rows",
+        "{rouge} of rouge-l {words}, joined by a space; the same formula with our own subsequence length where the "
+        "library's table would pass {cells} cells; {empty}.",
+        mean_of("rougeL"),
+    ),
+    "bleu4": Metric(
+        "BLEU-4 over characters, mean over rows",
+        "{bleu} over characters without white space, {smoothing}, which leaves a text of under four characters below "
+        "100 even when identical; {empty}.",
+        mean_of("bleu4"),
+    ),
+    "bleu4_words": Metric(
+        "BLEU-4 over words, mean over rows",
+        "{bleu} {words}, {smoothing}, which leaves a text of under four words below 100 even when identical; {empty}.",
+        mean_of("bleu4_words"),
+    ),
+    "precision": Metric(
+        "correct share of predicted triples, mean over rows",
+        "Mean over rows of the share of the row's predicted triples that are in its reference; {triple}; {macro}.",
+        mean_of("precision", over="has_triples"),
+        needs="num_reference",
+    ),
+    "recall": Metric(
+        "found share of reference triples, mean over rows",
+        "Mean over rows of the share of the row's reference triples that are predicted; {triple}; {macro}.",
+        mean_of("recall", over="has_triples"),
+        needs="num_reference",
+    ),
+    "f1": Metric(
+        "F1 of triples, mean over rows",
+        "Mean over rows of the row's F1, 2 * matched / (predicted + reference triples); {triple}; {macro}.",
+        mean_of("f1", over="has_triples"),
+        needs="num_reference",
+    ),
+    "precision_micro": Metric(
+        "correct share of predicted triples, all rows together",
+        "Matched triples over predicted triples, each summed over all rows, 0 where none is predicted; {triple}.",
+        share_of("num_matched", "num_predicted"),
+        needs="num_reference",
+    ),
+    "recall_micro": Metric(
+        "found share of reference triples, all rows together",
+        "Matched triples over reference triples, each summed over all rows; {triple}.",
+        share_of("num_matched", "num_reference"),
+        needs="num_reference",
+    ),
+    "f1_micro": Metric(
+        "F1 of triples, all rows together",
+        "2 * matched / (predicted + reference triples), each summed over all rows; {triple}.",
+        lambda sums: share(2 * sums["num_matched"], sums["num_predicted"] + sums["num_reference"]),
+        needs="num_reference",
+    ),
+    "exact_match": Metric(
+        "rows equal to their reference",
+        "Per cent of rows where prediction.strip() == reference.strip(); {empty}.",
+        mean_of("exact_match"),
+    ),
+    "accuracy": Metric(
+        "rows with the label of their reference",
+        "Per cent of rows whose prediction is the label of the reference; {label}.",
+        mean_of("accuracy"),
+    ),
+    "macro_f1": Metric(
+        "F1 of a label, mean over the labels of the references",
+        "Mean over the labels that occur in references, each counting alike, of 2 * right / (rows with the label as "
+        "prediction + rows with it as reference); a prediction that is no label of a reference lowers the F1 of the "
+        "label it misses and of no other; {label}.",
+        macro_f1,
+    ),
+    "diversity": Metric(
+        f"points of a row's questions, 0 to {QUESTION_POINTS:g}: {QUESTION_FAULT:g} off for each fault",
+        "Mean over rows of max(0, {points} - {fault} * faults): points, not per cent. Each answer of a row is one "
+        "question. Faults: {repeated}; {no_question}; {overlong}. This is what can be counted. Whether the document "
+        "answers a question, and whether it reads well and does no harm, takes from the same points: judge.py --task "
+        "questions asks a model that, and without it this number is an upper bound.",
+        mean_of("diversity"),
+        needs="has_several",
+    ),
+    "repeated_questions": Metric(
+        "near-duplicates among all questions",
+        "Per cent of all questions that are {repeated}.",
+        share_of("num_repeated", "num_questions"),
+        needs="has_several",
+    ),
+    "empty_questions": Metric(
+        "empty ones among all questions",
+        "Per cent of all questions that are {no_question}.",
+        share_of("num_empty", "num_questions"),
+        needs="has_several",
+    ),
+    "overlong_questions": Metric(
+        "overlong ones among all questions",
+        "Per cent of all questions that are {overlong}.",
+        share_of("num_overlong", "num_questions"),
+        needs="has_several",
+    ),
+}
+
+
+def definitions(names=NO_TASK.metrics, normalize: bool = True) -> dict[str, str]:
+    """Say for each metric exactly how it is computed, with the installed library versions."""
+    rouge, jieba, nltk = (importlib.metadata.version(name) for name in ("rouge-chinese", "jieba", "nltk"))
+    parts = {
+        "rouge": f"Mean over rows of the F1 from rouge_chinese.Rouge (rouge-chinese {rouge})",
+        "bleu": f"Mean over rows of nltk.translate.bleu_score.sentence_bleu (nltk {nltk})",
+        "words": f"over the words of jieba.cut (jieba {jieba}), white space dropped",
+        "smoothing": "weights 1/4 each, SmoothingFunction().method3",
+        "cells": MAX_ROUGE_L_CELLS,
+        "empty": "a row with an empty prediction or reference counts as 0",
+        "triple": "a triple is a stripped line of exactly three non-empty fields joined by '_', and the triples of a "
+        "row are compared as sets; null if no reference has a triple",
+        "macro": "a row where neither side has a triple is left out, one where a single side has none counts as 0",
+        "label": "a label is the whole text without white space and full stops (。．.) at its end and white space at "
+        "its start; an empty prediction is no label",
+        "points": f"{QUESTION_POINTS:g}",
+        "fault": f"{QUESTION_FAULT:g}",
+        "repeated": "near-duplicates of an earlier question of the row: 2 * longest common subsequence / (length + "
+        f"length) of at least {NEAR_DUPLICATE:g} over their letters, digits and Chinese characters, punctuation and "
+        "white space dropped",
+        "no_question": "empty, without a letter, digit or Chinese character",
+        "overlong": f"overlong, of more than {MAX_QUESTION_CHARS} characters without white space at the ends",
+    }
+    return {name: f"{METRICS[name].definition.format(**parts)} {FOLDING[normalize]}" for name in names}
+
+
+# ---------------------------------------------------------------- a row
+
+
+# ---------------------------------------------------------------- rows together
+
+
+class Columns(NamedTuple):
+    """Scored rows as arrays over the N rows.
+
+    numbers: {name: array}. labels: those of the references. The codes are places in it; a prediction that is no label
+    has the code len(labels).
+    """
+
+    numbers: dict
+    labels: list
+    reference_codes: object
+    predicted_codes: object
+
+
+def labels_of(rows: list[dict]) -> list[str]:
+    """The labels of the references, the most frequent first."""
+    counts = Counter(row["label"] for row in rows)
+    return sorted(counts, key=lambda label: (-counts[label], label))
+
+
+def columns_of(rows: list[dict]) -> Columns:
+    """Arrays of the numbers and labels of rows from `score_row`."""
+    import numpy
+
+    names = [name for name, value in rows[0].items() if not isinstance(value, str)]
+    numbers = {name: numpy.array([row[name] or 0.0 for row in rows], dtype=float) for name in names}
+    numbers["num_rows"] = numpy.ones(len(rows))
+    if "label" not in rows[0]:
+        return Columns(numbers, [], None, None)
+    labels = labels_of(rows)
+    places = {label: place for place, label in enumerate(labels)}
+    reference_codes = numpy.array([places[row["label"]] for row in rows])
+    # No prediction is the empty label, even where a reference is empty: it is never right.
+    known = (places.get(row["predicted_label"] or None, len(labels)) for row in rows)
+    return Columns(numbers, labels, reference_codes, numpy.array(list(known)))
+
+
+def sums_of(columns: Columns, weights=None) -> dict:
+    """{column: sum over rows}, with one sum for each row of `weights` [B, N], or with each row counted once.
+
+    Sums of labels have a second axis, the labels.
+    """
+    import numpy
+
+    if weights is None:
+        # fsum: the order of the rows does not change the last digit.
+        sums = {name: numpy.array([math.fsum(values)]) for name, values in columns.numbers.items()}
+        weights = numpy.ones((1, len(columns.numbers["num_rows"])))
+    else:
+        table = weights @ numpy.stack(list(columns.numbers.values()), axis=1)  # [B, columns]
+        sums = dict(zip(columns.numbers, table.T))
+    if columns.labels:
+        hits = columns.reference_codes == columns.predicted_codes
+        sums["label_references"] = count_codes(columns.reference_codes, weights, len(columns.labels))
+        sums["label_predictions"] = count_codes(columns.predicted_codes, weights, len(columns.labels))
+        sums["label_hits"] = count_codes(columns.reference_codes, weights * hits, len(columns.labels))
+    return sums
+
+
+def count_codes(codes, weights, num_labels: int):
+    """The weight [B, labels] of each code below `num_labels`, where `codes` [N] has one more."""
+    import numpy
+
+    width = num_labels + 1
+    cells = codes + width * numpy.arange(len(weights))[:, None]  # [B, N]
+    counts = numpy.bincount(cells.ravel(), weights.ravel(), minlength=width * len(weights))
+    return counts.reshape(len(weights), width)[:, :num_labels]
+
+
+def values_of(sums: dict, names) -> dict:
+    """{metric: array of its values}, NaN where the metric has none."""
+    import numpy
+
+    with numpy.errstate(divide="ignore", invalid="ignore"):  # those places become NaN
+        return {
+            name: numpy.where(sums[METRICS[name].needs] > 0, METRICS[name].formula(sums), numpy.nan) for name in names
+        }
+
+
+def metrics_of(rows: list[dict], task: str | None = None) -> dict[str, float | None]:
+    """The task's metrics of rows from `score_rows`, or of any choice of them; None where a metric has no value."""
+    import numpy
+
+    names = find_task(task).metrics
+    if not rows:
+        return dict.fromkeys(names)
+    values = values_of(sums_of(columns_of(rows)), names)
+    return {name: None if numpy.isnan(value[0]) else value[0].item() for name, value in values.items()}
+
+
+def confusion_of(rows: list[dict]) -> dict:
+    """What was predicted for each label of the references: {"labels", "counts": {label: {label: rows}}, "other"}.
+
+    "other" counts, for each label, the predictions that are no label of a reference; cells of 0 are left out.
+    """
+    labels = labels_of(rows)
+    known = set(labels) - {""}
+    pairs = Counter((row["label"], row["predicted_label"]) for row in rows)
+    counts = {label: {p: pairs[label, p] for p in labels if p in known and pairs[label, p]} for label in labels}
+    other = Counter(row["label"] for row in rows if row["predicted_label"] not in known)
+    return {"labels": labels, "counts": counts, "other": {label: other[label] for label in labels if other[label]}}
+
+
+def score_rows(predictions: list, references: list[str], task: str | None = None, normalize: bool = True) -> dict:
+    """Score predictions against the references at the same places.
+
+    A prediction is a text, or a list of the row's answers, of which the first counts unless the task looks at all.
+    normalize: fold both sides with NFKC first (`fold`).
+    Returns the task's metrics by name, in 0..100 and None where a metric has no value (the triple metrics where no
+    reference has a triple), and under "rows" the per-row numbers that `metrics_of` turns into them.
+    """
+    if len(predictions) != len(references) or not predictions:
+        raise ValueError(
+            f"predictions and references: {len(predictions)} and {len(references)}: there must be one reference for "
+            "each prediction, and at least one: pass two lists of the same length"
+        )
+    names = find_task(task).metrics
+    answers = ([prediction] if isinstance(prediction, str) else prediction for prediction in predictions)
+    rows = [score_row(list(texts), reference, names, normalize) for texts, reference in zip(answers, references)]
+    return {**metrics_of(rows, task), "rows": rows}

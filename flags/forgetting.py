@@ -1,0 +1,81 @@
+"""The flags of forgetting.py, with their checks."""
+
+import argparse
+
+from evaluation.forgetting import read_before
+from evaluation.general_suite import GENERAL, read_suite
+from flags.common import (
+    OneLineParser,
+    add_base_flag,
+    add_device_flags,
+    collect,
+    opened_problems,
+    path,
+    range_problems,
+)
+from flags.predict import output_file_problems
+from modes import MODES
+from rows.checks import Notes
+from runtime.exits import fail
+from runtime.ranks import world_size
+
+
+def forgetting_parser():
+    """Flags of forgetting.py. Answers are greedy and questions are never cut."""
+    parser = OneLineParser(prog="forgetting.py", description="Measure what fine-tuning made a model forget.")
+    parser.add_argument(
+        "--model_path", type=path, required=True, help="released, merged, adapter or prefix folder, or a hub name"
+    )
+    parser.add_argument("--mode", choices=MODES, help="model family; left out: read from the checkpoint")
+    add_base_flag(parser)
+    parser.add_argument(
+        "--before", type=path, help="result for the model before fine-tuning; left out: nothing is compared"
+    )
+    parser.add_argument("--output_path", type=path, required=True, help="JSON to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
+    parser.add_argument(
+        "--suite",
+        type=path,
+        default=GENERAL,
+        help="rows as in data/general/README.md: a file, or a folder of *.json and *.jsonl",
+    )
+    parser.add_argument("--no_generate", action="store_true", help="losses only; off: answers are scored too")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="tokens of an answer at most")
+    parser.add_argument("--batch_size", type=int, default=16, help="rows together at most")
+    parser.add_argument(
+        "--batch_tokens",
+        type=int,
+        default=16384,
+        help="tokens of a batch at most: rows x its longest row, answer included; one row is always taken; 0: off",
+    )
+    add_device_flags(parser)
+    parser.set_defaults(max_src_len=None, num_return_sequences=1, num_beams=1, do_sample=False, repetition_penalty=1.0)
+    return parser
+
+
+def parse_args(argv):
+    """(checked flags, rows of the suite, result of --before or {}); ends with exit code 2 and all problems at once."""
+    parser = forgetting_parser()
+    args = parser.parse_args(argv)
+    suite, before, notes = [], {}, Notes()
+    problems = range_problems(args, at_least_one="batch_size max_new_tokens", at_least_zero="batch_tokens")
+    if args.no_generate and "max_new_tokens" in parser.typed(argv):
+        problems.append("--max_new_tokens: belongs to the answers: remove it or --no_generate")
+    if world_size() > 1:
+        problems.append("WORLD_SIZE: this is one process: start it with python, not with the launcher")
+    problems += collect(lambda: suite.extend(read_suite(args.suite, notes)), prefix="--suite ")
+    if args.before:
+        problems += collect(lambda: before.update(read_before(args.before)), prefix="--before ")
+    problems += output_problems(args)
+    problems += opened_problems(args, "--model_path", args.model_path)
+    if problems:
+        fail(problems, parser.prog)
+    for line in notes.lines("suite"):
+        print(line)
+    return args, suite, before
+
+
+def output_problems(args):
+    """Is --output_path a file that may be written?"""
+    inputs = [path for path in (args.before, args.suite) if path]
+    return output_file_problems(argparse.Namespace(**vars(args), test_path=inputs))

@@ -1,0 +1,54 @@
+"""The flags of merge_lora.py, with their checks."""
+
+import os
+
+from checkpoints.foreign import foreign_kind, not_mergeable
+from checkpoints.opening import RUN_FILE, no_checkpoint_problem, read_run
+from flags.common import OneLineParser, add_base_flag, add_device_flags, model_problems, path, place_problem
+from modes import MODES
+from runtime.exits import UserError
+
+
+def merge_parser():
+    """Flags of merge_lora.py."""
+    parser = OneLineParser(prog="merge_lora.py", description="Merge a LoRA adapter into its base: a plain checkpoint.")
+    parser.add_argument(
+        "--model_dir",
+        type=path,
+        required=True,
+        help="a folder that train.py saved with --train_type lora, or an adapter of another tool",
+    )
+    parser.add_argument("--mode", choices=MODES, help="model family; left out: read from the run or the base")
+    parser.add_argument("--output_dir", type=path, help="new folder; left out: MODEL_DIR-merged")
+    add_base_flag(parser)
+    add_device_flags(parser, precision="of the merged weights; auto: the base checkpoint's own")
+    parser.set_defaults(device="cpu")  # it merges in float32, which not every card has room for
+    return parser
+
+
+def check_arguments(args, output_dir):
+    """UserError where --model_dir is no adapter, or the merged model cannot be written."""
+    folder = args.model_dir
+    run_path = os.path.join(folder, RUN_FILE)
+    if os.path.isfile(run_path):
+        kind = read_run(run_path)["weights"]
+    elif problem := no_checkpoint_problem("--model_dir", folder, "adapter"):
+        raise UserError(problem)
+    elif os.path.isdir(folder):
+        kind = foreign_kind(folder)
+    else:
+        [problem] = model_problems(args, "--model_dir", folder) or [None]
+        if problem:
+            raise UserError(problem)
+        kind = "adapter"  # a hub name
+    if problem := not_mergeable("--model_dir", folder, kind):
+        raise UserError(problem)
+    for problem in output_problems(output_dir):
+        raise UserError(problem)
+
+
+def output_problems(output_dir):
+    """Why the merged model cannot be written there, a line in a list."""
+    if os.path.exists(output_dir):
+        return [f"--output_dir {output_dir}: exists: choose a new folder"]
+    return list(filter(None, [place_problem("--output_dir", output_dir)]))

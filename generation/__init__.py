@@ -1,0 +1,1 @@
+"""Answers: decoded, written down, given in a conversation."""

@@ -1,1 +1,0 @@
-"""What the three families share: attention, the prefix encoder, the loss, the language-model head."""

@@ -1,0 +1,1 @@
+"""Rows: read, checked, encoded, kept, put into batches."""

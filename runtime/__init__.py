@@ -1,0 +1,1 @@
+"""The ground: how commands begin and end, processes, this machine."""
