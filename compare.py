@@ -126,7 +126,8 @@ def run_method(plan, steps, out, method, seed):
         steps.run(*step)
         for name in numbered(step.result, STATE):  # nobody will resume from them
             shutil.rmtree(os.path.join(step.result, name))
-        for step in answer_steps(plan, out, folder, checkpoint_of(step.result), method.all):
+        for answer in answer_steps(plan, out, folder, checkpoint_of(step.result), method.all):
+            step = answer
             steps.run(*step)
     except StepFailed as error:
         print(f"\n{step.name}: failed with exit code {error.code}, the comparison goes on", file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
 """The table of `--train_type`: which weights train, and what of them is saved."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 LORA_TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 

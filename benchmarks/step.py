@@ -176,7 +176,7 @@ def batches_of(args, rows, packed, device, pad_token_id):
     while True:
         for update in updates.epoch(0):
             mine = [rows[n] for n in update.micro_batches[0]]
-            yield mine, lambda: to_device(collate(mine, pad_token_id, packed), device)
+            yield mine, lambda mine=mine: to_device(collate(mine, pad_token_id, packed), device)
 
 
 def plain_batches(args, rows, device, pad_token_id):
@@ -186,7 +186,7 @@ def plain_batches(args, rows, device, pad_token_id):
     while True:
         for start in range(0, len(rows) - args.batch_size + 1, args.batch_size):
             mine = rows[start : start + args.batch_size]
-            yield mine, lambda: {name: tensor.to(device) for name, tensor in pad(mine, pad_token_id).items()}
+            yield mine, lambda mine=mine: {name: tensor.to(device) for name, tensor in pad(mine, pad_token_id).items()}
 
 
 def measure(args):

@@ -30,7 +30,7 @@ def foreign_kind(folder):
     if holds_adapter(folder):
         if has(folder, *WHOLE):
             raise UserError(
-                f"{folder}: holds an adapter ({SETTINGS_FILE}) and whole weights: move one of them to a folder of its own"
+                f"{folder}: holds an adapter ({SETTINGS_FILE}) and whole weights: move one of them to another folder"
             )
         return "adapter"
     if has(folder, PREFIX_FILE):

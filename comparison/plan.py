@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import yaml
 
 from evaluation.tasks import TASKS
-from flags.common import MAX_NAME, path
+from flags.common import MAX_NAME, expanded_path
 from flags.predict import predict_parser, sampling_problems
 from flags.train import train_parser, train_problems
 from generation.lengths import RUN_FLAGS
@@ -222,12 +222,12 @@ def key_problems(values, keys, where):
 def with_home(values):
     """The file's values with `~` replaced in its paths, as on a command line; flags that take a path included."""
     parsers = (train_parser(), predict_parser())
-    takes_path = {action.dest for parser in parsers for action in parser._actions if action.type is path}
+    takes_path = {action.dest for parser in parsers for action in parser._actions if action.type is expanded_path}
 
     def expanded(value):
         if isinstance(value, list):
             return list(map(expanded, value))
-        return path(value) if isinstance(value, str) else value
+        return expanded_path(value) if isinstance(value, str) else value
 
     def of_flags(flags, keys=takes_path):
         return {key: expanded(value) if key in keys else value for key, value in flags.items()}

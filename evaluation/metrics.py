@@ -8,8 +8,9 @@ libraries and numpy are imported once a row is scored.
 import importlib.metadata
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 from evaluation.row_scores import (
     FOLDING,

@@ -4,7 +4,7 @@ import functools
 import logging
 import unicodedata
 import warnings
-from typing import Callable
+from collections.abc import Callable
 
 from evaluation.tasks import LABELS, NO_TASK, QUESTIONS, ROUGE, TRIPLES
 

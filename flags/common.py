@@ -29,7 +29,7 @@ class OneLineParser(argparse.ArgumentParser):
         return {action.dest for action in self._actions if given & set(action.option_strings)}
 
 
-def path(text):
+def expanded_path(text):
     """A path as a flag gives it, `~` for the home folder: a shell expands it at the start of a word only."""
     return os.path.expanduser(text)
 
@@ -81,7 +81,7 @@ def add_base_flag(parser):
     """Where the base model of an adapter or a prefix encoder is now."""
     parser.add_argument(
         "--model_name_or_path",
-        type=path,
+        type=expanded_path,
         help="base checkpoint, if it has moved since the training or the folder does not name it; left out: read from"
         " run.json or, of other tools' adapters, adapter_config.json",
     )
@@ -144,7 +144,7 @@ def model_problems(args, flag, path):
 
 
 def opened_problems(args, flag, path):
-    """`model_problems` of what a command opens on top of a base, too: opening it says what is wrong with such a folder."""
+    """`model_problems` of what a command opens on top of a base, too: opening it says what is wrong with it."""
     if has(path, RUN_FILE):
         return []
     if os.path.isdir(path) and (args.model_name_or_path or holds_adapter(path)):

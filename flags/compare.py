@@ -1,6 +1,6 @@
 """The flags of compare.py."""
 
-from flags.common import OneLineParser, path
+from flags.common import OneLineParser, expanded_path
 from reports.words import LANGUAGES
 
 
@@ -8,10 +8,10 @@ def compare_parser():
     """Flags of compare.py."""
     parser = OneLineParser(prog="compare.py", description="Train, score and compare several methods on one task.")
     parser.add_argument(
-        "config", type=path, help="YAML file: base, rows, task and methods, as configs/compare_quickstart.yaml"
+        "config", type=expanded_path, help="YAML file: base, rows, task and methods, as configs/compare_quickstart.yaml"
     )
     parser.add_argument(
-        "--output_dir", type=path, help="folder of all runs and the report; left out: output/compare-NAME"
+        "--output_dir", type=expanded_path, help="folder of all runs and the report; left out: output/compare-NAME"
     )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="run these methods only; left out: all of them")
     parser.add_argument("--report_only", action="store_true", help="run nothing, write the report of what is done")

@@ -1,6 +1,6 @@
 """The flags of doctor.py, with their checks."""
 
-from flags.common import OneLineParser, add_row_flags, collect, path
+from flags.common import OneLineParser, add_row_flags, collect, expanded_path
 from generation.lengths import columns_of
 from modes import MODES
 from rows.reading import data_files
@@ -11,17 +11,21 @@ def doctor_parser():
     """Flags of doctor.py."""
     parser = OneLineParser(prog="doctor.py", description="Look at this machine, the packages and checkpoint folders.")
     parser.add_argument(
-        "folders", type=path, nargs="*", default=[], help="checkpoint, adapter, prefix or training output folders"
+        "folders",
+        type=expanded_path,
+        nargs="*",
+        default=[],
+        help="checkpoint, adapter, prefix or training output folders",
     )
     parser.add_argument("--mode", choices=MODES, help="model family of the folders; left out: read from each")
     parser.add_argument(
         "--model_name_or_path",
-        type=path,
+        type=expanded_path,
         help="base of the folders, adapters or prefix encoders that do not name it; left out: read from each",
     )
     parser.add_argument(
         "--train_path",
-        type=path,
+        type=expanded_path,
         nargs="+",
         help="rows whose answers are sent through the folders' tokenizers and back: files, or folders of *.json[l];"
         " left out: none",

@@ -9,8 +9,8 @@ from flags.common import (
     add_base_flag,
     add_device_flags,
     collect,
+    expanded_path,
     opened_problems,
-    path,
     range_problems,
 )
 from flags.predict import output_file_problems
@@ -24,18 +24,21 @@ def forgetting_parser():
     """Flags of forgetting.py. Answers are greedy and questions are never cut."""
     parser = OneLineParser(prog="forgetting.py", description="Measure what fine-tuning made a model forget.")
     parser.add_argument(
-        "--model_path", type=path, required=True, help="released, merged, adapter or prefix folder, or a hub name"
+        "--model_path",
+        type=expanded_path,
+        required=True,
+        help="released, merged, adapter or prefix folder, or a hub name",
     )
     parser.add_argument("--mode", choices=MODES, help="model family; left out: read from the checkpoint")
     add_base_flag(parser)
     parser.add_argument(
-        "--before", type=path, help="result for the model before fine-tuning; left out: nothing is compared"
+        "--before", type=expanded_path, help="result for the model before fine-tuning; left out: nothing is compared"
     )
-    parser.add_argument("--output_path", type=path, required=True, help="JSON to write")
+    parser.add_argument("--output_path", type=expanded_path, required=True, help="JSON to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
     parser.add_argument(
         "--suite",
-        type=path,
+        type=expanded_path,
         default=GENERAL,
         help="rows as in data/general/README.md: a file, or a folder of *.json and *.jsonl",
     )

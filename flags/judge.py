@@ -3,7 +3,7 @@
 import os
 import re
 
-from flags.common import OneLineParser, collect, path, place_problem, range_problems
+from flags.common import OneLineParser, collect, expanded_path, place_problem, range_problems
 from judging.endpoint import API_KEY_ENV
 from judging.verdicts import KINDS, read_report
 from runtime.exits import fail
@@ -20,16 +20,16 @@ def judge_parser():
         " that --predictions made for documents are wrong",
     )
     parser.add_argument(
-        "--predictions", type=path, help="JSON Lines of predict.py: the answers, or questions, to judge"
+        "--predictions", type=expanded_path, help="JSON Lines of predict.py: the answers, or questions, to judge"
     )
     parser.add_argument(
         "--baseline",
-        type=path,
+        type=expanded_path,
         help="JSON Lines of predict.py: the answers to the same rows to compare with; pairs only",
     )
     parser.add_argument(
         "--output_path",
-        type=path,
+        type=expanded_path,
         required=True,
         help="JSON Lines of verdicts; one that exists is gone on with, and what is in it is not asked again;"
         " the report goes to this name with .report.json behind",
@@ -44,7 +44,7 @@ def judge_parser():
     parser.add_argument("--language", choices=("zh", "en"), default="zh", help="of the judge's prompt and reasons")
     parser.add_argument(
         "--criteria",
-        type=path,
+        type=expanded_path,
         help="UTF-8 text file with the criteria; left out: accuracy, completeness, clarity and format; of questions:"
         " answerable, right, clear and harmless",
     )

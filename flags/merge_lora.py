@@ -4,7 +4,7 @@ import os
 
 from checkpoints.foreign import foreign_kind, not_mergeable
 from checkpoints.opening import RUN_FILE, no_checkpoint_problem, read_run
-from flags.common import OneLineParser, add_base_flag, add_device_flags, model_problems, path, place_problem
+from flags.common import OneLineParser, add_base_flag, add_device_flags, expanded_path, model_problems, place_problem
 from modes import MODES
 from runtime.exits import UserError
 
@@ -14,12 +14,12 @@ def merge_parser():
     parser = OneLineParser(prog="merge_lora.py", description="Merge a LoRA adapter into its base: a plain checkpoint.")
     parser.add_argument(
         "--model_dir",
-        type=path,
+        type=expanded_path,
         required=True,
         help="a folder that train.py saved with --train_type lora, or an adapter of another tool",
     )
     parser.add_argument("--mode", choices=MODES, help="model family; left out: read from the run or the base")
-    parser.add_argument("--output_dir", type=path, help="new folder; left out: MODEL_DIR-merged")
+    parser.add_argument("--output_dir", type=expanded_path, help="new folder; left out: MODEL_DIR-merged")
     add_base_flag(parser)
     add_device_flags(parser, precision="of the merged weights; auto: the base checkpoint's own")
     parser.set_defaults(device="cpu")  # it merges in float32, which not every card has room for

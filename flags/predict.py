@@ -11,8 +11,8 @@ from flags.common import (
     add_base_flag,
     add_device_flags,
     collect,
+    expanded_path,
     opened_problems,
-    path,
     place_problem,
     range_problems,
 )
@@ -58,17 +58,22 @@ def predict_parser():
     """Flags of predict.py."""
     parser = OneLineParser(prog="predict.py", description="Answer rows of a file, one prompt, or a conversation.")
     parser.add_argument(
-        "--model_path", type=path, required=True, help="released, merged, adapter or prefix folder, or a hub name"
+        "--model_path",
+        type=expanded_path,
+        required=True,
+        help="released, merged, adapter or prefix folder, or a hub name",
     )
     parser.add_argument("--mode", choices=MODES, help="model family; left out: read from the checkpoint")
     add_base_flag(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--test_path", type=path, nargs="+", help="rows to answer: JSON Lines or array files, or folders"
+        "--test_path", type=expanded_path, nargs="+", help="rows to answer: JSON Lines or array files, or folders"
     )
     source.add_argument("--prompt", help="one question")
     source.add_argument("--interactive", action="store_true", help="talk; an empty line ends, /clear forgets")
-    parser.add_argument("--output_path", type=path, help="JSON Lines to write; left out: predictions/MODEL/TEST.jsonl")
+    parser.add_argument(
+        "--output_path", type=expanded_path, help="JSON Lines to write; left out: predictions/MODEL/TEST.jsonl"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
     parser.add_argument("--batch_size", type=int, default=16, help="rows answered together at most")
     parser.add_argument(

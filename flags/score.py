@@ -7,7 +7,7 @@ from pathlib import Path
 from evaluation import intervals as bootstrap
 from evaluation.predictions import Predictions, problem, quote, read_predictions
 from evaluation.tasks import TASKS, find_task
-from flags.common import OneLineParser, add_normalize_flag, path
+from flags.common import OneLineParser, add_normalize_flag, expanded_path
 from runtime.exits import UserError, fail
 
 
@@ -16,7 +16,7 @@ def score_parser():
     parser = OneLineParser(prog="score.py", description="Score predictions against their references.")
     parser.add_argument(
         "--predictions",
-        type=path,
+        type=expanded_path,
         nargs="+",
         required=True,
         help="JSON Lines files, one object with a prediction and a reference per line; several are shown side by side,"
@@ -35,7 +35,7 @@ def score_parser():
     )
     parser.add_argument(
         "--output_path",
-        type=path,
+        type=expanded_path,
         help="JSON for the scores of one file; left out: FILE.scores.json, with --task FILE.TASK.scores.json",
     )
     parser.add_argument(

@@ -11,8 +11,8 @@ from flags.common import (
     add_normalize_flag,
     add_row_flags,
     collect,
+    expanded_path,
     model_problems,
-    path,
     place_problem,
     range_problems,
     true_or_false,
@@ -40,7 +40,7 @@ def train_parser():
     data = parser.add_argument_group("data")
     data.add_argument(
         "--train_path",
-        type=path,
+        type=expanded_path,
         nargs="+",
         required=True,
         help="JSON Lines or JSON array files, or folders of them (*.json[l])",
@@ -60,7 +60,7 @@ def train_parser():
     )
     data.add_argument(
         "--replay_path",
-        type=path,
+        type=expanded_path,
         nargs="+",
         help="general rows that are mixed in, so that less is forgotten; left out: none",
     )
@@ -73,7 +73,7 @@ def train_parser():
     model = parser.add_argument_group("model")
     model.add_argument(
         "--model_name_or_path",
-        type=path,
+        type=expanded_path,
         required=True,
         help="checkpoint folder, or a hub name such as THUDM/chatglm3-6b; the folder of an adapter (with --train_type"
         " lora) or of a prefix encoder of ours (ptuning) is trained on from where it is",
@@ -84,7 +84,7 @@ def train_parser():
     training = parser.add_argument_group("training")
     training.add_argument(
         "--output_dir",
-        type=path,
+        type=expanded_path,
         required=True,
         help="new or empty folder for checkpoints and logs; with --resume auto the run's",
     )
@@ -126,7 +126,10 @@ def train_parser():
     )
     training.add_argument("--seed", type=int, default=1234, help="of the row order, dropout and new weights")
     training.add_argument(
-        "--ds_file", type=path, default="ds_zero2_no_offload.json", help="DeepSpeed JSON: a path or a name in configs/"
+        "--ds_file",
+        type=expanded_path,
+        default="ds_zero2_no_offload.json",
+        help="DeepSpeed JSON: a path or a name in configs/",
     )
     training.add_argument("--show_loss_step", type=int, default=10, help="updates between log lines")
     training.add_argument(
@@ -146,7 +149,7 @@ def train_parser():
     )
     training.add_argument(
         "--resume",
-        type=path,
+        type=expanded_path,
         metavar="auto|PATH",
         help="go on with the newest whole state in --output_dir (auto: begin where there is none) or with this state",
     )
@@ -167,7 +170,7 @@ def train_parser():
 
     evaluation = parser.add_argument_group("evaluation while training")
     held_out = evaluation.add_mutually_exclusive_group()
-    held_out.add_argument("--eval_path", type=path, nargs="+", help="held-out rows; left out: no evaluation")
+    held_out.add_argument("--eval_path", type=expanded_path, nargs="+", help="held-out rows; left out: no evaluation")
     held_out.add_argument(
         "--eval_ratio", type=float, default=0.0, help="share of the training rows that is held out, by --seed; 0: off"
     )

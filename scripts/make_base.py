@@ -36,7 +36,7 @@ from base_sources import base_sources  # noqa: E402
 
 from checkpoints.released_files import save_config  # noqa: E402
 from checkpoints.weight_files import write_weights  # noqa: E402
-from flags.common import OneLineParser, path  # noqa: E402
+from flags.common import OneLineParser, expanded_path  # noqa: E402
 from modes import MODES
 from rows.batches import collate  # noqa: E402
 from rows.encoding import encode_row  # noqa: E402
@@ -362,7 +362,7 @@ def check_output(output_dir, settings):
 
 
 def write_config(model, folder, mode):
-    """config.json with the release's name in it, by which programs tell ChatGLM3 from ChatGLM2: their keys are alike."""
+    """config.json with the release's name, by which programs tell ChatGLM3 from ChatGLM2: their keys are alike."""
     model.config.architectures = [type(model).__name__]
     save_config(model.config, folder, model.dtype)
     path = os.path.join(folder, "config.json")
@@ -413,7 +413,7 @@ def parse_args(argv=None):
     parser = OneLineParser(prog="make_base.py", description=__doc__.splitlines()[0])
     parser.add_argument("--mode", choices=tuple(MODES), default="glm3", help="family")
     parser.add_argument(
-        "--output_dir", type=path, required=True, help="folder of the checkpoint; a base in it is replaced"
+        "--output_dir", type=expanded_path, required=True, help="folder of the checkpoint; a base in it is replaced"
     )
     parser.add_argument("--num_steps", type=int, default=NUM_STEPS, help="optimizer updates")
     parser.add_argument("--seed", type=int, default=1234, help="seed of rows and weights")

@@ -92,8 +92,8 @@ def pick_weighted(rng, groups):
     for element, weight in groups:
         point -= weight
         if point < 0:
-            break
-    return element
+            return element
+    return groups[-1][0]  # a sum that was rounded down
 
 
 # ---------------------------------------------------------------- combinations

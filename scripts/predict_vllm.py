@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 
 from checkpoints.foreign import foreign_kind, holds_adapter  # noqa: E402
 from checkpoints.opening import RUN_FILE, open_checkpoint, read_run  # noqa: E402
-from flags.common import OneLineParser, add_answered_row_flags, collect, model_problems, path, range_problems
+from flags.common import OneLineParser, add_answered_row_flags, collect, expanded_path, model_problems, range_problems
 from flags.predict import add_sampling_flags, model_label, output_file_problems, sampling_problems
 from generation.lengths import settle_columns, settle_lengths  # noqa: E402
 from generation.prediction_file import describe_cut_questions, output_row  # noqa: E402
@@ -52,13 +52,19 @@ def parser():
     parser = OneLineParser(prog="predict_vllm.py", description="Answer rows of a file with a vLLM server.")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="where the server is, without a path")
     parser.add_argument(
-        "--model_path", type=path, required=True, help="released or merged folder, the one that the server has"
+        "--model_path", type=expanded_path, required=True, help="released or merged folder, the one that the server has"
     )
     parser.add_argument("--mode", choices=VLLM_MODES, help="model family; left out: read from the checkpoint")
     parser.add_argument(
-        "--test_path", type=path, nargs="+", required=True, help="rows to answer: JSON Lines or array files, or folders"
+        "--test_path",
+        type=expanded_path,
+        nargs="+",
+        required=True,
+        help="rows to answer: JSON Lines or array files, or folders",
     )
-    parser.add_argument("--output_path", type=path, help="JSON Lines to write; left out: predictions/MODEL/TEST.jsonl")
+    parser.add_argument(
+        "--output_path", type=expanded_path, help="JSON Lines to write; left out: predictions/MODEL/TEST.jsonl"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
     parser.add_argument("--num_requests", type=int, default=64, help="rows that the server has at a time")
     add_answered_row_flags(parser)

@@ -76,7 +76,8 @@ def run_all(args, folder):
     steps.run("before", f"{predict} --model_path {base} --output_path {before}", [*weights, held_out], before)
 
     command = (
-        f"bash scripts/job.sh deepspeed --master_port 29500 train.py --train_path {rows} --model_name_or_path {base} --mode {args.mode}"
+        f"bash scripts/job.sh deepspeed --master_port 29500 train.py --train_path {rows} --model_name_or_path {base}"
+        f" --mode {args.mode}"
         f" --train_type {args.train_type} {COMMON} {FLAGS[args.train_type]} --output_dir {folder}/train"
     )
     steps.run("train", command, [*weights, rows], f"{folder}/train")

@@ -244,9 +244,9 @@ def test_home_in_every_path(name, monkeypatch):
     words = ("path", "dir", "file", "folder", "config", "resume", "before", "suite", "baseline", "criteria")
     known = {"lora_module_name", "freeze_module_name", "dir"}
     paths = [a for a in flags_of(name) if any(word in a.dest for word in words) or a.dest == "predictions"]
-    assert paths and all(action.type is common.path for action in paths if action.dest not in known)
+    assert paths and all(action.type is common.expanded_path for action in paths if action.dest not in known)
     monkeypatch.setenv("HOME", "/there")
-    assert common.path("~/x") == "/there/x" and common.path("a~b") == "a~b"
+    assert common.expanded_path("~/x") == "/there/x" and common.expanded_path("a~b") == "a~b"
     args = train_parser().parse_args(["--train_path", "a", "~/b", "--model_name_or_path=~", "--output_dir=~/x"])
     assert (args.train_path, args.model_name_or_path, args.output_dir) == (["a", "/there/b"], "/there", "/there/x")
 

@@ -214,6 +214,8 @@ def test_random_states_come_back(tmp_path):
 def test_which_flags_are_compared(golden):
     """Kind: a list of exceptions that one more would not show. What is not on this list must be as it was."""
 
+    from flags.train import train_parser
+
     words = ["--train_path", "x", "--model_name_or_path", golden.folder, "--output_dir", "y"]
     args = train_parser().parse_args(words)
     free = "output_dir resume save_model_step save_state_step save_total_limit show_loss_step step_timeout local_rank"

@@ -11,6 +11,7 @@ from flags.train import train_parser
 from modes import MODES, possible_modes
 from train_types import TRAIN_TYPES, count_parameters, matches
 
+
 @pytest.mark.parametrize("name", MODES)
 def test_mode_is_finished(name):
     mode = MODES[name]

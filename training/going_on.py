@@ -24,7 +24,7 @@ FREE_FLAG = "lora_dropout"  # of the training alone: the function of an adapter 
 
 
 def kind_to_go_on_from(path):
-    """ "adapter" or "prefix" where --model_name_or_path is the folder of one, else None. UserError for a bad run.json."""
+    """The kind of what --model_name_or_path names: "adapter", "prefix", or None. UserError for a bad run.json."""
     if has(path, RUN_FILE):
         weights = read_run(os.path.join(path, RUN_FILE))["weights"]
         return weights if weights in NAMES else None
@@ -34,7 +34,7 @@ def kind_to_go_on_from(path):
 def take_over(args, typed):
     """Fill in the flags that an adapter or a prefix encoder at --model_name_or_path decides.
 
-    Returns problems, or None where it is a base. Sets args.continued_from: what a run.json keeps of it, {"path", "step"},
+    Returns problems, or None where it is a base. Sets args.continued_from, what run.json keeps of it: {"path", "step"},
     or None. typed: names of the flags on the command line.
     """
     args.continued_from = None

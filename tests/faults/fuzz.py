@@ -601,9 +601,7 @@ TARGETS = {
     "index": Target(INDEX, golden_file(INDEX), as_json, read_model, golden_home),
     "generation": Target(
         "generation_config.json",
-        lambda: {
-            mode: b'{"eos_token_id": 2, "temperature": 0.5, "do_sample": true, "max_length": 9}' for mode in MODES
-        },
+        lambda: dict.fromkeys(MODES, b'{"eos_token_id": 2, "temperature": 0.5, "do_sample": true, "max_length": 9}'),
         as_json,
         read_and_load,
         golden_home,

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# How the code is written: bash scripts/lint.sh        (--fix: mend what can be mended)
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements-dev.txt
+if [ "${1:-}" = --fix ]; then
+    ruff check --fix .
+    exec ruff format .
+fi
+ruff check .
+ruff format --check .
