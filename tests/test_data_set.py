@@ -254,15 +254,23 @@ def items(path):
 
 
 HOSTILE_VALUES = {
-    "twice": ('{"instruction": "a", "input": "", "output": "b", "output": "c"}',
-              "field 'output' stands twice: a row has a field once: remove one of them"),
-    "twice-inside": ('{"instruction": "a", "input": "", "output": "b", "more": {"k": 1, "k": 1}}',
-                     "field 'k' stands twice"),
+    "twice": (
+        '{"instruction": "a", "input": "", "output": "b", "output": "c"}',
+        "field 'output' stands twice: a row has a field once: remove one of them",
+    ),
+    "twice-inside": (
+        '{"instruction": "a", "input": "", "output": "b", "more": {"k": 1, "k": 1}}',
+        "field 'k' stands twice",
+    ),
     "long-key": ('{"%s": 1, "%s": 2}' % ("k" * 1000, "k" * 1000), f"field '{'k' * 60}' stands twice"),
-    "nul": ('{"instruction": "a\\u0000", "input": "", "output": "b"}',
-            "field 'instruction' holds a NUL character: it must be text: remove it"),
-    "nan": ('{"instruction": NaN, "input": "", "output": "b"}',
-            "field 'instruction' is NaN, which is no JSON: it must be a string or a number"),
+    "nul": (
+        '{"instruction": "a\\u0000", "input": "", "output": "b"}',
+        "field 'instruction' holds a NUL character: it must be text: remove it",
+    ),
+    "nan": (
+        '{"instruction": NaN, "input": "", "output": "b"}',
+        "field 'instruction' is NaN, which is no JSON: it must be a string or a number",
+    ),
     "infinity": ('{"instruction": "a", "input": -Infinity, "output": "b"}', "field 'input' is -Infinity, which is no"),
     "long": (json.dumps("x" * 3000), "a row of more than 2,500 bytes: give each row a line of its own, or shorten it"),
 }

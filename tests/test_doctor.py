@@ -383,7 +383,9 @@ def look_at_rows(mode, path):
 
 def test_answers_that_a_tokenizer_changes(here):
     """Kind: a perfect model cannot write the reference, and nothing says so before the training."""
-    path = answers_of(here, "发动机组（汽油）", "很长的一句话在前面，这里有一个控制符\x02然后再说几句", "水泵漏水 \n", "水,泵")
+    path = answers_of(
+        here, "发动机组（汽油）", "很长的一句话在前面，这里有一个控制符\x02然后再说几句", "水泵漏水 \n", "水,泵"
+    )
     folder = here.model("glm")
     drop("pytorch_model*")(folder)  # weights are not read
     lines = look_at_rows(folder, path)
@@ -392,7 +394,9 @@ def test_answers_that_a_tokenizer_changes(here):
         "4 rows: 3 answers come back as another text; 1 of these differ after NFKC folding too, and no model can match "
         "them exactly"
     )
-    assert lines[1][2].startswith(f"{path}:2: '...") and "控制符\\x02然后" in lines[1][2] and "控制符然后" in lines[1][2]
+    assert (
+        lines[1][2].startswith(f"{path}:2: '...") and "控制符\\x02然后" in lines[1][2] and "控制符然后" in lines[1][2]
+    )
     assert lines[2][2] == f"{path}:1: '发动机组（汽油）' comes back as '发动机组(汽油)'"
     assert look_at_rows(GOLDEN_FOLDERS["glm3"], path) == [
         ("ok", "answers", "4 rows: every answer comes back from the tokenizer as it is")

@@ -29,7 +29,9 @@ def test_what_the_user_can_fix_is_one_line(door):
     assert process.returncode == 2 and process.stderr.splitlines() == ["x.py: error: --flag 1: must be 2"]
 
 
-@pytest.mark.parametrize("body", ["a, b = [1, 2, 3]", "int('x')", "import math; math.log(-1)", "open('a\\0b')", "{}['a']", "open('/no')"])
+@pytest.mark.parametrize(
+    "body", ["a, b = [1, 2, 3]", "int('x')", "import math; math.log(-1)", "open('a\\0b')", "{}['a']", "open('/no')"]
+)
 @pytest.mark.parametrize("door", DOORS)
 def test_a_fault_of_the_program_keeps_its_traceback(door, body):
     """Of the kind: ValueErrors of Python and of libraries, which were shown as mistakes of the user."""

@@ -127,7 +127,10 @@ REFUSED = [  # kind of what is gone on from, flags, what the line says
 @pytest.fixture(scope="module")
 def starts(tmp_path_factory):
     """An adapter and a prefix encoder, to be copied."""
-    return {train_type: saved(tmp_path_factory.mktemp(train_type) / "start", train_type) for train_type in ("lora", "ptuning")}
+    return {
+        train_type: saved(tmp_path_factory.mktemp(train_type) / "start", train_type)
+        for train_type in ("lora", "ptuning")
+    }
 
 
 @pytest.mark.parametrize("kind, flags, says", REFUSED)
@@ -139,7 +142,9 @@ def test_other_settings_are_refused(kind, flags, says, starts, here):
 
 def test_flags_that_say_the_same_are_taken(starts, tmp_path):
     shutil.copytree(starts["lora"], tmp_path / "start")
-    args, _ = begun(tmp_path / "start", "--lora_dim", "3", "--lora_module_name", "query_key_value,dense", "--lora_dropout", "0")
+    args, _ = begun(
+        tmp_path / "start", "--lora_dim", "3", "--lora_module_name", "query_key_value,dense", "--lora_dropout", "0"
+    )
     assert (args.lora_dim, args.lora_dropout) == (3, 0.0)
 
 

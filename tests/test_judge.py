@@ -487,7 +487,11 @@ def message(content):
 
 START = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 CHUNKED = START + b"Transfer-Encoding: chunked\r\n\r\n"
-NONE, LATE, LARGE = "is no chat completion (", "no answer within 0.4 s)", "the answer to rows.jsonl:1 is larger than 8 MB"
+NONE, LATE, LARGE = (
+    "is no chat completion (",
+    "no answer within 0.4 s)",
+    "the answer to rows.jsonl:1 is larger than 8 MB",
+)
 HOSTILE = {
     "nested": (body(b"[" * 200_000), NONE),
     "nested objects": (body(b'{"choices":' * 100_000), NONE),

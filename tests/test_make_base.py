@@ -49,8 +49,23 @@ def test_released_ids(base):
     tokenizer = MODES[mode].tokenizer_class.from_pretrained(folder)
     pieces = [tokenizer.sp_model.id_to_piece(i) for i in range(15)]
     if mode == "glm":
-        assert pieces == ["<unk>", "<s>", "</s>", "<pad>", "[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>",
-                          "<eop>", "<ENC>", "<dBLOCK>", "<n>", "<|tab|>", "<|blank_2|>"]
+        assert pieces == [
+            "<unk>",
+            "<s>",
+            "</s>",
+            "<pad>",
+            "[MASK]",
+            "[gMASK]",
+            "[sMASK]",
+            "<unused_0>",
+            "<sop>",
+            "<eop>",
+            "<ENC>",
+            "<dBLOCK>",
+            "<n>",
+            "<|tab|>",
+            "<|blank_2|>",
+        ]
         assert tokenizer.sp_model.id_to_piece(92) == "<|blank_80|>"
     else:
         assert pieces[:4] == ["<unk>", "<s>", "</s>", "<0x00>"]
@@ -118,8 +133,9 @@ def test_rows_show_neither_the_extraction_format_nor_held_out_combinations(tasks
         assert not re.search("信息抽取|三元组", query)
     answers = {answer for _, answer in rows}
     assert len(answers) > 100
-    assert not any(f"{relation}{mark}" in answer for answer in answers for relation in make_data.RELATIONS
-                   for mark in "：=（" )
+    assert not any(
+        f"{relation}{mark}" in answer for answer in answers for relation in make_data.RELATIONS for mark in "：=（"
+    )
 
 
 def test_every_task_answers_from_the_text():

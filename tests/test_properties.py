@@ -48,10 +48,7 @@ GOOD = '{"instruction": "问", "input": "", "output": "答"}'.encode()
 ROW_BEGINS = b'{"instruction": "a", "input": "", "output": "b", '
 BAD_VALUES = [  # JSON, but no rows; what Python's json writes for them, so also NaN and Infinity
     *map(as_json, (1, -0.5, "a", "", True, None, [], {}, [{}], {"instruction": "a"}, math.nan, 10**400)),
-    *(
-        as_json(row(0, output=value))
-        for value in (None, True, [], {}, ["a"], {"a": "b"}, math.inf, "", " \n", "a\0")
-    ),
+    *(as_json(row(0, output=value)) for value in (None, True, [], {}, ["a"], {"a": "b"}, math.inf, "", " \n", "a\0")),
     *(as_json(row(0, input=value)) for value in (True, {}, "\0", "\ud800", "a\udfffb")),
     as_json(row(0, instruction=" ", input="\u3000")),
     *(ROW_BEGINS + rest for rest in (b'"output": "c"}', b'"more": {"a": 1, "a": 2}}')),

@@ -153,7 +153,11 @@ def test_the_readme_runs_word_for_word_and_in_order_in_one_clone(tmp_path):
     for words in commands("README.md"):
         if any(name in words for name in RUN_ELSEWHERE):
             continue
-        line = shlex.join(words).replace("step-720", "step-2").replace("--master_port 29500", f"--master_port {free_port()}")
+        line = (
+            shlex.join(words)
+            .replace("step-720", "step-2")
+            .replace("--master_port 29500", f"--master_port {free_port()}")
+        )
         line = re.sub(r"^(\w+=)'?([^' ]*)'?", r"\1\2", line)  # a variable in front of the command is not quoted
         process = subprocess.run(
             ["bash", "-c", line],

@@ -128,7 +128,6 @@ def test_a_run_without_a_state_begins_anew_only_in_its_own_folder(tmp_path):
 
 
 def test_the_fingerprint_holds_what_decides_the_weights(tmp_path, golden):
-
     from flags.train import train_parser
 
     words = ["--train_path", "x", "--model_name_or_path", golden.folder, "--output_dir", "y"]
@@ -250,7 +249,9 @@ def test_a_state_needs_the_files_of_every_process(tmp_path):
     for missing in sizes:
         scratch()
         with pytest.raises(AssertionError, match="files of a state are missing"):
-            checkpoints_states.close_state(str(tmp_path / "state-step-3"), info, {n: s for n, s in sizes.items() if n != missing})
+            checkpoints_states.close_state(
+                str(tmp_path / "state-step-3"), info, {n: s for n, s in sizes.items() if n != missing}
+            )
     for world in (1, 3):
         with pytest.raises(AssertionError, match="files of a state are missing"):
             checkpoints_states.close_state(str(tmp_path / "state-step-3"), {**info, "world_size": world}, sizes)

@@ -269,7 +269,11 @@ def test_several_answers_count_once(tmp_path):
 
 def test_columns_can_be_named(tmp_path):
     path = write_lines(tmp_path / "p.jsonl", {"answer": "甲", "label": "乙"}, {"answers": ["丙", "丁"], "label": "丙"})
-    assert evaluation_predictions.read_predictions(path, "answer", "label") == ([["甲"], ["丙", "丁"]], ["乙", "丙"], [1, 2])
+    assert evaluation_predictions.read_predictions(path, "answer", "label") == (
+        [["甲"], ["丙", "丁"]],
+        ["乙", "丙"],
+        [1, 2],
+    )
     assert score.main(["--predictions", path, "--prediction_column", "answer", "--reference_column", "label"]) == 0
     report = json.loads((tmp_path / "p.scores.json").read_text())
     assert (report["prediction_column"], report["reference_column"]) == ("answer", "label")
@@ -421,7 +425,11 @@ def test_the_folding_is_said_beside_the_numbers_and_can_be_switched_off(tmp_path
 
 def test_empty_references_are_said(tmp_path, capsys):
     """Kind: a score of 0 that says nothing of the model, because there is nothing to compare with."""
-    rows = [{"prediction": "好", "output": "好"}, {"prediction": "好", "output": ""}, {"prediction": "", "output": " \n"}]
+    rows = [
+        {"prediction": "好", "output": "好"},
+        {"prediction": "好", "output": ""},
+        {"prediction": "", "output": " \n"},
+    ]
     path = write_lines(tmp_path / "p.jsonl", *rows)
     assert score.main(["--predictions", path]) == 0
     line = f"{path}: rows: 3; empty predictions: 1 (line 3); empty references, which count as 0: 2 (line 2, 3)"

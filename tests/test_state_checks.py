@@ -87,9 +87,13 @@ OPTIMIZER = STATE_FILES[-1]
         lambda folder: (folder / "manifest.json").write_text('{"files": {}}'): "not a manifest",
         lambda folder: close_again(folder, without=["state.json"]): "does not name state.json",
         lambda folder: close_again(folder, without=["rank-1.pt"]): "does not name rank-1.pt",
-        lambda folder: close_again(folder, without=[OPTIMIZER]): "names 1 files of optimizers and 1 of weights, of 2 proc",
+        lambda folder: close_again(
+            folder, without=[OPTIMIZER]
+        ): "names 1 files of optimizers and 1 of weights, of 2 proc",
         lambda folder: close_again(folder, without=[STATE_FILES[2]]): "names 2 files of optimizers and 0 of weights",
-        lambda folder: (folder / "deepspeed" / "more.pt").write_bytes(b"x"): "deepspeed/more.pt: is not in manifest.json",
+        lambda folder: (folder / "deepspeed" / "more.pt").write_bytes(
+            b"x"
+        ): "deepspeed/more.pt: is not in manifest.json",
     }.items(),
 )
 def test_a_manifest_that_leaves_something_out(tmp_path, spoil, says):

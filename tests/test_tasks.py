@@ -369,7 +369,9 @@ def test_files_over_the_same_rows_are_compared_with_the_first(tmp_path, capsys):
     assert re.search(r"\+1\.67 \[\+0\.00, \+\d\.\d\d\] inside the noise$", row), row
     assert "[4]: its references are not those of [1], so there is no difference" in lines
 
-    reports = {name: json.loads(flags_score.scores_path(path, "classification").read_text()) for name, path in paths.items()}
+    reports = {
+        name: json.loads(flags_score.scores_path(path, "classification").read_text()) for name, path in paths.items()
+    }
     rows = {name: metrics.score_rows(texts, ["好"] * 60, "classification")["rows"] for name, texts in answers.items()}
     for name, inside_noise in (("b", False), ("c", True)):
         found = reports[name]["difference"]

@@ -160,7 +160,11 @@ COMMANDS = {  # (function, words, what it writes, is the lock inside it)
 def inputs(here):  # noqa: F811
     """A folder with what the commands read."""
     here.adapter()
-    for name, text in (("c.yaml", CONFIG), ("p.jsonl", json.dumps(PREDICTION)), ("adapter/run.json", json.dumps(ADAPTER))):
+    for name, text in (
+        ("c.yaml", CONFIG),
+        ("p.jsonl", json.dumps(PREDICTION)),
+        ("adapter/run.json", json.dumps(ADAPTER)),
+    ):
         here.write(name, text)
     return here
 
@@ -414,7 +418,9 @@ def start(folder, handler, tenths, **how):
     return subprocess.Popen(words, cwd=folder, env=environment, preexec_fn=set_signals, **how)
 
 
-@pytest.mark.parametrize("number, code, says", [("SIGHUP", 129, ": the terminal has gone"), ("SIGTERM", 143, " by SIGTERM")])
+@pytest.mark.parametrize(
+    "number, code, says", [("SIGHUP", 129, ": the terminal has gone"), ("SIGTERM", 143, " by SIGTERM")]
+)
 def test_a_command_that_is_ended_leaves_nothing_half(tmp_path, number, code, says):
     """The kind: SIGHUP and SIGTERM to any command but train.py, which ended at once and left what it had begun."""
     process = start(tmp_path, signal.SIG_DFL, 1000, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -96,7 +96,9 @@ def load(mode_name, folder, zero, **changes):
 def compare(model, folder):
     """Every parameter, gathered, equals the files, and tied weights are one."""
     stored = {
-        name: (shape, rows[:].clone()) for name, shape, rows in weight_files.stored_tensors(folder) if "inv_freq" not in name
+        name: (shape, rows[:].clone())
+        for name, shape, rows in weight_files.stored_tensors(folder)
+        if "inv_freq" not in name
     }
     assert not model.training and next(model.parameters()).requires_grad
     for name, source in model.all_tied_weights_keys.items():
