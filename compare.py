@@ -2,7 +2,7 @@
 
     python compare.py configs/compare_quickstart.yaml
 
-The methods run one after another through the launcher, on the cards in CUDA_VISIBLE_DEVICES (the first one without
+The methods run one after another through the launcher, on the GPUs in CUDA_VISIBLE_DEVICES (the first one without
 it). What is done is not done again: after a break, the same command goes on. Paths, those in the YAML file too, are
 seen from the folder it is started in.
 """
@@ -69,7 +69,7 @@ def main(argv, run_words=run_words):
 
 def run_and_report(args, plan, out, run_words):
     """From the checked flags to the report; returns the exit code."""
-    steps = Steps(out, cards=os.environ.get("CUDA_VISIBLE_DEVICES", "0"), run_words=run_words)
+    steps = Steps(out, gpus=os.environ.get("CUDA_VISIBLE_DEVICES", "0"), run_words=run_words)
     failed = False
     if not args.report_only:
         chosen = [m for m in plan.methods if not args.only or {m.name, m.family} & set(args.only)]

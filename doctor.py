@@ -43,7 +43,7 @@ from runtime.machine import (
     OK,
     Facts,
     attempt,
-    find_cards,
+    find_gpus,
     installed,
     memory,
     memory_limit,
@@ -132,35 +132,35 @@ def machine_lines(facts):
         yield line if mark == OK else (mark, name, line)
     shm = os.statvfs("/dev/shm")
     size = shm.f_frsize * shm.f_blocks
-    is_small = size < 1 << 30 and len(facts.cards) > 1
-    fix = ": too small for NCCL between several cards: docker run --shm-size=1g" if is_small else ""
+    is_small = size < 1 << 30 and len(facts.gpus) > 1
+    fix = ": too small for NCCL between several GPUs: docker run --shm-size=1g" if is_small else ""
     yield NOTE if is_small else OK, "/dev/shm", size_text(size) + fix
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     yield (NOTE, "open files", f"{files}: few: ulimit -n 4096") if 0 <= files < 1024 else (OK, "open files", str(files))
 
 
-# Cards.
+# GPUs.
 
 
-def card_lines(facts):
-    """Cards, or why torch sees none."""
-    if facts.cards:
+def gpu_lines(facts):
+    """GPUs, or why torch sees none."""
+    if facts.gpus:
         driver = "".join(re.findall(r"Driver Version: (\S+)", facts.smi[1])[:1])
         runs = f"torch is built for {facts.cuda}, the driver {driver} runs up to {facts.driver_cuda or 'unknown'}"
         yield OK, "CUDA", runs
-    for number, card in enumerate(facts.cards):
-        major, minor = card.capability
-        text = f"{size_text(card.total)}, free {size_text(card.free)}, compute capability {major}.{minor}"
-        yield OK, f"card {number}", f"{card.name}, {text}, bf16 {'yes' if major >= 8 else 'no'}"
+    for number, gpu in enumerate(facts.gpus):
+        major, minor = gpu.capability
+        text = f"{size_text(gpu.total)}, free {size_text(gpu.free)}, compute capability {major}.{minor}"
+        yield OK, f"GPU {number}", f"{gpu.name}, {text}, bf16 {'yes' if major >= 8 else 'no'}"
     yield from [(NOTE, "torch warns", text) for text in facts.warned]
     has_driver = facts.smi[0] is not None and "No devices" not in facts.smi[1] or glob.glob("/dev/nvidia[0-9]*")
-    if not facts.cards and has_driver:
-        yield BAD, "cards", f"there is a driver, but torch sees no card: {why_no_card(facts)}"
-    elif not facts.cards:
-        yield NOTE, "cards", "none: tiny models only"
+    if not facts.gpus and has_driver:
+        yield BAD, "GPUs", f"there is a driver, but torch sees no GPU: {why_no_gpu(facts)}"
+    elif not facts.gpus:
+        yield NOTE, "GPUs", "none: tiny models only"
 
 
-def why_no_card(facts):
+def why_no_gpu(facts):
     """The likely cause, and the fix."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if facts.smi[0]:
@@ -171,7 +171,7 @@ def why_no_card(facts):
         fix = f"pip install --force-reinstall --index-url https://pypi.org/simple torch=={pins().get('torch')}"
         return f"this torch is built for CPU only: {fix}"
     if visible is not None and not re.match(r"\d|GPU-|MIG-", visible.strip()):
-        return f"CUDA_VISIBLE_DEVICES is {visible!r}, which hides all: unset it, or name cards, as in 0,1"
+        return f"CUDA_VISIBLE_DEVICES is {visible!r}, which hides all: unset it, or name GPUs, as in 0,1"
     if facts.driver_cuda and numbers(facts.driver_cuda)[0] < numbers(facts.cuda)[0]:
         runs, built = f"CUDA {facts.driver_cuda}", f"CUDA {facts.cuda}"
         return f"the driver runs up to {runs}, torch is built for {built}: update the driver, or a torch for {runs}"
@@ -183,8 +183,8 @@ def why_no_card(facts):
 OPS = {  # DeepSpeed's compiled ops that a run here can ask for: what for, and what they need
     "cpu_adam": ("for the _offload files", "g++ and ninja"),
     "async_io": ("for offload to NVMe, in a --ds_file of your own", "libaio: apt install libaio-dev"),
-    "quantizer": ("for zero_quantized_*, in a --ds_file of your own", "a card and nvcc"),
-    "fused_adam": ("not used: AdamW on cards is torch's", "nvcc"),
+    "quantizer": ("for zero_quantized_*, in a --ds_file of your own", "a GPU and nvcc"),
+    "fused_adam": ("not used: AdamW on GPUs is torch's", "nvcc"),
 }
 COMPILERS = {"C++": ("c++", "apt install g++"), "ninja": ("ninja", "activate the environment, or pip install ninja")}
 
@@ -277,9 +277,9 @@ def main(argv):
         attempt("environment", prepare_environment)  # before the libraries start; without torch, they are told of below
     marks = show("versions", version_lines())
     with quiet():
-        attempt("cards", find_cards, facts)
+        attempt("GPUs", find_gpus, facts)
     marks += show("machine", machine_lines(facts))
-    marks += show("cards", card_lines(facts))
+    marks += show("GPUs", gpu_lines(facts))
     marks += show("compilers", compiler_lines(facts))
     marks += show("compiled ops of DeepSpeed", op_lines(facts, args.full))
     marks += show("known to fail", broken_lines(facts))

@@ -2,7 +2,7 @@
 
     python predict.py --model_path output-glm3/epoch-2-step-3900 --test_path data/spo_1.json
     python predict.py --model_path ChatGLM3-6B --prompt "你好"
-    deepspeed predict.py --model_path ... --test_path ...      (the rows are shared out over the cards)
+    deepspeed predict.py --model_path ... --test_path ...      (the rows are shared out over the GPUs)
 
 Takes a released checkpoint and every folder that train.py and merge_lora.py save.
 """

@@ -33,7 +33,7 @@ def prepare_environment(device="auto"):
 
 
 def keep_freed_memory():
-    """Let the C library keep the memory of freed tensors for the next ones, as torch does on a card.
+    """Let the C library keep the memory of freed tensors for the next ones, as torch does on a GPU.
 
     It would give blocks of 32 MiB and more back at once and get them again, page by page: an eighth of a step's time.
     Values that the environment gives (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_) are left alone.
@@ -52,7 +52,7 @@ def keep_freed_memory():
 def choose_device(name):
     """torch.device for `--device auto|cuda|cpu`; UserError where CUDA is asked for and absent.
 
-    auto is the card of this rank, unless there is none or DS_ACCELERATOR=cpu is set.
+    auto is the GPU of this rank, unless there is none or DS_ACCELERATOR=cpu is set.
     """
     import torch
 
@@ -65,7 +65,7 @@ def choose_device(name):
 
 
 def choose_precision(name, device):
-    """'bf16', 'fp16' or 'fp32' for `--precision`: auto is bf16 where the card has it, fp16 elsewhere, fp32 on CPU."""
+    """'bf16', 'fp16' or 'fp32' for `--precision`: auto is bf16 where the GPU has it, fp16 elsewhere, fp32 on CPU."""
     import torch
 
     if name != "auto":

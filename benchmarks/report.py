@@ -18,7 +18,7 @@ figures belong to the machine named beside them. What the options do: [docs/perf
 
 
 def machine():
-    """What ran: processor or card, versions, date."""
+    """What ran: processor or GPU, versions, date."""
     import torch
 
     if torch.cuda.is_available():

@@ -6,13 +6,13 @@
     python benchmarks/step.py --preset 6b --precision bf16 --length 1560 --batch_size 1 --train_type lora --packing
 
 Preset `small` (real vocabulary, hidden size 512, 8 layers) is for a CPU, `6b` (released shapes, random weights made
-on the device) for a card. One engine runs both ways in turn, so that a noisy machine is noisy for both; the ratio is
+on the device) for a GPU. One engine runs both ways in turn, so that a noisy machine is noisy for both; the ratio is
 that of the medians. A step is one update: forward, backward, clipping, AdamW.
 
 --against plain: benchmarks/plain.py, the usual way. --against unpacked: the same rows, padded batches, for --rows.
 
 MFU counts useful work only: no weight gradients of frozen layers, no recomputation, logits of labelled positions; the
-peak is the card's datasheet for bf16, and on a CPU the speed of a large matrix product in the same run.
+peak is the GPU's datasheet for bf16, and on a CPU the speed of a large matrix product in the same run.
 """
 
 import argparse
@@ -293,7 +293,7 @@ def measure(args):
 
 
 class Memory:
-    """Peak memory from here on: of the card's allocator, or of this process."""
+    """Peak memory from here on: of the GPU's allocator, or of this process."""
 
     def __init__(self, device):
         import torch

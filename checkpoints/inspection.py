@@ -30,11 +30,11 @@ BROKEN = (  # (condition, mark, name, what breaks, fix), from the libraries' own
     (lambda f: older("peft", "0.20"), NOTE, "peft", "transformers works with 0.20 and newer", INSTALL),
     (lambda f: installed("vllm"), NOTE, "vllm", "wants other versions of torch and transformers",
      "give it an environment of its own: docs/vllm.md"),
-    (lambda f: not f.cards, NOTE, "fp16", "does not train on a CPU", "leave --precision out (fp32), or bf16"),
-    (lambda f: any(card.capability < (8, 0) for card in f.cards), NOTE, "bf16",
-     "a card before compute capability 8.0 has none", "leave --precision out: it is fp16 with loss scaling"),
-    (lambda f: f.cards and os.environ.get("DS_ACCELERATOR") == "cpu", NOTE, "DS_ACCELERATOR",
-     "is cpu, so the cards are left alone", "unset it"),
+    (lambda f: not f.gpus, NOTE, "fp16", "does not train on a CPU", "leave --precision out (fp32), or bf16"),
+    (lambda f: any(gpu.capability < (8, 0) for gpu in f.gpus), NOTE, "bf16",
+     "a GPU before compute capability 8.0 has none", "leave --precision out: it is fp16 with loss scaling"),
+    (lambda f: f.gpus and os.environ.get("DS_ACCELERATOR") == "cpu", NOTE, "DS_ACCELERATOR",
+     "is cpu, so the GPUs are left alone", "unset it"),
 )
 
 
@@ -126,10 +126,10 @@ def checkpoint_lines(path, args, facts):
         lines.append(attempt("values", finite_text, opened))
     yield from lines
     if all(mark != BAD for mark, *_ in lines):
-        capability = min((card.capability for card in facts.cards), default=None)
+        capability = min((gpu.capability for gpu in facts.gpus), default=None)
         precision = "fp32" if capability is None else "bf16" if capability >= (8, 0) else "fp16"  # --precision auto
         needed = sum(counts) * BYTES[precision]
-        free = max((card.free for card in facts.cards), default=min(memory()[1], memory_limit()))
+        free = max((gpu.free for gpu in facts.gpus), default=min(memory()[1], memory_limit()))
         text = f"{size_text(needed)} to predict in {precision}, and the tokens; {size_text(free)} free"
         yield (NOTE, "memory", f"{text}: too little") if needed > free else (OK, "memory", text)
         flag = f" --model_name_or_path {args.model_name_or_path}" if args.model_name_or_path else ""

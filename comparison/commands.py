@@ -51,11 +51,11 @@ class Steps:
     """Runs commands once: each leaves a stamp with its command, a hash of it and its inputs, its seconds, and the hash
     of its result.
 
-    folder: for the stamps, and for results that this program alone looks after. cards: CUDA_VISIBLE_DEVICES of what the
+    folder: for the stamps, and for results that this program alone looks after. gpus: CUDA_VISIBLE_DEVICES of what the
     launcher starts. run_words: how a command is run; tests put another one here.
     """
 
-    def __init__(self, folder, cards="0", run_words=run_words):
+    def __init__(self, folder, gpus="0", run_words=run_words):
         self.folder = Path(folder)
         self.run_words = run_words
         self.commands = []
@@ -67,7 +67,7 @@ class Steps:
         # What a launch left in the shell means nothing to commands of one process, and the launcher gives its own.
         left = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
         self.environment = {**left, "PATH": path}
-        self.cards = cards
+        self.gpus = gpus
 
     def stamp_path(self, name):
         """Where the stamp of a step lies."""
@@ -174,8 +174,8 @@ class Steps:
             json.dump(values, file, ensure_ascii=False)
 
     def command_environment(self, words):
-        """The launcher takes these cards alone; on a CPU, which has none, that is the number of processes."""
-        return {**self.environment, "CUDA_VISIBLE_DEVICES": self.cards} if "deepspeed" in words else self.environment
+        """The launcher takes these GPUs alone; on a CPU, which has none, that is the number of processes."""
+        return {**self.environment, "CUDA_VISIBLE_DEVICES": self.gpus} if "deepspeed" in words else self.environment
 
 
 def newest_checkpoint(folder):

@@ -41,11 +41,9 @@ def true_or_false(text):
     raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
 
 
-def add_device_flags(parser, precision="auto: bf16 where the card has it, fp16 on older cards, fp32 on CPU"):
+def add_device_flags(parser, precision="auto: bf16 where the GPU has it, fp16 on older GPUs, fp32 on CPU"):
     """--device and --precision, alike everywhere."""
-    parser.add_argument(
-        "--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: a card if there is one"
-    )
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: a GPU if there is one")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help=precision)
     parser.add_argument(
         "--local_rank",

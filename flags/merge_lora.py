@@ -22,7 +22,7 @@ def merge_parser():
     parser.add_argument("--output_dir", type=expanded_path, help="new folder; left out: MODEL_DIR-merged")
     add_base_flag(parser)
     add_device_flags(parser, precision="of the merged weights; auto: the base checkpoint's own")
-    parser.set_defaults(device="cpu")  # it merges in float32, which not every card has room for
+    parser.set_defaults(device="cpu")  # it merges in float32, which not every GPU has room for
     return parser
 
 

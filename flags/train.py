@@ -109,13 +109,13 @@ def train_parser():
         "--optimizer",
         choices=("auto", "torch", "deepspeed_cpu"),
         default="auto",
-        help="AdamW of torch, or DeepSpeed's for offload (needs a C++ compiler); auto: the latter for offload on cards",
+        help="AdamW of torch, or DeepSpeed's for offload (needs a C++ compiler); auto: the latter for offload on GPUs",
     )
     training.add_argument(
         "--attention",
         choices=ATTENTION,
         default="sdpa",
-        help="sdpa: torch's fused kernels; flex: torch's flex attention, for cards; eager: written out, to compare",
+        help="sdpa: torch's fused kernels; flex: torch's flex attention, for GPUs; eager: written out, to compare",
     )
     training.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations to save memory")
     training.add_argument(

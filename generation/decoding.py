@@ -7,14 +7,14 @@ import torch
 
 from generation.kv_cache import RoomyCache
 
-STEPS_BETWEEN_CHECKS = 4  # on a card, where a look at the result waits for all that was started
+STEPS_BETWEEN_CHECKS = 4  # on a GPU, where a look at the result waits for all that was started
 
 
 def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, check_every=None, **model_kwargs):
     """For `model.generate(..., custom_generate=decode)`: the tokens that generate's own loop gives, sooner.
 
     input_ids: (N, prompt), padded on the left. Returns (N, prompt + new): prompts and answers, in the given order,
-    `pad_token_id` behind an answer's end. Every `check_every` steps (None: 1 on a CPU, more on a card) those rows
+    `pad_token_id` behind an answer's end. Every `check_every` steps (None: 1 on a CPU, more on a GPU) those rows
     leave the batch that have finished; processors and criteria must judge each row by itself. Draws follow from the
     seed, but differ from those of generate's loop once a row has left.
     """

@@ -13,7 +13,7 @@ def rms_norm(hidden, weight, eps):
 
 
 class RMSNormOnCPU(torch.autograd.Function):
-    """What a card's kernel does: keeps the input and a number for each row. (..., H), weight (H,)."""
+    """What a GPU's kernel does: keeps the input and a number for each row. (..., H), weight (H,)."""
 
     @staticmethod
     def forward(ctx, hidden, weight, eps):
@@ -80,7 +80,7 @@ class SeededDropout(nn.Dropout):
     def forward(self, hidden):
         if not self.training or self.p == 0.0:
             return hidden
-        # Drawn on the CPU: the seed is a number here, and a card is not waited for.
+        # Drawn on the CPU: the seed is a number here, and a GPU is not waited for.
         seed = torch.randint(2**62, (), dtype=torch.int64).item()
         return MaskFromSeed.apply(hidden, self.p, seed)
 

@@ -98,7 +98,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def label_positions(labels):
-    """Where the next token has a label: flat positions (M,) in labels (B, L). On a card this waits for the result,
+    """Where the next token has a label: flat positions (M,) in labels (B, L). On a GPU this waits for the result,
     so training makes them on the CPU with the batch."""
     is_labelled = F.pad(labels[:, 1:] != -100, (0, 1), value=False)
     return is_labelled.flatten().nonzero().squeeze(1)

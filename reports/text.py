@@ -277,7 +277,7 @@ def facts(results):
         yield say("system"), machine["system"]
         size = size_text(machine["memory_bytes"])
         yield say("CPU"), say("{cpu}, {size} memory", cpu=machine["cpu"], size=size)
-        yield say("cards"), "; ".join(machine["cards"]) or say("none")
+        yield say("GPUs"), "; ".join(machine["gpus"]) or say("none")
         yield say("versions"), ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     yield say("written"), results["time"]
 

@@ -136,7 +136,7 @@ ZH = {
     "system": "系统",
     "CPU": "CPU",
     "{cpu}, {size} memory": "{cpu}，内存 {size}",
-    "cards": "显卡",
+    "GPUs": "显卡",
     "versions": "版本",
     "written": "写于",
 }

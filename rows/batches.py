@@ -177,7 +177,7 @@ def collate(rows, pad_token_id, packed=False):
 
 
 def to_device(batch, device):
-    """The batch on the device; to a card it is copied while the card works (pinned memory, no waiting)."""
+    """The batch on the device; to a GPU it is copied while the GPU works (pinned memory, no waiting)."""
     import torch
 
     def move(value):

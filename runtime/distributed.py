@@ -37,7 +37,7 @@ def stop_distributed(engine=None):
 
 
 def sum_over_ranks(*values, group=None):
-    """Sums of numbers over all processes, as floats. Collective, and waits for the card."""
+    """Sums of numbers over all processes, as floats. Collective, and waits for the GPU."""
     import torch
     import torch.distributed as dist
 

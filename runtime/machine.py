@@ -104,23 +104,23 @@ def memory_limit(groups="/proc/self/cgroup", root="/sys/fs/cgroup"):
     return min(limits)
 
 
-Card = namedtuple("Card", "name total free capability")  # sizes in bytes, capability as in (9, 0)
+GPU = namedtuple("GPU", "name total free capability")  # sizes in bytes, capability as in (9, 0)
 
 
 @dataclass
 class Facts:
-    """What torch and nvidia-smi say about cards."""
+    """What torch and nvidia-smi say about GPUs."""
 
     cuda: str = None  # that torch is built for, '' for CPU only, None where torch cannot be imported
     driver_cuda: str = ""  # the newest that the driver runs
-    cards: list = field(default_factory=list)
+    gpus: list = field(default_factory=list)
     problem: str = ""  # why torch sees none, in its words
-    warned: list = field(default_factory=list)  # by torch, as of a card that it has no code for
+    warned: list = field(default_factory=list)  # by torch, as of a GPU that it has no code for
     smi: tuple = (None, "")  # exit code and output of nvidia-smi
 
 
-def find_cards(facts):
-    """Fill in the facts of cards."""
+def find_gpus(facts):
+    """Fill in the facts of GPUs."""
     facts.smi = output_of("nvidia-smi")
     facts.driver_cuda = "".join(re.findall(r"CUDA\D*Version: (\d+\.\d+)", facts.smi[1])[:1])
     import torch
@@ -128,17 +128,17 @@ def find_cards(facts):
     facts.cuda = torch.version.cuda or ""
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        mark, _, facts.problem = attempt("cards", torch.cuda.init)
+        mark, _, facts.problem = attempt("GPUs", torch.cuda.init)
         for number in range(torch.cuda.device_count() if mark == OK else 0):
-            card = torch.cuda.get_device_properties(number)
-            is_free, _, free = attempt("free", torch.cuda.mem_get_info, number)  # fails on a card that others fill
+            gpu = torch.cuda.get_device_properties(number)
+            is_free, _, free = attempt("free", torch.cuda.mem_get_info, number)  # fails on a GPU that others fill
             free = free[0] if is_free == OK else 0
-            facts.cards.append(Card(card.name, card.total_memory, free, (card.major, card.minor)))
+            facts.gpus.append(GPU(gpu.name, gpu.total_memory, free, (gpu.major, gpu.minor)))
     facts.warned = [" ".join(str(warning.message).split()) for warning in warned]
 
 
 def peak_memory(device):
-    """Most memory that this process has held: on its card, or its resident memory on a CPU. Bytes."""
+    """Most memory that this process has held: on its GPU, or its resident memory on a CPU. Bytes."""
     import resource
 
     import torch
@@ -155,12 +155,12 @@ def machine():
     """What the comparison runs on, and the versions."""
     with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
         names = re.findall(r"^model name\s*: (.*)$", file.read(), re.M)
-    code, cards = output_of("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
+    code, gpus = output_of("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
     return {
         "system": platform.platform(),
         "cpu": f"{len(os.sched_getaffinity(0))} x {names[0] if names else platform.machine()}",
         "memory_bytes": memory()[0],
-        "cards": cards.splitlines() if code == 0 else [],
+        "gpus": gpus.splitlines() if code == 0 else [],
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in PACKAGES},
     }

@@ -40,7 +40,7 @@ esac
 stamp=$VLLM_VENV/.vllm-$VLLM_VERSION
 if [ ! -e "$stamp" ]; then
     command -v nvidia-smi >/dev/null \
-        || fail "nvidia-smi: not found, and vLLM $VLLM_VERSION needs an NVIDIA card: use predict.py"
+        || fail "nvidia-smi: not found, and vLLM $VLLM_VERSION needs an NVIDIA GPU: use predict.py"
     is_good='import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 15))'
     for base in python3 python3.14 python3.13 python3.12 python3.11 none; do
         if command -v "$base" >/dev/null && "$base" -c "$is_good" 2>/dev/null; then
@@ -67,7 +67,7 @@ stop_server() {
         kill -0 "$server" 2>/dev/null || break
         sleep 0.5
     done
-    kill -KILL -- "-$server" 2>/dev/null || true  # its group: nothing of it keeps a card
+    kill -KILL -- "-$server" 2>/dev/null || true  # its group: nothing of it keeps a GPU
     wait "$server" 2>/dev/null || true
 }
 trap stop_server EXIT

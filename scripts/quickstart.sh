@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh clone to a fine-tuned, merged and scored tiny model, on any Linux machine, with or without a card.
+# From a fresh clone to a fine-tuned, merged and scored tiny model, on any Linux machine, with or without a GPU.
 #   bash scripts/quickstart.sh
 #   MODE=glm2 TRAIN_TYPE=ptuning bash scripts/quickstart.sh
 set -euo pipefail

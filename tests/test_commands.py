@@ -27,7 +27,7 @@ def parts(command):
 def is_run(command):
     """A command for each mode, of a train type in turn; test_launch.py starts others.
 
-    ALL_CASES=1 runs each mode and train type on one card, and what exists for four cards alone.
+    ALL_CASES=1 runs each mode and train type on one GPU, and what exists for four GPUs alone.
     """
     args = train_parser().parse_args(parts(command)[1])
     if os.environ.get("ALL_CASES"):
@@ -77,14 +77,14 @@ def test_flags_are_taken(command, models, monkeypatch):
 def test_command_runs_as_written(command, models, tmp_path):
     for path in models.iterdir():
         (tmp_path / path.name).symlink_to(path)
-    num_cards = 4 if "0,1,2,3" in command else 1
-    process = run_command(command.replace(PORT, f"--master_port {free_port()} "), tmp_path, LOCAL_SIZE=str(num_cards))
+    num_gpus = 4 if "0,1,2,3" in command else 1
+    process = run_command(command.replace(PORT, f"--master_port {free_port()} "), tmp_path, LOCAL_SIZE=str(num_gpus))
     check_done(process)
     # The launcher ends with 0, too, where its second process is killed from outside: the run itself must have said it.
     assert "done: " in process.stdout, f"{process.stdout[-3000:]}\n{process.stderr[-3000:]}"
     args = train_parser().parse_args(parts(command)[1])
     [log] = tmp_path.glob("output-glm*/train_log.jsonl")
-    updates_per_epoch = -(-5 // (args.per_device_train_batch_size * args.gradient_accumulation_steps * num_cards))
+    updates_per_epoch = -(-5 // (args.per_device_train_batch_size * args.gradient_accumulation_steps * num_gpus))
     last = json.loads(log.read_text().splitlines()[-1])
     assert last["step"] == updates_per_epoch * args.num_train_epochs
     assert len(list(log.parent.glob("epoch-*/run.json"))) == args.num_train_epochs

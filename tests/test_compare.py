@@ -551,7 +551,7 @@ RESULTS = {
         | {"answers": {"法": {"text": "", "score": 50.0}}}
     ],
     "commands": ["python train.py --x '<script>'"],
-    "machine": {"system": "Linux", "cpu": "2 x X", "memory_bytes": 1e9, "cards": [], "versions": {"torch": "2.13.0"}},
+    "machine": {"system": "Linux", "cpu": "2 x X", "memory_bytes": 1e9, "gpus": [], "versions": {"torch": "2.13.0"}},
     "time": "2026-01-01 10:00",
 }
 

@@ -29,7 +29,7 @@ from modes import MODES
 from runtime import machine
 from runtime.folders import close_folder
 
-CARD = machine.Card("H", 80 * 10**9, 70 * 10**9, (9, 0))
+H100 = machine.GPU("H", 80 * 10**9, 70 * 10**9, (9, 0))
 SMI = "NVIDIA-SMI 550.1  Driver Version: 550.1  CUDA Version: 12.4"
 ZEROS = "base_model.model.transformer.encoder.layers.0.self_attention.query_key_value.lora_A.weight"
 
@@ -221,10 +221,10 @@ def test_memory_to_predict(here, monkeypatch):
     folder = here.model()
     for facts, says in (
         (machine.Facts(), "1.4 MB to predict in fp32"),
-        (machine.Facts(cards=[CARD]), "698.5 KB to predict in bf16, and the tokens; 70.0 GB free"),
-        (machine.Facts(cards=[CARD._replace(capability=(7, 5))]), "in fp16"),
-        (machine.Facts(cards=[CARD._replace(capability=(8, 0))]), "in bf16"),  # an A100
-        (machine.Facts(cards=[CARD, CARD._replace(capability=(7, 5), free=2 * 10**9)]), "in fp16"),
+        (machine.Facts(gpus=[H100]), "698.5 KB to predict in bf16, and the tokens; 70.0 GB free"),
+        (machine.Facts(gpus=[H100._replace(capability=(7, 5))]), "in fp16"),
+        (machine.Facts(gpus=[H100._replace(capability=(8, 0))]), "in bf16"),  # an A100
+        (machine.Facts(gpus=[H100, H100._replace(capability=(7, 5), free=2 * 10**9)]), "in fp16"),
     ):
         assert says in text_of(look(folder, facts=facts), "memory")
     monkeypatch.setattr(inspection, "memory", lambda: (1000, 1000))
@@ -257,7 +257,7 @@ def test_packages(monkeypatch):
     assert text_of(lines, "numpy").startswith("1.0, but the tests run with 2")
     assert any("needs tokenizers<" in text and "here is 0.1: pip install 'tokenizers<" in text for text in bad(lines))
     versions |= {"transformers": "4.33.0", "torch": "2.0.1+cu118"}
-    found = [(mark, name) for mark, name, _ in inspection.broken_lines(machine.Facts(cards=[CARD]))]
+    found = [(mark, name) for mark, name, _ in inspection.broken_lines(machine.Facts(gpus=[H100]))]
     assert found.count(("BAD", "transformers")) == 1 and ("note", "torch") in found
 
 
@@ -267,10 +267,10 @@ def test_a_missing_library_ends_its_section_only(monkeypatch, capsys):
     assert "not looked at" in capsys.readouterr().out
 
 
-def test_no_card(monkeypatch, tmp_path):
+def test_no_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor.glob, "glob", lambda pattern: [])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert list(doctor.card_lines(machine.Facts(cuda=""))) == [("note", "cards", "none: tiny models only")]
+    assert list(doctor.gpu_lines(machine.Facts(cuda=""))) == [("note", "GPUs", "none: tiny models only")]
     for facts, says in (
         (machine.Facts(smi=(0, SMI)), "torch cannot be imported"),
         (machine.Facts(cuda="", smi=(0, SMI)), "built for CPU only: pip install --force-reinstall"),
@@ -278,9 +278,9 @@ def test_no_card(monkeypatch, tmp_path):
         (machine.Facts(cuda="12.8", driver_cuda="12.4", smi=(0, SMI), problem="no device"), "torch says 'no device'"),
         (machine.Facts(cuda="13.0", smi=(9, "it couldn't communicate")), "nvidia-smi says"),
     ):
-        assert says in bad(doctor.card_lines(facts))[0]
+        assert says in bad(doctor.gpu_lines(facts))[0]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert "CUDA_VISIBLE_DEVICES is ''" in bad(doctor.card_lines(machine.Facts(cuda="13.0", smi=(0, SMI))))[0]
+    assert "CUDA_VISIBLE_DEVICES is ''" in bad(doctor.gpu_lines(machine.Facts(cuda="13.0", smi=(0, SMI))))[0]
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch is built for CUDA")
@@ -290,18 +290,18 @@ def test_a_driver_and_a_torch_for_cpu(monkeypatch, tmp_path):
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     facts = machine.Facts()
-    machine.find_cards(facts)
-    assert facts.driver_cuda == "12.4" and "built for CPU only" in bad(doctor.card_lines(facts))[0]
+    machine.find_gpus(facts)
+    assert facts.driver_cuda == "12.4" and "built for CPU only" in bad(doctor.gpu_lines(facts))[0]
 
 
-def test_cards(monkeypatch):
+def test_gpus(monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    old = CARD._replace(name="T", capability=(7, 5))
-    facts = machine.Facts(cuda="12.8", driver_cuda="12.4", cards=[CARD, old], smi=(0, SMI), warned=["no code"])
-    lines = list(doctor.card_lines(facts))
+    old = H100._replace(name="T", capability=(7, 5))
+    facts = machine.Facts(cuda="12.8", driver_cuda="12.4", gpus=[H100, old], smi=(0, SMI), warned=["no code"])
+    lines = list(doctor.gpu_lines(facts))
     assert text_of(lines, "CUDA") == "torch is built for 12.8, the driver 550.1 runs up to 12.4"
-    assert text_of(lines, "card 0") == "H, 80.0 GB, free 70.0 GB, compute capability 9.0, bf16 yes"
-    assert text_of(lines, "card 1").endswith("bf16 no") and ("note", "torch warns", "no code") in lines
+    assert text_of(lines, "GPU 0") == "H, 80.0 GB, free 70.0 GB, compute capability 9.0, bf16 yes"
+    assert text_of(lines, "GPU 1").endswith("bf16 no") and ("note", "torch warns", "no code") in lines
     assert [name for _, name, _ in inspection.broken_lines(facts)] == ["bf16", "DS_ACCELERATOR"]
     size = os.statvfs("/dev/shm")
     monkeypatch.setattr(doctor.os, "statvfs", lambda path: argparse.Namespace(f_frsize=1, f_blocks=64 << 20))
@@ -447,7 +447,7 @@ def test_the_command(here):
     command += ["--train_path", answers_of(here, "（甲）")]
     process = subprocess.run(command, capture_output=True, text=True)
     assert process.returncode == 1 and process.stderr == ""
-    for title in ("versions", "machine", "cards", "compilers", "known to fail", "model", str(GOLDEN_FOLDERS["glm"])):
+    for title in ("versions", "machine", "GPUs", "compilers", "known to fail", "model", str(GOLDEN_FOLDERS["glm"])):
         assert f"\n{title}\n" in process.stdout
     assert "\n  BAD   weights         model/pytorch_model-00001-of-00002.bin: truncated" in process.stdout
     assert "\n  ok    torch " in process.stdout and "python predict.py --model_path" in process.stdout

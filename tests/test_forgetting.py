@@ -399,7 +399,7 @@ def refused(words, capsys):
         (["--model_path", "nowhere"], "--model_path nowhere: no such folder"),
         (["--suite", "nowhere"], "--suite nowhere: no such file or folder"),
         (["--before", "nowhere.json"], "--before nowhere.json: cannot be read as JSON"),
-        (["--device", "card"], "argument --device: invalid choice"),
+        (["--device", "GPU"], "argument --device: invalid choice"),
         (["--mode", "glm"], "--mode glm: config.json of"),
         (["--temperature", "1"], "unrecognized arguments: --temperature 1"),
     ],

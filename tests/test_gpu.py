@@ -1,4 +1,4 @@
-"""What only a CUDA card shows; skipped where there is none."""
+"""What only a CUDA GPU shows; skipped where there is none."""
 
 import json
 
@@ -40,14 +40,14 @@ def test_trains_in_16_bits(mode, precision, tmp_path):
     assert any(tensor.abs().sum() > 0 for name, tensor in adapter.items() if "lora_B" in name), "nothing was trained"
 
 
-def test_weights_go_straight_to_a_card(golden):
+def test_weights_go_straight_to_a_gpu(golden):
     model = load_base(golden.folder, golden.mode, golden.config(), torch.bfloat16, device="cuda")
     stored = {name: rows[:].clone() for name, _, rows in stored_tensors(golden.folder)}
     for name, parameter in model.named_parameters():
         assert parameter.is_cuda and torch.equal(parameter.cpu(), stored[name].bfloat16()), name
 
 
-def test_logits_on_a_card(golden):
+def test_logits_on_a_gpu(golden):
     model = golden.model().cuda()
     logits = model(golden.tensors["one.input_ids"].cuda()).logits.cpu()
     assert (logits - golden.tensors["one.logits"]).abs().max() < 1e-2
@@ -56,7 +56,7 @@ def test_logits_on_a_card(golden):
 @pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
 @pytest.mark.parametrize("kind", ["all", "lora", "prefix_embedding"])
 @pytest.mark.parametrize("mode", MODES)
-def test_fast_step_equals_plain_step_on_a_card(mode, kind, attention):
+def test_fast_step_equals_plain_step_on_a_gpu(mode, kind, attention):
     golden, model = build(mode, kind)
     model, rows, device = model.cuda(), rows_of(golden), torch.device("cuda")
     with plain_settings(model, checkpointing=False):
@@ -67,10 +67,10 @@ def test_fast_step_equals_plain_step_on_a_card(mode, kind, attention):
         batch = to_device(collate(rows, 0, packed), device)
         found = gradients(model, model(**batch, num_items_in_batch=100).loss)
         assert found[0] == pytest.approx(wanted[0], rel=1e-4)
-        check_same((wanted[0], found[1]), wanted, tolerance=5e-3)  # the card's sums are shorter
+        check_same((wanted[0], found[1]), wanted, tolerance=5e-3)  # the GPU's sums are shorter
 
 
-def test_a_micro_batch_does_not_wait_for_the_card():
+def test_a_micro_batch_does_not_wait_for_the_gpu():
     golden, model = build("glm3", "lora")
     batch = to_device(collate(rows_of(golden), 0, packed=True), torch.device("cuda"))
     model = model.cuda()

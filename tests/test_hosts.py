@@ -116,8 +116,8 @@ def test_the_interface_on_the_way(launched, monkeypatch):
     """That of the address by which the first process is reached, unless the environment names one; on one host, none
     but the host itself."""
     own = "192.0.2.7", "2001:db8::7"
-    cards = {"lo": ["127.0.0.1", "::1"], "eth0": [own[0], "fe80::1%eth0"], "eth1": [own[1], "fe80::2%eth1"]}
-    entries = {name: [type("Entry", (), {"address": text}) for text in texts] for name, texts in cards.items()}
+    interfaces = {"lo": ["127.0.0.1", "::1"], "eth0": [own[0], "fe80::1%eth0"], "eth1": [own[1], "fe80::2%eth1"]}
+    entries = {name: [type("Entry", (), {"address": text}) for text in texts] for name, texts in interfaces.items()}
     monkeypatch.setattr("psutil.net_if_addrs", lambda: entries)
     for address, name in zip(own, ("eth0", "eth1")):
         assert hosts.interface_of(address) == name
@@ -194,12 +194,12 @@ def test_a_free_port_is_not_one_that_the_system_gives():
 @pytest.mark.parametrize(
     "text, says",
     [
-        ("node1\n", ":1: write HOST slots=CARDS: node1"),
-        ("# two\n\nnode1 slots=2\nnode2 slots=two\n", ":4: write HOST slots=CARDS: node2 slots=two"),
-        ("node1 slots=0\n", ":1: write HOST slots=CARDS: node1 slots=0"),
+        ("node1\n", ":1: write HOST slots=GPUS: node1"),
+        ("# two\n\nnode1 slots=2\nnode2 slots=two\n", ":4: write HOST slots=GPUS: node2 slots=two"),
+        ("node1 slots=0\n", ":1: write HOST slots=GPUS: node1 slots=0"),
         ("node1 slots=1\nnode1 slots=1\n", ":2: the host stands there twice, give it one line: node1"),
-        ("# none\n", ": holds no host: write a line HOST slots=CARDS for each"),
-        (None, ': no such file: write a line "HOST slots=CARDS" for each host'),
+        ("# none\n", ": holds no host: write a line HOST slots=GPUS for each"),
+        (None, ': no such file: write a line "HOST slots=GPUS" for each host'),
         ("node1 slots=1\nnode2\tslots=2 \n", None),
     ],
 )

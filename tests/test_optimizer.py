@@ -112,9 +112,9 @@ def test_flags_and_file_agree():
 
 
 def test_choice_of_adam():
-    cpu, card = torch.device("cpu"), torch.device("cuda")
-    assert choose_adam("auto", True, cpu) == choose_adam("torch", True, card) == (False, "torch AdamW")
-    assert choose_adam("auto", False, card) == (False, "torch AdamW")
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert choose_adam("auto", True, cpu) == choose_adam("torch", True, gpu) == (False, "torch AdamW")
+    assert choose_adam("auto", False, gpu) == (False, "torch AdamW")
 
 
 def test_without_a_compiler(monkeypatch):

@@ -92,12 +92,12 @@ def test_shell_scripts_parse(path):
     assert subprocess.run(["bash", "-n", str(path)], capture_output=True).returncode == 0
 
 
-@pytest.mark.parametrize("name", ["train_one_card.sh", "train_four_cards.sh", "train_hosts.sh"])
+@pytest.mark.parametrize("name", ["train_one_gpu.sh", "train_four_gpus.sh", "train_hosts.sh"])
 @pytest.mark.parametrize("mode", MODES)
 def test_launchers(name, mode, tmp_path):
     """What the launcher scripts start is a command line that train.py takes."""
     stub = tmp_path / "deepspeed"
-    stub.write_text('#!/bin/bash\necho "CARDS=$CUDA_VISIBLE_DEVICES"\nprintf "%s\\n" "$@"\n')
+    stub.write_text('#!/bin/bash\necho "GPUS=$CUDA_VISIBLE_DEVICES"\nprintf "%s\\n" "$@"\n')
     stub.chmod(0o755)
     (tmp_path / "hostfile").write_text("worker-1 slots=4\n")
     environment = {
@@ -111,12 +111,12 @@ def test_launchers(name, mode, tmp_path):
         ["bash", str(ROOT / "scripts" / name), "--seed", "7"], env=environment, capture_output=True, text=True
     )
     assert process.returncode == 0, process.stderr
-    cards, *words = process.stdout.splitlines()
+    gpus, *words = process.stdout.splitlines()
     args = train.train_parser().parse_args(words[words.index("train.py") + 1 :])
     assert args.mode == mode and args.seed == 7 and args.model_name_or_path == "some/model"
     read_ds_file(args.ds_file)
-    if name == "train_four_cards.sh":
-        assert cards == "CARDS=0,1,2,3" and ("offload.json" in args.ds_file)
+    if name == "train_four_gpus.sh":
+        assert gpus == "GPUS=0,1,2,3" and ("offload.json" in args.ds_file)
         assert ("no_offload" not in args.ds_file) == (mode == "glm")
 
 

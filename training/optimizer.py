@@ -38,7 +38,7 @@ def cpu_adam_problem():
 def choose_adam(wanted, offload, device):
     """(use DeepSpeed's compiled CPU Adam?, what to call it) for `--optimizer`; asked before weights are read.
 
-    auto: the compiled one where optimizer state is offloaded from a card and it can be built.
+    auto: the compiled one where optimizer state is offloaded from a GPU and it can be built.
     """
     if wanted == "deepspeed_cpu" or (wanted == "auto" and offload and device.type == "cuda"):
         problem = cpu_adam_problem()

@@ -1,4 +1,4 @@
-"""Several hosts on one machine: network namespaces, each with a network card, an /etc/hosts and a name of its own.
+"""Several hosts on one machine: network namespaces, each with a network interface, an /etc/hosts and a name of its own.
 
 The trials run scripts/train_hosts.sh as a user would: on each host, or through ssh and pdsh where these are installed.
 They are a part of soak.py (bash scripts/try_hosts.sh).

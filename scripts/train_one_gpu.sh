@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One card: LoRA on ChatGLM3-6B. Change the first lines; everything else is the README's table.
-#   MODEL=THUDM/chatglm3-6b MODE=glm3 TRAIN_TYPE=lora bash scripts/train_one_card.sh [more flags of train.py]
+# One GPU: LoRA on ChatGLM3-6B. Change the first lines; everything else is the README's table.
+#   MODEL=THUDM/chatglm3-6b MODE=glm3 TRAIN_TYPE=lora bash scripts/train_one_gpu.sh [more flags of train.py]
 # Stopped or killed? The same line again goes on from the last state.
 set -euo pipefail
 MODEL=${MODEL:-ChatGLM3-6B/}

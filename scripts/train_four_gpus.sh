@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Four cards of 48 GB (A40): all weights of ChatGLM2-6B or ChatGLM3-6B with ZeRO-3. ChatGLM-6B needs the offload file.
-#   MODEL=THUDM/chatglm2-6b MODE=glm2 bash scripts/train_four_cards.sh [more flags of train.py]
+# Four GPUs of 48 GB (A40): all weights of ChatGLM2-6B or ChatGLM3-6B with ZeRO-3. ChatGLM-6B needs the offload file.
+#   MODEL=THUDM/chatglm2-6b MODE=glm2 bash scripts/train_four_gpus.sh [more flags of train.py]
 # Stopped or killed? The same line again goes on from the last state.
 set -euo pipefail
 MODEL=${MODEL:-ChatGLM3-6B/}
