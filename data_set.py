@@ -1,10 +1,51 @@
-"""Rows: read, checked and turned into ids."""
+"""The rows of a run: encoded, held out, mixed, shown."""
 
 import numpy
 
-from rows.checks import Columns, Notes, Number, check_row, wrapped  # noqa: F401, Columns belong to reading
-from rows.reading import read_rows
+from generation.lengths import columns_of
+from rows.cache import load_rows
+from rows.checks import Notes
+from rows.encoding import show_row
+from rows.reading import read_row, read_rows
 from runtime.exits import UserError
+from runtime.hosts import check_same
+from runtime.ranks import is_local_main, print_rank_0, world_size
+
+
+def load_data(args, tokenizer, mode):
+    """(rows to train on, held-out rows or None), as the flags say; what was found is printed. Collective.
+
+    The first process of a host encodes them where that was not done before, the others wait for it.
+    """
+
+    def encoded(paths, what="rows"):
+        found, counts = load_rows(
+            paths,
+            columns_of(args),
+            tokenizer,
+            mode,
+            args.max_len,
+            args.max_src_len,
+            args.is_skip,
+            args.num_proc,
+            encodes=is_local_main(),
+            skip_bad_rows=args.skip_bad_rows,
+        )
+        check_same(f"{what} (or the tokenizer)", found.key)
+        print_rank_0(describe_counts(counts, args.max_len, args.max_src_len, args.is_skip, what))
+        return found
+
+    rows = encoded(args.train_path)
+    held_out = encoded(args.eval_path, "held-out rows") if args.eval_path else None
+    if args.eval_ratio:
+        rows, held_out = hold_out(rows, args.eval_ratio, args.seed)
+    if args.replay_path:
+        rows = mix(rows, encoded(args.replay_path, "general rows"), args.replay_ratio, args.seed)
+    if len(rows) < world_size():
+        words = f"{len(rows)} rows for {world_size()} processes: give at least one row to each, or start fewer"
+        raise UserError(f"--train_path: {words}")
+    print_rank_0(show_row(rows[0], tokenizer, read_row(args.train_path, columns_of(args), rows.place(0))))
+    return rows, held_out
 
 
 def describe_counts(counts, max_len, max_src_len, is_skip, what="rows"):
@@ -26,10 +67,10 @@ def describe_counts(counts, max_len, max_src_len, is_skip, what="rows"):
     return "\n".join([text, *files, *Notes(**counts["notes"]).lines(what)])
 
 
-def texts_of(rows, columns, args):
+def texts_of(rows, args):
     """The texts of encoded rows, {"query", "answer"}, in their order: read again from their files."""
     paths, bad_rows = args.eval_path or args.train_path, [] if args.skip_bad_rows else None
-    by_place = {row["place"]: row for row in read_rows(paths, columns, bad_rows=bad_rows)}
+    by_place = {row["place"]: row for row in read_rows(paths, columns_of(args), bad_rows=bad_rows)}
     return [by_place[rows.place(n)] for n in range(len(rows))]
 
 

@@ -17,23 +17,18 @@ from checkpoints.opening import read_config, read_tokenizer, resolve_folder
 from checkpoints.progress import Progress
 from checkpoints.saving import checkpoint_bytes
 from checkpoints.states import convert, load_state, state_bytes
-from data_set import describe_counts, hold_out, mix, texts_of
-from flags.common import folder_problems
-from flags.train import ATTENTION, hold_output, length_problems, parse_train
-from generation.lengths import columns_of, window_problem
+from data_set import load_data, texts_of
+from flags.train import ATTENTION, check_folder, check_limits, hold_output, parse_train
 from modeling.gradient_checkpointing import checkpoint_layers
 from modes import MODES
 from rows.batches import Updates, collate, to_device
-from rows.cache import load_rows
-from rows.encoding import show_row
-from rows.reading import read_row
 from runtime.distributed import on_main, stop_distributed, sum_over_ranks
-from runtime.exits import EXIT_LEFT, BadNumbers, fail
+from runtime.exits import fail
 from runtime.folders import require_space
 from runtime.holding import require_there
-from runtime.hosts import check_same, check_shared, control_group, ending_in, start_distributed
+from runtime.hosts import check_shared, control_group, ending_in, start_distributed
 from runtime.machine import peak_memory
-from runtime.ranks import is_local_main, print_rank_0, world_size
+from runtime.ranks import print_rank_0, world_size
 from runtime.watchdog import together
 from train_types import TRAIN_TYPES, count_parameters
 from training.bad_numbers import check_skipped, explain_bad_loss, keep_going_at_low_scale
@@ -43,7 +38,7 @@ from training.going_on import check_start, open_start, put_start
 from training.optimizer import build_optimizer, build_scheduler, choose_adam
 from training.resuming import choose_state, fingerprint, write_fingerprint
 from training.run_folder import RunFolder, last_checkpoint
-from training.run_log import RunLog, Speed
+from training.run_log import RunLog, Speed, end
 from utils import choose_device, choose_precision, prepare_environment, set_seed, torch_dtype
 
 
@@ -73,51 +68,19 @@ def main(argv, watch):
     # Checkpoint: names and shapes are checked before any weight is read.
     start = open_start(args)  # an adapter or a prefix encoder to go on from
     folder = start.base_folder if start else resolve_folder(args.model_name_or_path)
-    complete_mode(args, folder)
+    check_folder(args, folder)
     mode, train_type = MODES[args.mode], TRAIN_TYPES[args.train_type]
     config = read_config(folder, mode, train_type.config_changes(args))
-    for flag, most in (("lora_dim", config.hidden_size), ("pre_seq_len", config.window)):
-        if flag in train_type.flags and getattr(args, flag) > most:
-            fail(f"--{flag} {getattr(args, flag)}: use at most {most} with this model")
+    check_limits(args, config, mode, train_type)
     names = check_weights(folder, mode, config, new_prefix=train_type.weights == "prefix")
     if problems := train_type.problems(names, args):
         fail(problems)
     check_start(start, config)
     tokenizer = read_tokenizer(folder, mode, config)
     is_compiled, optimizer_name = choose_adam(args.optimizer, offloads(ds_config), device)
-    if args.max_len > config.window:
-        fail(f"--max_len {args.max_len}: the model's window is {config.window} tokens: use at most {config.window}")
-    answer_lengths = (args.max_src_len, args.eval_max_new_tokens, config, mode.prompt, "eval_max_new_tokens")
-    if args.eval_generate and (problem := window_problem(*answer_lengths)):
-        fail(problem)
 
-    # Rows: the first process of a host encodes them where that was not done before, the others wait for it.
-    def encoded(paths, what="rows"):
-        found, counts = load_rows(
-            paths,
-            columns_of(args),
-            tokenizer,
-            mode,
-            args.max_len,
-            args.max_src_len,
-            args.is_skip,
-            args.num_proc,
-            encodes=is_local_main(),
-            skip_bad_rows=args.skip_bad_rows,
-        )
-        check_same(f"{what} (or the tokenizer)", found.key)
-        print_rank_0(describe_counts(counts, args.max_len, args.max_src_len, args.is_skip, what))
-        return found
-
-    rows = encoded(args.train_path)
-    eval_rows = encoded(args.eval_path, "held-out rows") if args.eval_path else None
-    if args.eval_ratio:
-        rows, eval_rows = hold_out(rows, args.eval_ratio, args.seed)
-    if args.replay_path:
-        rows = mix(rows, encoded(args.replay_path, "general rows"), args.replay_ratio, args.seed)
-    if len(rows) < world:
-        fail(f"--train_path: {len(rows)} rows for {world} processes: give at least one row to each, or start fewer")
-    print_rank_0(show_row(rows[0], tokenizer, read_row(args.train_path, columns_of(args), rows.place(0))))
+    # Rows, and which of them each update takes.
+    rows, eval_rows = load_data(args, tokenizer, mode)
     updates = Updates(
         rows.lengths,
         rows.num_labels,
@@ -170,7 +133,7 @@ def main(argv, watch):
         load_state(engine, state, info, args.seed)
     evaluation = None
     if eval_rows is not None:
-        texts = texts_of(eval_rows, columns_of(args), args) if args.eval_generate else []
+        texts = texts_of(eval_rows, args) if args.eval_generate else []
         evaluation = Evaluation(args, eval_rows, texts, tokenizer, mode.prompt, device, group, zero3)
         progress.judge_by(args.metric_for_best_model, eval_rows.key)
     require_there(args.output_dir)
@@ -182,27 +145,12 @@ def main(argv, watch):
 
     run_folder = RunFolder(args, base, precision, engine, tokenizer, train_type, (trained, total), log, identity, split)
 
-    def evaluate(step, epoch):
-        """Evaluate, and keep the weights if they are the best. Have evaluations been worse for long enough to stop?"""
-        progress.owes_evaluation = False
-        scores, before = evaluation(engine, step), (progress.best_value, progress.best_step)
-        run_folder.require()
-        is_best = progress.is_best(args.metric_for_best_model, scores.get(args.metric_for_best_model))
-        log.evaluated(step, scores, is_best)
-        if is_best:
-            run_folder.save_weights(step, epoch + 1, name="best", scores=scores)
-            if run_folder.problem:
-                progress.forget_best(before)
-        return 0 < args.early_stopping_patience <= progress.num_worse
-
     if state and progress.best_step:
         run_folder.take_best(state, progress.best_step)
-    # An evaluation that was due when the run left; it may be the one that ends the run.
-    num_epochs, last_epoch = args.num_train_epochs, (progress.step - 1) // len(updates)
     watch.is_training = True  # a request to leave is heard at the end of a step from here on
-    if evaluation and progress.owes_evaluation and evaluate(progress.step, last_epoch):
+    num_epochs = args.num_train_epochs
+    if evaluation and evaluation.catch_up(run_folder, progress, len(updates)):
         num_epochs = 0
-        run_folder.save_weights(progress.step, last_epoch + 1)
 
     # The loop. A step is one optimizer update.
     speed, num_asked, is_last = Speed(), 0, True
@@ -250,7 +198,7 @@ def main(argv, watch):
         if evaluation and evaluation.is_due(step, is_epoch_end, is_last):
             progress.owes_evaluation = bool(num_asked) and not is_last  # it may take long: the resumed run does it
             if not progress.owes_evaluation:
-                is_last = evaluate(step, epoch) or is_last
+                is_last = evaluation.keep_best(run_folder, progress, step, epoch) or is_last
         if is_epoch_end or is_last or is_due(step, args.save_model_step):
             run_folder.save_weights(step, epoch + 1)
         if not is_last and (num_asked or is_due(step, args.save_state_step)):
@@ -269,31 +217,6 @@ def main(argv, watch):
 def is_due(step, interval):
     """Is it time for what is done every `interval` steps? 0: never."""
     return interval > 0 and step % interval == 0
-
-
-def end(output_dir, progress, is_last, problem):
-    """The last words of a run: it is done, or it leaves because it was asked to."""
-    step, num_left_out = progress.step, progress.step - progress.num_applied
-    if num_left_out:
-        print_rank_0(f"{num_left_out} of {step} updates were left out: their gradients were not finite")
-    if problem and is_last:
-        fail(f"{problem}; make room and start again with --resume auto: the last checkpoint is missing", code=1)
-    if problem:
-        fail(f"left after step {step} without a state: {problem}", code=1)
-    if not is_last:
-        print_rank_0(f"left after step {step}: the same command with --resume auto goes on from {output_dir}")
-        sys.exit(EXIT_LEFT)
-    if progress.num_applied == 0:
-        raise BadNumbers(
-            "no update was applied, every gradient was infinite or NaN: check the base weights, or use --precision bf16"
-        )
-    print_rank_0(f"done: {step} updates, {output_dir}")
-
-
-def complete_mode(args, folder):
-    """Check what a hub name left open until its config.json was there."""
-    if problems := folder_problems(args, "--model_name_or_path", folder) or length_problems(args):
-        fail(problems)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,13 @@ from flags.common import (
     add_row_flags,
     collect,
     expanded_path,
+    folder_problems,
     model_problems,
     place_problem,
     range_problems,
     true_or_false,
 )
-from generation.lengths import LEAST_SRC_LEN, columns_of
+from generation.lengths import LEAST_SRC_LEN, columns_of, window_problem
 from modes import MODES
 from rows.reading import data_files
 from runtime.exits import UserError, fail
@@ -376,3 +377,21 @@ def is_run_folder(folder):
     """Is the folder empty, or does it hold what train.py writes first?"""
     names = names_in(folder)
     return not names or any(name.startswith(("fingerprint.json", "state-step-")) for name in names)
+
+
+def check_folder(args, folder):
+    """Check what a hub name left open until its config.json was there."""
+    if problems := folder_problems(args, "--model_name_or_path", folder) or length_problems(args):
+        fail(problems)
+
+
+def check_limits(args, config, mode, train_type):
+    """Refuse flags that ask for more than the model has."""
+    for flag, most in (("lora_dim", config.hidden_size), ("pre_seq_len", config.window)):
+        if flag in train_type.flags and getattr(args, flag) > most:
+            fail(f"--{flag} {getattr(args, flag)}: use at most {most} with this model")
+    if args.max_len > config.window:
+        fail(f"--max_len {args.max_len}: the model's window is {config.window} tokens: use at most {config.window}")
+    answer_lengths = (args.max_src_len, args.eval_max_new_tokens, config, mode.prompt, "eval_max_new_tokens")
+    if args.eval_generate and (problem := window_problem(*answer_lengths)):
+        fail(problem)

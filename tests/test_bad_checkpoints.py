@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 
 import train_types
 from checkpoints import adapter_settings, base_weights, inspection, opening, weight_files
-from flags.train import train_parser
+from flags.train import check_folder, train_parser
 from modes import MODES, possible_modes
 from runtime import machine
 
@@ -357,12 +357,10 @@ def test_wrong_mode(here, mode, other):
 
 
 def test_a_folder_of_the_hub_that_could_be_two_families(here):
-    import train
-
     NO_NAMES(here.model("glm3"))
     args = train_parser().parse_args("--train_path x --model_name_or_path a/b --output_dir x".split())
     with pytest.raises(SystemExit):
-        train.complete_mode(args, str(here.folder / "model"))
+        check_folder(args, str(here.folder / "model"))
     assert "fits glm2 or glm3: give --mode" in here.capsys.readouterr().err
 
 

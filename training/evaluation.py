@@ -33,6 +33,28 @@ class Evaluation:
         answers = self.answers(engine, batch_size)
         return {"loss": loss, **on_main(lambda: self.score(step, answers))}
 
+    def keep_best(self, run_folder, progress, step, epoch):
+        """Evaluate, and keep the weights if they are the best. Have evaluations been worse for long enough to stop?"""
+        progress.owes_evaluation = False
+        scores, before = self(run_folder.engine, step), (progress.best_value, progress.best_step)
+        run_folder.require()
+        metric = self.args.metric_for_best_model
+        is_best = progress.is_best(metric, scores.get(metric))
+        run_folder.log.evaluated(step, scores, is_best)
+        if is_best:
+            run_folder.save_weights(step, epoch + 1, name="best", scores=scores)
+            if run_folder.problem:
+                progress.forget_best(before)
+        return 0 < self.args.early_stopping_patience <= progress.num_worse
+
+    def catch_up(self, run_folder, progress, updates_per_epoch):
+        """The evaluation that was due when an earlier run left. Was it the one that ends the run?"""
+        epoch = (progress.step - 1) // updates_per_epoch
+        is_end = progress.owes_evaluation and self.keep_best(run_folder, progress, progress.step, epoch)
+        if is_end:
+            run_folder.save_weights(progress.step, epoch + 1)
+        return is_end
+
     def score(self, step, answers):
         """The metrics of score.py; the answers are kept in eval-step-N.jsonl, which it can read again."""
         from evaluation.metrics import score_rows

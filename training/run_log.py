@@ -6,7 +6,7 @@ import sys
 import time
 
 from reports.plots import picture
-from runtime.exits import UserError
+from runtime.exits import EXIT_LEFT, BadNumbers, UserError, fail
 from runtime.json_lines import JsonLines
 from runtime.ranks import is_main, print_rank_0
 from runtime.streams import progress_bar
@@ -201,3 +201,22 @@ def draw_loss(records, path, evaluations=()):
         rate.plot(steps, [record["learning_rate"] for record in records], color="tab:orange", alpha=0.6)
         rate.set_ylabel("learning rate", color="tab:orange")
         rate.set_ylim(bottom=0)
+
+
+def end(output_dir, progress, is_last, problem):
+    """The last words of a run: it is done, or it leaves because it was asked to."""
+    step, num_left_out = progress.step, progress.step - progress.num_applied
+    if num_left_out:
+        print_rank_0(f"{num_left_out} of {step} updates were left out: their gradients were not finite")
+    if problem and is_last:
+        fail(f"{problem}; make room and start again with --resume auto: the last checkpoint is missing", code=1)
+    if problem:
+        fail(f"left after step {step} without a state: {problem}", code=1)
+    if not is_last:
+        print_rank_0(f"left after step {step}: the same command with --resume auto goes on from {output_dir}")
+        sys.exit(EXIT_LEFT)
+    if progress.num_applied == 0:
+        raise BadNumbers(
+            "no update was applied, every gradient was infinite or NaN: check the base weights, or use --precision bf16"
+        )
+    print_rank_0(f"done: {step} updates, {output_dir}")
