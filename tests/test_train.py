@@ -67,6 +67,8 @@ def runs(tmp_path_factory):
     before, patch, num_threads = dict(os.environ), pytest.MonkeyPatch(), torch.get_num_threads()
     torch.set_num_threads(1)  # the model is too small for two
     # DeepSpeed keeps the process group: one serves all runs.
+    start = train.start_distributed
+    patch.setattr(train, "start_distributed", lambda *values: torch.distributed.is_initialized() or start(*values))
     patch.setattr(train, "stop_distributed", lambda engine: engine.destroy())
     patch.setattr(train, "check_skipped", lambda *values: NOTED["skipped"].append(values[:3]))
     for name, more in (
