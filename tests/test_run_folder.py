@@ -93,6 +93,8 @@ def test_the_best_weights_come_along(tmp_path, capsys):
     folder.args, folder.base_fingerprint = args, "base"
     state = str(tmp_path / "old" / "state-step-9")
     best = tmp_path / "old" / "best"
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
 
     def take(step=6, **run):
         if run:
