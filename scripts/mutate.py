@@ -13,7 +13,7 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)  # for a call from any folder
-from runtime import entry as runtime_entry  # noqa: E402, I001  first: Ctrl-C is heard while the others are imported
+from runtime import entry  # noqa: E402, I001  first: Ctrl-C is heard while the others are imported
 
 # isort: split
 
@@ -42,7 +42,6 @@ TABLE = Path(ROOT, "scripts", "mutants.yaml")
 PAGE = Path(ROOT, "docs", "testing.md")
 BEGIN, END = "<!-- figures of scripts/mutate.py -->", "<!-- end of the figures -->"
 BAR = 95.0  # per cent of the faults that the tests must find
-SEED = "1"  # of the choice among the faults that a function's syntax gives
 EACH = 1  # faults chosen in a function, unless the table says another number
 # Imported once, before the forks. Nothing of the project: each fork imports its own copy.
 LIBRARIES = (
@@ -86,8 +85,11 @@ class Mutant:
 # Which faults there are.
 
 
-def read_table(path):
-    """(all faults of the table, a list of Mutants; problems: what of the table is no longer in the files)."""
+def read_table(path, seed=1):
+    """(all faults of the table, a list of Mutants; problems: what of the table is no longer in the files).
+
+    seed: of the choice among the faults that a function's syntax gives.
+    """
     try:
         table = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
@@ -102,7 +104,7 @@ def read_table(path):
                     problems.append(f"{path.name}: {file} has no function {name}: mend the table")
                     continue
                 made = made_from(source, found[name], file, name, group["tests"])
-                mutants += chosen(made, int(number or EACH))
+                mutants += chosen(made, int(number or EACH), seed)
         for file, before, after in group.get("faults", []):
             source = read(file)
             if source.count(before) != 1:
@@ -114,7 +116,7 @@ def read_table(path):
     for mutant in mutants:  # the same fault, written by hand and made
         by_result.setdefault((mutant.file, mutant.text(read(mutant.file))), mutant)
     mutants = list(by_result.values())
-    reasons = {tuple(entry[:3]): tuple(entry[3:]) for entry in table.get("no_fault", [])}
+    reasons = {tuple(line[:3]): tuple(line[3:]) for line in table.get("no_fault", [])}
     for mutant in mutants:
         describe(mutant)
         for (file, text, change), reason in reasons.items():
@@ -151,11 +153,11 @@ def functions_in(tree, prefix=""):
     return found
 
 
-def chosen(mutants, number):
+def chosen(mutants, number, seed=1):
     """So many of a function's faults: those with the smallest hashes, whatever line they stand on."""
 
     def draw(mutant):
-        text = f"{SEED} {mutant.file} {mutant.function} {mutant.before} {mutant.after}"
+        text = f"{seed} {mutant.file} {mutant.function} {mutant.before} {mutant.after}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     return sorted(mutants, key=draw)[:number]
@@ -464,12 +466,13 @@ def main(argv):
     parser.add_argument(
         "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes at a time, default: one for each core"
     )
+    parser.add_argument("--seed", type=int, default=1, help="another choice of faults; no figures are written then")
     parser.add_argument("--list", action="store_true", help="show the faults and run nothing")
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the copies go
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs}: give at least 1")
-    mutants, problems = read_table(TABLE)
+    mutants, problems = read_table(TABLE, args.seed)
     mutants = [m for m in mutants if args.only in name_of(m) or fnmatch.fnmatch(name_of(m), f"*{args.only}*")]
     if not mutants:
         parser.error(f"--only {args.only}: no fault has it: see --list")
@@ -486,10 +489,10 @@ def main(argv):
     print("".join(f"{problem}\n" for problem in problems), end="")
     share, faults = share_found(mutants), sum(faults for faults, _ in summary(mutants).values())
     print(f"{share:.1f} % of {faults} faults were found, the bar is {BAR:g} %")
-    if not args.only:
+    if not args.only and args.seed == 1:
         PAGE.write_text(page_with(PAGE.read_text(encoding="utf-8"), mutants), encoding="utf-8")
     return 1 if problems or share < BAR else 0
 
 
 if __name__ == "__main__":
-    runtime_entry.run(main)
+    entry.run(main)

@@ -28,7 +28,7 @@ from generation.talk import talk
 from runtime import entry, ranks, watchdog
 from runtime.folders import last_named
 
-SCRIPTS = ("export_prefix", "make_base", "make_data", "predict_vllm", "quickstart")
+SCRIPTS = ("export_prefix", "make_base", "make_data", "mutate", "predict_vllm", "quickstart")
 COMMANDS = [*sorted(PARSERS), *(f"scripts/{name}.py" for name in SCRIPTS)]
 NEEDED = {  # words without which a command says nothing of another flag
     "train.py": "--train_path x --model_name_or_path x --output_dir x",

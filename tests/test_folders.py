@@ -200,3 +200,26 @@ def test_what_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
     assert entries["a"] == {"bytes": 100, "sha256": hashlib.sha256(b"x" * 100).hexdigest()}
     write(tmp_path / "new", b"y")
     assert os.listdir(tmp_path) == ["new"] and (tmp_path / "new" / "a").read_bytes() == b"y"
+
+
+@pytest.mark.parametrize("name", ["a", "inside/b", "inside", "manifest.json"])
+def test_a_disk_that_does_not_take_it(tmp_path, monkeypatch, name):
+    """Kind: an error of another thread that nobody asks for. What cannot be flushed gets no name."""
+    flush = folders.flush_path
+
+    def broken(path):
+        if path.endswith(f".partial/{name}"):
+            raise OSError(5, "Input/output error")
+        flush(path)
+
+    monkeypatch.setattr(folders, "flush_path", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        write(tmp_path / "new")
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_folder_to_write_in_is_there_and_empty(tmp_path):
+    (tmp_path / "new.partial").mkdir()
+    (tmp_path / "new.partial" / "left").write_text("of a killed process")
+    with folders.new_folder(str(tmp_path / "new")) as scratch:
+        assert os.listdir(scratch) == [] and scratch == str(tmp_path / "new.partial")

@@ -147,12 +147,14 @@ def test_what_the_file_says_is_kept():
     file = read_ds_file("ds_zero2_no_offload.json") | {"gradient_clipping": "auto", "steps_per_print": 7}
     file |= {"fp16": {"enabled": "auto", "initial_scale_power": 9, "loss_scale_window": 50}, "bf16": {"x": 1}}
     file |= {"data_types": {"grad_accum_dtype": "bf16"}, "checkpoint": {"tag_validation": "FAIL"}}
+    file |= {"optimizer": {"type": "AdamW"}}
     before = json.dumps(file)
     config = complete_config(file, flags(max_grad_norm=0.7), 4, "fp16", load_universal=True)
     assert config["gradient_clipping"] == 0.7 and config["steps_per_print"] == 7
     scale = {"loss_scale": 0, "initial_scale_power": 9, "hysteresis": 2, "loss_scale_window": 50}
     assert config["fp16"] == {"enabled": True, **scale} and config["bf16"] == {"enabled": False, "x": 1}
     assert config["data_types"] == {"grad_accum_dtype": "bf16"}
+    assert "optimizer" not in config, "train.py builds it"
     assert config["checkpoint"] == {"tag_validation": "FAIL", "load_universal": True}
     assert json.dumps(file) == before, "the file's own values are not changed"
 

@@ -37,6 +37,8 @@ def save(lora, folder):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_not_saved(lora, tmp_path, value):
     assert save(lora, tmp_path / "good") is None and is_whole(str(tmp_path / "good"))
+    settings = json.loads((tmp_path / "good" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert settings["base_model_name_or_path"] == lora[2].model_name_or_path and settings["r"] == 2
     name, parameter = [pair for pair in lora[0].named_parameters() if "lora_B" in pair[0]][-1]
     with torch.no_grad():
         parameter[0, 0] = value
@@ -92,6 +94,8 @@ def test_the_best_weights_come_along(tmp_path, capsys):
     folder.args, folder.base_fingerprint = args, "base"
     state = str(tmp_path / "old" / "state-step-9")
     best = tmp_path / "old" / "best"
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
 
     def take(step=6, **run):
         if run:

@@ -175,3 +175,12 @@ def test_a_last_checkpoint_that_names_no_file(tmp_path):
     assert run_folder.last_checkpoint(str(tmp_path)) == str(tmp_path / "epoch-1-step-4")
     (tmp_path / "epoch-1-step-4" / "manifest.json").write_text('{"files": {}}')
     assert run_folder.last_checkpoint(str(tmp_path)) is None
+
+
+def test_the_kinds_of_values_in_a_state():
+    """A number for a number, a whole one for a whole one, what may be absent as a number or null."""
+    cases = [(1, 1.5, True), (1.5, 1, False), (True, 1, False), (1, True, False), (None, None, True), (2, None, True)]
+    cases += [("x", None, False), (True, None, False), (None, 1, False), ("x", "", True), ({}, {"a": 1}, True)]
+    cases += [({"a": 2}, {"a": 1}, True), ({"b": 2}, {"a": 1}, False), ({"a": "x"}, {"a": 1}, False), (1, {}, False)]
+    for value, new, is_like in cases:
+        assert state_checks.is_like(value, new) == is_like, (value, new)
