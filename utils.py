@@ -1,4 +1,4 @@
-"""Devices, precision, seeds; JSON files; words for sizes and rows."""
+"""Devices, precision, seeds; JSON files; rows named in a message."""
 
 import json
 import os

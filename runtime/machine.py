@@ -17,6 +17,9 @@ from dataclasses import dataclass, field
 from runtime.exits import UserError
 
 
+OK, NOTE, BAD = "ok", "note", "BAD"  # marks of a check
+
+
 def attempt(name, function, *values):
     """The line of a check, (mark, name, text): what the function returns, or BAD and the reason."""
     try:
@@ -25,9 +28,6 @@ def attempt(name, function, *values):
         text = " ".join(str(error).split())[:400]
         # Our own messages are UserErrors written for users.
         return BAD, name, text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
-
-
-OK, NOTE, BAD = "ok", "note", "BAD"
 
 
 @contextlib.contextmanager
