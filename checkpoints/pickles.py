@@ -223,9 +223,9 @@ def stored_bytes(file, record):
 def check_old(path, size, more_globals):
     """`check_pickle` for a file of before torch 1.6: pickles one after another, then the bytes of tensors."""
     with open_plain(path) as file:
-        if file.read(2) == b"PK":
-            raise EOFError("an archive without its end")
-        if is_tar(file) or not size:
+        if not size or file.read(2) == b"PK":
+            raise EOFError("nothing, or an archive without its end")
+        if is_tar(file):
             raise pickle.UnpicklingError("not a file that torch writes")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             bounded, storages = Bounded(content), {}
