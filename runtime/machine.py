@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 
 from runtime.exits import UserError
 
-
 OK, NOTE, BAD = "ok", "note", "BAD"  # marks of a check
 
 

@@ -651,7 +651,7 @@ def test_what_killed_processes_have_left_goes(glm3, tokenizer3, rows_path3, cach
     """Scratch folders go when no process holds them, and stay while one does, however old they are."""
     cache.mkdir(exist_ok=True)
     code = (
-        "import folders, sys\nwith folders.scratch_folder(sys.argv[1], 'encoding') as path:\n"
+        "import sys\nfrom runtime import folders\nwith folders.scratch_folder(sys.argv[1], 'encoding') as path:\n"
         " open(path + '/ids.bin', 'w').close(); print(path, flush=True); sys.stdin.read()"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

@@ -60,13 +60,13 @@ class Counted:
 
 def count_reading():
     """From now on Counted.num_bytes grows with what is read."""
-    stored_tensors = weight_files.stored_tensors
+    stored_tensors = base_weights.stored_tensors
 
     def counted_tensors(folder):
         for name, shape, rows in stored_tensors(folder):
             yield name, shape, Counted(rows)
 
-    weight_files.stored_tensors = counted_tensors
+    base_weights.stored_tensors = counted_tensors
 
 
 def load(mode_name, folder, zero, **changes):
