@@ -108,7 +108,7 @@ class ChatGLMCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
         any. Without labels: `logits` (B, L, V), or of the last `logits_to_keep` positions.
         `attention_mask` (B, past + L) is 0 on padding; batches padded on the right do not need one.
         `row_lengths` (a list of ints): rows packed one after another into B = 1 sequence, which do not see each
-        other. `label_positions` (M,): see glm_common/loss.py; found out from the labels where not given.
+        other. `label_positions` (M,): see modeling/loss.py; found out from the labels where not given.
         """
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
