@@ -8,8 +8,8 @@ from rows.checks import Notes
 from rows.encoding import show_row
 from rows.reading import read_row, read_rows
 from runtime.exits import UserError
-from runtime.hosts import check_same
 from runtime.ranks import is_local_main, print_rank_0, world_size
+from runtime.shared_files import check_same
 
 
 def load_data(args, tokenizer, mode):

@@ -26,9 +26,10 @@ from runtime.distributed import on_main, stop_distributed, sum_over_ranks
 from runtime.exits import fail
 from runtime.folders import require_space
 from runtime.holding import require_there
-from runtime.hosts import check_shared, control_group, ending_in, start_distributed
+from runtime.hosts import control_group, ending_in, start_distributed
 from runtime.machine import peak_memory
 from runtime.ranks import print_rank_0, world_size
+from runtime.shared_files import check_shared
 from runtime.watchdog import together
 from train_types import TRAIN_TYPES, count_parameters
 from training.bad_numbers import check_skipped, explain_bad_loss, keep_going_at_low_scale

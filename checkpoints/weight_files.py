@@ -20,6 +20,8 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}  # {name in safetensors: in torch} of what is read
 MAX_SHARD_SIZE = "5GB"
+# How safetensors and torch's writer of archives tell that the disk took less than it should.
+DISK_WORDS = re.compile(r"os error (\d+)|PytorchStreamWriter failed|file write failed|unexpected pos \d+")
 FINITE_PIECE = {"cpu": 1 << 16, "cuda": 1 << 24}  # values that are looked at together
 MOST_HEADER_BYTES = 8 << 20  # of a .safetensors file; a network's here has some ten thousand
 # Keys of generation_config.json: what flags of predict.py decide, or what every release has; what says nothing.
@@ -282,14 +284,15 @@ def write_bin(state, path):
 
 @contextmanager
 def disk_errors():
-    """safetensors' and torch's errors for a full or broken disk as the OSError that it is."""
+    """safetensors' and torch's errors for a full or broken disk as the OSError that it is; others stay."""
     from safetensors import SafetensorError
 
     try:
         yield
     except (SafetensorError, RuntimeError) as error:
-        number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number[1]) if number else errno.EIO, str(error)) from None
+        if not (found := DISK_WORDS.search(str(error))):
+            raise
+        raise OSError(int(found[1] or errno.EIO), str(error)) from None
 
 
 def write_weights(state, folder, max_shard_size=MAX_SHARD_SIZE):

@@ -90,6 +90,18 @@ def add_base_flag(parser):
     )
 
 
+def add_model_flags(parser):
+    """The model that answers: whatever is saved here, a released one, or one of another tool."""
+    parser.add_argument(
+        "--model_path",
+        type=expanded_path,
+        required=True,
+        help="released, merged, adapter or prefix folder, or a hub name",
+    )
+    parser.add_argument("--mode", choices=MODES, help="model family; left out: read from the checkpoint")
+    add_base_flag(parser)
+
+
 def add_normalize_flag(parser, when=""):
     """--no_normalize, alike wherever answers are scored."""
     parser.add_argument(

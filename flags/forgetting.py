@@ -6,15 +6,14 @@ from evaluation.forgetting import read_before
 from evaluation.general_suite import GENERAL, read_suite
 from flags.common import (
     OneLineParser,
-    add_base_flag,
     add_device_flags,
+    add_model_flags,
     collect,
     expanded_path,
     opened_problems,
     range_problems,
 )
 from flags.predict import output_file_problems
-from modes import MODES
 from rows.checks import Notes
 from runtime.exits import fail
 from runtime.ranks import world_size
@@ -23,14 +22,7 @@ from runtime.ranks import world_size
 def forgetting_parser():
     """Flags of forgetting.py. Answers are greedy and questions are never cut."""
     parser = OneLineParser(prog="forgetting.py", description="Measure what fine-tuning made a model forget.")
-    parser.add_argument(
-        "--model_path",
-        type=expanded_path,
-        required=True,
-        help="released, merged, adapter or prefix folder, or a hub name",
-    )
-    parser.add_argument("--mode", choices=MODES, help="model family; left out: read from the checkpoint")
-    add_base_flag(parser)
+    add_model_flags(parser)
     parser.add_argument(
         "--before", type=expanded_path, help="result for the model before fine-tuning; left out: nothing is compared"
     )

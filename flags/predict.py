@@ -8,8 +8,8 @@ from checkpoints.opening import CHECKPOINT
 from flags.common import (
     OneLineParser,
     add_answered_row_flags,
-    add_base_flag,
     add_device_flags,
+    add_model_flags,
     collect,
     expanded_path,
     opened_problems,
@@ -17,7 +17,6 @@ from flags.common import (
     range_problems,
 )
 from generation.lengths import LEAST_SRC_LEN
-from modes import MODES
 from rows.reading import data_files
 from runtime.exits import fail
 from runtime.ranks import is_main, launcher_problem
@@ -57,14 +56,7 @@ def sampling_problems(args, typed):
 def predict_parser():
     """Flags of predict.py."""
     parser = OneLineParser(prog="predict.py", description="Answer rows of a file, one prompt, or a conversation.")
-    parser.add_argument(
-        "--model_path",
-        type=expanded_path,
-        required=True,
-        help="released, merged, adapter or prefix folder, or a hub name",
-    )
-    parser.add_argument("--mode", choices=MODES, help="model family; left out: read from the checkpoint")
-    add_base_flag(parser)
+    add_model_flags(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--test_path", type=expanded_path, nargs="+", help="rows to answer: JSON Lines or array files, or folders"

@@ -16,9 +16,9 @@ import threading
 import time
 from typing import NamedTuple
 
-from runtime.distributed import free_port, on_main
+from runtime.distributed import free_port
 from runtime.exits import EXIT_STALLED, EXIT_WRONG_INPUT, NotStarted, UserError
-from runtime.ranks import is_local_main, is_main, local_rank, print_rank_0, rank, world_size
+from runtime.ranks import is_main, local_rank, print_rank_0, rank, world_size
 from runtime.streams import visible
 
 START_MINUTES = 10.0  # of --start_timeout
@@ -27,7 +27,6 @@ POLL_SECONDS = 0.2
 CONNECT_SECONDS = 30  # for torch's store to be reached where something listens
 LEAVE_SECONDS = 20  # how long a process that leaves before the start waits to tell the others
 GRACE_SECONDS = 30  # after --start_timeout: the roll call speaks first, it knows who is missing
-SHARE_SECONDS = 10  # a network file system may show a new file to other hosts late
 TOKEN_BYTES = 32  # of the secret that a lifeline begins with
 STRANGER_SECONDS = 5  # in which whoever connects has to show the secret
 MOST_STRANGERS = 128  # at a time; the one that has waited longest goes
@@ -453,52 +452,3 @@ def join_lifeline(address, token, seconds):
     except OSError:
         line.close()
         raise
-
-
-# ---------------------------------------------------------------- what hosts share
-
-
-def check_shared(folder):
-    """UserError where a host does not see what the first process writes into this folder. Collective.
-
-    The states of a run have files of every process, and lie in one folder.
-    """
-    import torch.distributed as dist
-
-    if is_one_host():
-        return
-
-    def write():
-        os.makedirs(folder, exist_ok=True)
-        name = os.path.join(folder, f".shared-{os.urandom(8).hex()}")
-        with open(name, "x", encoding="utf-8"):
-            return name
-
-    name = on_main(write)
-    end, problem = time.monotonic() + SHARE_SECONDS, None
-    while is_local_main() and not os.path.exists(name):
-        if time.monotonic() > end:
-            problem = host_name()
-            break
-        time.sleep(POLL_SECONDS)
-    found = [None] * world_size()
-    dist.all_gather_object(found, problem)
-    on_main(lambda: os.remove(name))
-    if blind := sorted(filter(None, found)):
-        raise UserError(
-            f"--output_dir {folder}: {', '.join(blind)} does not see what the first host writes there: give a folder"
-            " that all hosts share"
-        )
-
-
-def check_same(what, value):
-    """UserError where a value, such as the hash of a file, is not that of the first process. Collective."""
-    import torch.distributed as dist
-
-    if is_one_host():
-        return
-    found = [None] * world_size()
-    dist.all_gather_object(found, (host_name(), value))
-    others = sorted({host for host, other in found if other != found[0][1]})
-    if others:
-        raise UserError(f"{what}: {', '.join(others)} has other ones than {found[0][0]}: copy the first host's files")

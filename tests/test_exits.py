@@ -70,6 +70,8 @@ def test_writers_of_weights_tell_of_a_full_disk(tmp_path):
     with pytest.raises(OSError) as caught, disk_errors():
         raise RuntimeError("I/O error: No space left on device (os error 28)")
     assert caught.value.errno == errno.ENOSPC and "make room" in ending(caught.value)[0]
+    with pytest.raises(RuntimeError, match="a fault"), disk_errors():
+        raise RuntimeError("a fault of the program")
     with pytest.raises(OSError) as caught:
         write_bin({"a": torch.zeros(9999)}, "/dev/full")
     assert ending(caught.value)

@@ -17,7 +17,7 @@ from torch.distributed import PrefixStore, TCPStore
 
 import utils
 from flags.train import train_parser
-from runtime import distributed, hosts
+from runtime import distributed, hosts, shared_files
 from runtime.distributed import free_port
 from runtime.exits import NotStarted, UserError
 
@@ -338,9 +338,9 @@ def several(launched, monkeypatch):
     """Collectives of two hosts, as the second one sees them; a function says what the others give."""
 
     def give(name, others):
-        monkeypatch.setattr(hosts, "on_main", lambda function: name)
-        monkeypatch.setattr(hosts, "SHARE_SECONDS", 0.1)
-        monkeypatch.setattr(hosts, "host_name", lambda: "node2")
+        monkeypatch.setattr(shared_files, "on_main", lambda function: name)
+        monkeypatch.setattr(shared_files, "SHARE_SECONDS", 0.1)
+        monkeypatch.setattr(shared_files, "host_name", lambda: "node2")
 
         def gather(found, value):
             found[:] = [*others, value]
@@ -354,30 +354,30 @@ def several(launched, monkeypatch):
 def test_a_folder_that_a_host_does_not_see(several, tmp_path):
     several(str(tmp_path / "seen"), [None])
     with pytest.raises(UserError, match="--output_dir out: node2 does not see what the first host writes there: give"):
-        hosts.check_shared("out")
+        shared_files.check_shared("out")
     (tmp_path / "seen").touch()
-    hosts.check_shared("out")
+    shared_files.check_shared("out")
     several(str(tmp_path / "seen"), ["node3"])
     with pytest.raises(UserError, match="--output_dir out: node3 does not see"):
-        hosts.check_shared("out")
+        shared_files.check_shared("out")
 
 
 def test_what_the_first_host_writes_goes_again(launched, monkeypatch, tmp_path):
     monkeypatch.setattr(dist, "all_gather_object", lambda found, value: None)
-    hosts.check_shared(str(tmp_path / "new"))
+    shared_files.check_shared(str(tmp_path / "new"))
     assert os.listdir(tmp_path / "new") == []
 
 
 def test_rows_that_differ_between_hosts(several):
     several("", [("node1", "a")])
-    hosts.check_same("rows", "a")
+    shared_files.check_same("rows", "a")
     with pytest.raises(UserError, match="rows: node2 has other ones than node1: copy the first host's files"):
-        hosts.check_same("rows", "b")
+        shared_files.check_same("rows", "b")
 
 
 def test_on_one_host_nothing_is_compared(launched, monkeypatch):
     monkeypatch.setattr(dist, "all_gather_object", lambda *_: pytest.fail("it asked"))
     launched(LOCAL_SIZE=2)
-    hosts.check_shared("nowhere")
-    hosts.check_same("rows", "a")
+    shared_files.check_shared("nowhere")
+    shared_files.check_same("rows", "a")
     assert hosts.control_group(torch.device("cpu")) is None
