@@ -9,7 +9,7 @@
 set -m # the command gets a process group of its own: Ctrl-C reaches this script only
 
 case "${1:-}" in
-    deepspeed | */deepspeed) set -- "$1" --log_level critical "${@:2}" ;;
+    deepspeed | */deepspeed) launcher_says_less=yes && set -- "$1" --log_level critical "${@:2}" ;;
 esac
 "$@" &
 command=$!
@@ -34,5 +34,21 @@ if [ "$code" -gt 128 ]; then # 128 + the signal; 256 - the signal where the laun
     signal=$((code > 192 ? 256 - code : code - 128))
     echo "job.sh: a training process was ended by signal $signal ($(kill -l "$signal"))$(
         [ "$signal" = 9 ] && echo ': out of memory? look at: dmesg')" >&2
+fi
+if [ "$code" = 0 ] && [ "${launcher_says_less:-}" ]; then
+    # deepspeed ends with 0 where the process that it starts was killed; what the run itself wrote last counts.
+    folder='' name=''
+    for word in "$@"; do
+        case "$name:$word" in
+            *:--output_dir=*) folder=${word#*=} ;;
+            --output_dir:*) folder=$word ;;
+        esac
+        name=$word
+    done
+    if [ -d "$folder" ] && ! tail -n 1 "$folder/events.jsonl" 2>/dev/null | grep -q '"event": "done"'; then
+        echo "job.sh: the launcher ended as if all were well, but the run in $folder is not done: a process was killed:" \
+            "out of memory? end what is left of it (pkill -f train.py) and start again with --resume auto" >&2
+        exit 1
+    fi
 fi
 exit "$code"

@@ -193,6 +193,23 @@ def test_the_launcher_is_silenced_and_a_kill_is_said(tmp_path):
         assert says in done.stderr and bool(says) == bool(done.stderr)
 
 
+@pytest.mark.parametrize("given", ["--output_dir {}", "--output_dir={}"])
+def test_a_launcher_that_hides_a_kill_is_not_believed(given, tmp_path):
+    """deepspeed ends with 0 where the process between it and the training was killed: then the run's own last event
+    counts."""
+    stub = tmp_path / "deepspeed"
+    stub.write_text("#!/bin/bash\nexit 0\n")
+    stub.chmod(0o755)
+    run = tmp_path / "run"
+    run.mkdir()
+    words = ["bash", ROOT / "scripts" / "job.sh", stub, "train.py", *given.format(run).split()]
+    for event, code in (("saved", 1), ("done", 0)):
+        (run / "events.jsonl").write_text(f'{{"step": 1, "event": "done"}}\n{{"step": 2, "event": "{event}"}}\n')
+        done = subprocess.run(words, capture_output=True, text=True)
+        assert done.returncode == code
+        assert (f"the run in {run} is not done" in done.stderr) == (code == 1)
+
+
 # What a launch left behind.
 
 
