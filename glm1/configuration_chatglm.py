@@ -8,6 +8,7 @@ class ChatGLMConfig(ChatGLMConfigBase):
     """Settings of ChatGLM-6B. `pre_seq_len` (tokens; None is off) and `prefix_projection` add a prefix encoder."""
 
     attribute_map = {"num_hidden_layers": "num_layers"}
+    window_key = "max_sequence_length"
     fixed_values = {"position_encoding_2d": True, "rope_ratio": 1, "hidden_dropout": 0.0, "attention_dropout": 0.0}
 
     num_layers: int = 28

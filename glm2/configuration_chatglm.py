@@ -8,6 +8,7 @@ class ChatGLMConfig(ChatGLMConfigBase):
     """Settings of ChatGLM2-6B. `pre_seq_len` (tokens; None is off) and `prefix_projection` add a prefix encoder."""
 
     attribute_map = {"num_hidden_layers": "num_layers", "vocab_size": "padded_vocab_size", "head_dim": "kv_channels"}
+    window_key = "seq_length"
     fixed_values = {
         "rmsnorm": True,
         "post_layer_norm": True,

@@ -46,15 +46,16 @@ def build(mode_name, kind):
     torch.manual_seed(1)
     if kind.startswith("prefix"):
         model = golden.prefix_model(kind)
-        model = TRAIN_TYPES["ptuning"].prepare(model, None)
+        model = TRAIN_TYPES["ptuning"].prepare(model, None, golden.mode)
     elif kind == "lora":
-        model = TRAIN_TYPES["lora"].prepare(golden.model(), LORA)
+        model = TRAIN_TYPES["lora"].prepare(golden.model(), LORA, golden.mode)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.05)
     elif kind == "freeze":
         last = golden.config().num_layers - 1
-        model = TRAIN_TYPES["freeze"].prepare(golden.model(), SimpleNamespace(freeze_module_name=f"layers.{last}."))
+        args = SimpleNamespace(freeze_module_name=f"layers.{last}.")
+        model = TRAIN_TYPES["freeze"].prepare(golden.model(), args, golden.mode)
     else:
         model = golden.model()
     for module in model.modules():
@@ -339,7 +340,7 @@ def test_flags_of_lora_reach_the_layers(mode_name):
     """Kind: a flag that every fixture leaves at its default. Rank, alpha / rank, and the dropout of each layer."""
     flags = dict(lora_dim=4, lora_alpha=10, lora_dropout=0.25, lora_module_name="query_key_value,dense_4h_to_h")
     golden = Golden(mode_name)
-    model = TRAIN_TYPES["lora"].prepare(golden.model(), SimpleNamespace(**flags))
+    model = TRAIN_TYPES["lora"].prepare(golden.model(), SimpleNamespace(**flags), golden.mode)
     from peft.tuners.lora import LoraLayer
 
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
@@ -448,7 +449,8 @@ def test_every_layer_is_recomputed_unless_an_interval_is_given():
 
 def test_layers_above_trained_embeddings_are_recomputed():
     """Where the embeddings alone train, gradients flow through every layer."""
-    model = TRAIN_TYPES["freeze"].prepare(Golden("glm3").model(), SimpleNamespace(freeze_module_name="embedding."))
+    args = SimpleNamespace(freeze_module_name="embedding.")
+    model = TRAIN_TYPES["freeze"].prepare(Golden("glm3").model(), args, MODES["glm3"])
     assert [name for name, p in model.named_parameters() if p.requires_grad] == [
         "transformer.embedding.word_embeddings.weight"
     ]

@@ -21,9 +21,8 @@ from test_predict import answers, write_rows
 import merge_lora
 from checkpoints import base_weights, inspection, weight_files
 from checkpoints.opening import load_opened, open_checkpoint
-from modes import MODES
+from modes import LORA_TARGETS, MODES
 from runtime import machine
-from train_types import LORA_TARGETS
 
 CPU = torch.device("cpu")
 LAST = "layers.1.mlp.dense_4h_to_h"

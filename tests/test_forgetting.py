@@ -329,7 +329,7 @@ def test_a_changed_model_is_compared(base_result, tmp_path, capsys):
     names = {"mode": "glm3", "train_type": "lora", "model_name_or_path": golden.folder}
     args = SimpleNamespace(**names, **settings)
     torch.manual_seed(0)
-    model = lora.prepare(golden.model(), args)
+    model = lora.prepare(golden.model(), args, golden.mode)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=3.0)

@@ -41,8 +41,8 @@ def test_train_type_is_finished(name, mode_name):
     config = mode.config_class.from_pretrained(GOLDEN_FOLDERS[mode_name], **train_type.config_changes(args))
     with torch.device("meta"):
         model = mode.model_class(config)
-        assert train_type.problems([n for n, _ in model.named_parameters()], args) == []
-        model = train_type.prepare(model, args)
+        assert train_type.problems([n for n, _ in model.named_parameters()], args, mode) == []
+        model = train_type.prepare(model, args, mode)
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     expected = {
         "freeze": lambda n: ".layers.1." in n,
