@@ -54,9 +54,10 @@ def freeze_problems(names: Sequence[str], args: Namespace, family: Family) -> li
     patterns = split_names(args.freeze_module_name)
     if not patterns:
         return [f"--freeze_module_name {args.freeze_module_name!r}: names no layer: for example layers.27.,layers.26."]
-    layers = sorted({int(part) for name in names for part in name.split(".") if part.isdigit()})
+    start, word = f"{family.layers}.", family.layers.split(".")[-1]
+    last = max(int(name.removeprefix(start).split(".")[0]) for name in names if name.startswith(start))
     return [
-        f"--freeze_module_name {pattern}: matches no weight: this model has layers.{layers[0]}. to layers.{layers[-1]}."
+        f"--freeze_module_name {pattern}: matches no weight: this model has {word}.0. to {word}.{last}."
         for pattern in patterns
         if not any(matches(name, pattern) for name in names)
     ]
@@ -124,11 +125,11 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> torch.nn.Module:
     from modeling.fused_ops import SeededDropout
 
     # The engine decides the precision; one rule for ZeRO-2 and ZeRO-3.
-    model = get_peft_model(model, config, autocast_adapter_dtype=False)
-    for module in model.modules():
+    with_matrices = get_peft_model(model, config, autocast_adapter_dtype=False)
+    for module in with_matrices.modules():
         if isinstance(module, LoraLayer) and config.lora_dropout:
             module.lora_dropout = ModuleDict({name: SeededDropout(config.lora_dropout) for name in module.lora_dropout})
-    return model
+    return with_matrices
 
 
 def all_prepare(model: PreTrainedModel, args: Namespace, family: Family) -> PreTrainedModel:

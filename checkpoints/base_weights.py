@@ -153,8 +153,9 @@ def load_base(folder, mode, config, dtype, device="cpu", ds_config=None, attn_im
         raise UserError(f"{folder}: missing {missing}, unexpected {unexpected}, wrong {wrong}")
     if bad:
         raise not_finite(os.path.join(folder, file_of(folder, bad[0])), *bad, dtype)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        assert not tensor.is_meta and tensor.dtype == dtype, f"{name} is {tensor.dtype} on {tensor.device}, not {dtype}"
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == dtype, f"{name} is {parameter.dtype}, not {dtype}"
+    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
     if generation_config is not None:
         model.generation_config = generation_config
     return model.eval()
@@ -191,6 +192,10 @@ def allocated_model(mode, config, dtype, device):
         module_name, _, leaf = name.rpartition(".")
         memory = torch.empty_like(parameter, dtype=dtype, device=device)
         setattr(model.get_submodule(module_name), leaf, torch.nn.Parameter(memory))
+    for module in model.modules():  # what is in no file, such as rotary frequencies, the network makes itself
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device=device))
+            model._init_weights(module)
     model.tie_weights()
     return model
 

@@ -82,8 +82,12 @@ class ChatGLMBackbone(ChatGLMPreTrainedModel):
         )
 
 
-class ChatGLMCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
-    """`transformer` plus output layer. Families say where the output layer is (`get_output_embeddings`)."""
+class LabelledLM:
+    """The forward of a causal network that trains: logits, or the loss of the labelled positions alone.
+
+    For a class of transformers' `PreTrainedModel` with a backbone (`base_model`) and an `OutputLayer`
+    (`get_output_embeddings`).
+    """
 
     def forward(
         self,
@@ -114,13 +118,13 @@ class ChatGLMCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
             use_cache = self.config.use_cache and not self.training and labels is None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        outputs = self.transformer(
+        outputs = self.base_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values if use_cache else None,
             inputs_embeds=inputs_embeds,
-            row_lengths=row_lengths,
+            **({} if row_lengths is None else {"row_lengths": row_lengths}),
             output_hidden_states=bool(output_hidden_states or self.config.output_hidden_states),
         )
         hidden_states = outputs.last_hidden_state
@@ -136,3 +140,7 @@ class ChatGLMCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
+
+
+class ChatGLMCausalLM(LabelledLM, ChatGLMPreTrainedModel, GenerationMixin):
+    """`transformer` plus output layer. Families say where the output layer is (`get_output_embeddings`)."""

@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizer
 from runtime.exits import UserError
 
 SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
-RELEASED_MAP = {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]}
 NEW_KEYS = ("backend", "is_local", "local_files_only", "model_specific_special_tokens")  # of transformers 5 alone
 MOST_TOKEN = 100  # characters of the name of a control token
 
@@ -47,6 +46,7 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
         *("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens", "chat_template"),
         *("special_tokens_map_file", "tokenizer_file", "vocab_file", "sp_model_kwargs", *NEW_KEYS),
     )
+    released_map = ["tokenization_chatglm.ChatGLMTokenizer", None]  # of tokenizer_config.json; None: a release has none
     read_only_keys = ()  # settings that the released class cannot be given: it has properties without setters
 
     def __init__(self, vocab_file, padding_side="left", encode_special_tokens=False, **kwargs):
@@ -175,7 +175,8 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
         source = os.path.dirname(self.vocab_file)
         if not os.path.isfile(os.path.join(source, SETTINGS_FILES[0])):
             super().save_pretrained(save_directory, **kwargs)
-            more = {"remove_space": False, "do_lower_case": False, "auto_map": RELEASED_MAP}
+            more = {"remove_space": False, "do_lower_case": False}
+            more |= {"auto_map": {"AutoTokenizer": self.released_map}} if self.released_map else {}
             self.rewrite(save_directory, SETTINGS_FILES[0], ("added_tokens_decoder",), more)
             return self.save_vocabulary(save_directory)
         os.makedirs(save_directory, exist_ok=True)
