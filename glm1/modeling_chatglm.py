@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from glm1.configuration_chatglm import ChatGLMConfig
 from modeling.attention import PackedRows, attend, flex_mask, visible_mask
-from modeling.base_model import ChatGLMBackbone, ChatGLMCausalLM
+from modeling.base_model import ChatGLMBackbone, ChatGLMCausalLM, LayerInputs
 from modeling.fused_ops import Rotation
 from modeling.loss import OutputLayer
 from modeling.prefix_encoder import PrefixEncoder
@@ -60,18 +60,19 @@ class Attention(nn.Module):
         self.head_size = config.head_dim
         self.num_key_value_groups = 1
         self.scaling = self.head_size**-0.5
+        self.attention_dropout = 0.0  # of every release
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states, mask, cos, sin, prefix_key, prefix_value, past_key_values=None):
+    def forward(self, hidden_states, mask, rotary, prefix=None, past_key_values=None):
         batch, length, _ = hidden_states.shape
         fused = self.query_key_value(hidden_states).view(batch, length, self.num_heads, 3 * self.head_size)
         query, key, value = fused.transpose(1, 2).chunk(3, dim=-1)  # B N L D
-        query, key = (Rotation.apply(part, cos, sin, rotate) for part in (query, key))
+        query, key = (Rotation.apply(part, *rotary, rotate) for part in (query, key))
         value = value.contiguous()  # kept for the backward pass, a view would keep the whole projection
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        return self.dense(attend(self, query, key, value, mask, prefix_key, prefix_value))
+        return self.dense(attend(self, query, key, value, mask, prefix))
 
 
 class MLP(nn.Module):
@@ -99,9 +100,10 @@ class GLMBlock(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, hidden_states, mask, *rotary_and_prefix, past_key_values=None):
+    def forward(self, hidden_states, mask, rotary, prefix_key=None, prefix_value=None, past_key_values=None):
         normed = self.input_layernorm(hidden_states)
-        attended = self.attention(normed, mask, *rotary_and_prefix, past_key_values=past_key_values)
+        prefix = None if prefix_key is None else (prefix_key, prefix_value)
+        attended = self.attention(normed, mask, rotary, prefix, past_key_values=past_key_values)
         hidden_states = normed * RESIDUAL_FACTOR + attended
         normed = self.post_attention_layernorm(hidden_states)
         return normed * RESIDUAL_FACTOR + self.mlp(normed)
@@ -122,13 +124,7 @@ class ChatGLMModel(ChatGLMBackbone):
         self.prefix_encoder = None
         if config.pre_seq_len:
             self.prefix_encoder = PrefixEncoder(
-                config.pre_seq_len,
-                config.num_layers,
-                config.num_attention_heads,
-                config.head_dim,
-                projection=config.prefix_projection,
-                embedding_size=config.hidden_size,
-                hidden_size=config.hidden_size,
+                config, config.num_attention_heads, config.head_dim, embedding_size=config.hidden_size
             )
         self.post_init()
 
@@ -215,16 +211,8 @@ class ChatGLMModel(ChatGLMBackbone):
         elif attention_mask is not None or length > 1:
             mask = visible_mask(length, num_past, num_prefix, attention_mask, layout[0], input_ids.device)
         rotary = rotary_angles(position_ids, self.config.head_dim // 2, hidden_states.dtype)
-        return self.run_layers(
-            self.layers,
-            self.final_layernorm,
-            hidden_states,
-            mask,
-            rotary,
-            prefix,
-            past_key_values,
-            output_hidden_states,
-        )
+        inputs = LayerInputs(mask, rotary, prefix, past_key_values)
+        return self.run_layers(self.layers, self.final_layernorm, hidden_states, inputs, output_hidden_states)
 
 
 class ChatGLMForConditionalGeneration(ChatGLMCausalLM):

@@ -9,7 +9,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from glm2.configuration_chatglm import ChatGLMConfig
 from modeling.attention import PackedRows, attend, flex_mask, visible_mask
-from modeling.base_model import ChatGLMBackbone, ChatGLMCausalLM
+from modeling.base_model import ChatGLMBackbone, ChatGLMCausalLM, LayerInputs
 from modeling.fused_ops import Rotation, SwiGLU, rms_norm
 from modeling.loss import OutputLayer
 from modeling.prefix_encoder import PrefixEncoder
@@ -60,22 +60,20 @@ class SelfAttention(nn.Module):
         self.sizes = [query_size, key_size, key_size]
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_size**-0.5
+        self.attention_dropout = config.attention_dropout
         self.query_key_value = nn.Linear(config.hidden_size, sum(self.sizes), bias=config.add_qkv_bias)
         self.dense = nn.Linear(query_size, config.hidden_size, bias=False)
 
-    def forward(self, hidden_states, mask, cos, sin, prefix_key, prefix_value, past_key_values=None):
+    def forward(self, hidden_states, mask, rotary, prefix=None, past_key_values=None):
         query, key, value = (
             part.unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # B heads L D
             for part in self.query_key_value(hidden_states).split(self.sizes, dim=-1)
         )
-        query, key = (Rotation.apply(part, cos, sin, rotate) for part in (query, key))
+        query, key = (Rotation.apply(part, *rotary, rotate) for part in (query, key))
         value = value.contiguous()  # kept for the backward pass, a view would keep the whole projection
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attended = attend(
-            self, query, key, value, mask, prefix_key, prefix_value, dropout=self.config.attention_dropout
-        )
-        return self.dense(attended)
+        return self.dense(attend(self, query, key, value, mask, prefix))
 
 
 class MLP(nn.Module):
@@ -100,11 +98,11 @@ class GLMBlock(GradientCheckpointingLayer):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, hidden_states, mask, *rotary_and_prefix, past_key_values=None):
+    def forward(self, hidden_states, mask, rotary, prefix_key=None, prefix_value=None, past_key_values=None):
         normed = self.input_layernorm(hidden_states)
-        hidden_states = hidden_states + self.self_attention(
-            normed, mask, *rotary_and_prefix, past_key_values=past_key_values
-        )
+        prefix = None if prefix_key is None else (prefix_key, prefix_value)
+        attended = self.self_attention(normed, mask, rotary, prefix, past_key_values=past_key_values)
+        hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
@@ -138,16 +136,7 @@ class ChatGLMModel(ChatGLMBackbone):
         self.output_layer = OutputLayer(config.hidden_size, config.padded_vocab_size)
         self.prefix_encoder = None
         if config.pre_seq_len:
-            width = 2 * config.num_layers * config.num_key_value_heads * config.kv_channels
-            self.prefix_encoder = PrefixEncoder(
-                config.pre_seq_len,
-                config.num_layers,
-                config.num_key_value_heads,
-                config.kv_channels,
-                projection=config.prefix_projection,
-                embedding_size=width,
-                hidden_size=config.hidden_size,
-            )
+            self.prefix_encoder = PrefixEncoder(config, config.num_key_value_heads, config.kv_channels)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -192,16 +181,9 @@ class ChatGLMModel(ChatGLMBackbone):
         elif attention_mask is not None:
             mask = visible_mask(length, num_past, num_prefix, attention_mask, None, hidden_states.device)
         rotary = rotary_angles(position_ids, self.config, hidden_states.dtype)
-        return self.run_layers(
-            self.encoder.layers,
-            self.encoder.final_layernorm,
-            hidden_states,
-            mask,
-            rotary,
-            prefix,
-            past_key_values,
-            output_hidden_states,
-        )
+        layers, final_norm = self.encoder.layers, self.encoder.final_layernorm
+        inputs = LayerInputs(mask, rotary, prefix, past_key_values)
+        return self.run_layers(layers, final_norm, hidden_states, inputs, output_hidden_states)
 
 
 class ChatGLMForConditionalGeneration(ChatGLMCausalLM):

@@ -49,24 +49,21 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
     return torch.matmul(probs, value).transpose(1, 2), probs
 
 
-def attend(module, query, key, value, mask, prefix_key=None, prefix_value=None, dropout=0.0):
+def attend(module, query, key, value, mask, prefix=None):
     """Attention of new tokens (query (B, N, Q, D)) over prefix and other keys ((B, G, K, D)): (B, Q, N * D).
 
-    The prefix (B, G, P, D), or (rows, G, P, D) where rows are packed, is visible to every token.
+    prefix: key and value (B, G, P, D), or (rows, G, P, D) where rows are packed, which every token sees; None: none.
+    The module has `attention_dropout`, `scaling`, `num_key_value_groups` and the model's `config`.
     """
     if isinstance(mask, PackedRows):
-        rows = zip(*(tensor.split(mask.lengths, dim=2) for tensor in (query, key, value)), mask.masks)
-        prefixes = [(None, None)] * len(mask.lengths)
-        if prefix_key is not None:
-            prefixes = zip(prefix_key.split(1), prefix_value.split(1))
-        outputs = [attend(module, *row, *prefix, dropout=dropout) for row, prefix in zip(rows, prefixes)]
-        return torch.cat(outputs, dim=1)
+        rows = zip(*(tensor.split(mask.lengths, dim=2) for tensor in (query, key, value)), mask.masks, strict=True)
+        prefixes = [None] * len(mask.lengths) if prefix is None else zip(*(part.split(1) for part in prefix))
+        return torch.cat([attend(module, *row, each) for row, each in zip(rows, prefixes, strict=True)], dim=1)
 
-    if prefix_key is not None:
-        if prefix_key.shape[0] != key.shape[0]:  # packed rows in one call: the prefixes of all rows stand in front
-            prefix_key, prefix_value = (p.transpose(0, 1).flatten(1, 2)[None] for p in (prefix_key, prefix_value))
-        key = torch.cat((prefix_key, key), dim=2)
-        value = torch.cat((prefix_value, value), dim=2)
+    if prefix is not None:
+        if prefix[0].shape[0] != key.shape[0]:  # packed rows in one call: the prefixes of all rows stand in front
+            prefix = [part.transpose(0, 1).flatten(1, 2)[None] for part in prefix]
+        key, value = (torch.cat(pair, dim=2) for pair in zip(prefix, (key, value), strict=True))
     num_queries = query.shape[2]
     if mask is None and 1 < num_queries < key.shape[2]:
         # Kernels align the causal rule at the first query and key. Empty queries in front move ours to the end,
@@ -76,9 +73,8 @@ def attend(module, query, key, value, mask, prefix_key=None, prefix_value=None, 
     if name == "flex_attention" and not isinstance(mask, BlockMask):
         name = "sdpa"  # generation, with its cache
     function = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
-    output, _ = function(
-        module, query, key, value, mask, dropout=dropout if module.training else 0.0, scaling=module.scaling
-    )
+    dropout = module.attention_dropout if module.training else 0.0
+    output, _ = function(module, query, key, value, mask, dropout=dropout, scaling=module.scaling)
     return output[:, -num_queries:].flatten(2)
 
 

@@ -1,5 +1,7 @@
 """The language-model head, loss and checkpoint rules that all three families share."""
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
@@ -35,6 +37,15 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
 
 
+class LayerInputs(NamedTuple):
+    """What all layers of a stack get beside the hidden states."""
+
+    mask: Any  # see modeling/attention.py
+    rotary: tuple[torch.Tensor, torch.Tensor]  # cos and sin
+    prefix: torch.Tensor | None  # (2 layers, rows, heads, P, D): slot 2i is layer i's key, 2i + 1 its value
+    past_key_values: Any  # a cache of transformers, or None
+
+
 class ChatGLMBackbone(ChatGLMPreTrainedModel):
     """Embedding, layers and final norm: what the families' `transformer` modules do alike."""
 
@@ -56,9 +67,7 @@ class ChatGLMBackbone(ChatGLMPreTrainedModel):
         is_chosen = self.config._attn_implementation == "flex_attention"
         return is_chosen and attention_mask is None and past_key_values is None
 
-    def run_layers(
-        self, layers, final_norm, hidden_states, mask, rotary, prefix, past_key_values, output_hidden_states
-    ):
+    def run_layers(self, layers, final_norm, hidden_states, inputs, output_hidden_states):
         """Run the stack; the prefix goes in as plain tensors, so that recomputation keeps it.
 
         `hidden_states` of the result: the embedding, then each layer's output; the last one is taken after the
@@ -68,16 +77,16 @@ class ChatGLMBackbone(ChatGLMPreTrainedModel):
         for i, layer in enumerate(layers):
             if output_hidden_states:
                 all_hidden_states += (hidden_states,)
-            prefix_key, prefix_value = (None, None) if prefix is None else (prefix[2 * i], prefix[2 * i + 1])
+            prefix = () if inputs.prefix is None else (inputs.prefix[2 * i], inputs.prefix[2 * i + 1])
             hidden_states = layer(
-                hidden_states, mask, *rotary, prefix_key, prefix_value, past_key_values=past_key_values
+                hidden_states, inputs.mask, inputs.rotary, *prefix, past_key_values=inputs.past_key_values
             )
         normed = final_norm(hidden_states)
         if output_hidden_states:
             all_hidden_states += (normed if self.norm_last_hidden_state else hidden_states,)
         return BaseModelOutputWithPast(
             last_hidden_state=normed,
-            past_key_values=past_key_values,
+            past_key_values=inputs.past_key_values,
             hidden_states=all_hidden_states if output_hidden_states else None,
         )
 

@@ -1,5 +1,7 @@
 """P-Tuning v2: trained keys and values in front of every layer (Liu et al. 2022, arXiv:2110.07602)."""
 
+import math
+
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -13,14 +15,18 @@ class PrefixEncoder(nn.Module):
     `embedding.weight`, `trans.0.*`, `trans.2.*`.
     """
 
-    def __init__(self, pre_seq_len, num_layers, num_heads, head_size, projection, embedding_size, hidden_size):
+    def __init__(self, config, num_heads, head_size, embedding_size=None):
+        """config: `pre_seq_len`, `prefix_projection`, `num_hidden_layers` and `hidden_size` of it decide the sizes;
+        embedding_size: of the smaller table (None: K)."""
         super().__init__()
-        self.shape = (2 * num_layers, num_heads, head_size)
-        width = 2 * num_layers * num_heads * head_size
-        self.pre_seq_len = pre_seq_len
-        self.embedding = nn.Embedding(pre_seq_len, embedding_size if projection else width)
+        self.shape = (2 * config.num_hidden_layers, num_heads, head_size)
+        width = math.prod(self.shape)
+        self.pre_seq_len = config.pre_seq_len
+        embedding_size = embedding_size if config.prefix_projection and embedding_size else width
+        self.embedding = nn.Embedding(config.pre_seq_len, embedding_size)
         self.trans = None
-        if projection:
+        if config.prefix_projection:
+            hidden_size = config.hidden_size
             self.trans = nn.Sequential(nn.Linear(embedding_size, hidden_size), nn.Tanh(), nn.Linear(hidden_size, width))
         self.dropout = nn.Dropout(0.1)
 

@@ -375,7 +375,8 @@ def test_a_new_prefix_has_the_bounds_of_linear_layers():
     from modeling.prefix_encoder import PrefixEncoder
 
     torch.manual_seed(0)
-    encoder = PrefixEncoder(64, 2, 2, 8, True, embedding_size=64, hidden_size=400)
+    sizes = dict(pre_seq_len=64, num_hidden_layers=2, prefix_projection=True, hidden_size=400)
+    encoder = PrefixEncoder(SimpleNamespace(**sizes), num_heads=2, head_size=8, embedding_size=64)
     encoder.reset_parameters()
     for layer, inputs in ((encoder.trans[0], 64), (encoder.trans[2], 400)):
         for parameter in (layer.weight, layer.bias):
@@ -450,7 +451,8 @@ def test_every_layer_is_recomputed_unless_an_interval_is_given():
 def test_layers_above_trained_embeddings_are_recomputed():
     """Where the embeddings alone train, gradients flow through every layer."""
     args = SimpleNamespace(freeze_module_name="embedding.")
-    model = TRAIN_TYPES["freeze"].prepare(Golden("glm3").model(), args, MODES["glm3"])
+    golden = Golden("glm3")
+    model = TRAIN_TYPES["freeze"].prepare(golden.model(), args, golden.mode)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == [
         "transformer.embedding.word_embeddings.weight"
     ]
