@@ -1,5 +1,7 @@
 """Configuration of ChatGLM-6B; keys and defaults are those of the released config.json (vocabulary of v1.1)."""
 
+from typing import Any
+
 from modeling.base_config import ChatGLMConfigBase
 from runtime.exits import UserError
 
@@ -27,7 +29,7 @@ class ChatGLMConfig(ChatGLMConfigBase):
     # Released config.json does not mention it: the output layer is the word embedding.
     tie_word_embeddings: bool = True
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.vocab_size == 150528:
             raise UserError(
@@ -42,6 +44,6 @@ class ChatGLMConfig(ChatGLMConfigBase):
             )
 
     @property
-    def head_dim(self):
+    def head_dim(self) -> int:
         """Size of one attention head."""
         return self.hidden_size // self.num_attention_heads

@@ -1,7 +1,5 @@
 """What the families' configurations check and save alike."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 
@@ -30,15 +28,15 @@ class ReleasedConfig(PreTrainedConfig):
 
     keys_to_ignore_at_inference = ["past_key_values"]
     # The only values that released checkpoints use and this code computes: {name: value}.
-    fixed_values = {}
+    fixed_values: dict[str, Any] = {}
     # Of other families and libraries: no release has these keys, and they ask for another network or quantised weights.
-    absent_keys = ("quantization_config",)
+    absent_keys: tuple[str, ...] = ("quantization_config",)
     window_key = "max_position_embeddings"  # its value: tokens of a text at most
 
     use_cache: bool = True
 
     @classmethod
-    def from_dict(cls, config_dict: dict, **kwargs: Any) -> ReleasedConfig:
+    def from_dict(cls, config_dict: dict, **kwargs: Any) -> "ReleasedConfig":
         """The configuration of a config.json. Only keys that mean something here reach the library."""
         for name in CODE_KEYS:
             value = config_dict.get(name)
@@ -78,7 +76,7 @@ class ReleasedConfig(PreTrainedConfig):
         known = {*cls.known_keys(), *FREE_KEYS}
         return [name for name, value in config_dict.items() if name not in known and value is not None]
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         for name in self.absent_keys:
             if kwargs.get(name) is not None:
                 value = shown(kwargs[name])
@@ -148,7 +146,7 @@ class ChatGLMConfigBase(ReleasedConfig):
     pre_seq_len: int | None = None
     prefix_projection: bool = False
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         length = self.pre_seq_len
         if length is not None and (type(length) is not int or not 0 <= length <= MOST):

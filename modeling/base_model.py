@@ -1,5 +1,7 @@
 """The language-model head, loss and checkpoint rules that all three families share."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +10,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from modeling.attention import Mask, Rotary
 from modeling.loss import labelled_loss
 from modeling.prefix_encoder import PrefixEncoder
 
@@ -24,13 +27,14 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     # Released checkpoints carry rotary tables as buffers; we compute the angles from the positions.
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$", r"rotary_pos_emb\.inv_freq$"]
 
-    def _init_weights(self, module):
+    def _init_weights(self, module: Any) -> None:
         if isinstance(module, PrefixEncoder):  # called after its parts, so this is what they keep
             module.reset_parameters()
-        elif isinstance(module, (nn.Linear, nn.Embedding)):
+        elif isinstance(module, nn.Linear | nn.Embedding):
             init.normal_(module.weight, mean=0.0, std=0.02)
-            if getattr(module, "bias", None) is not None:
-                init.zeros_(module.bias)
+            bias: Any = getattr(module, "bias", None)
+            if bias is not None:
+                init.zeros_(bias)
         elif hasattr(module, "weight") and type(module).__name__ in ("LayerNorm", "RMSNorm"):
             init.ones_(module.weight)
             if getattr(module, "bias", None) is not None:
@@ -40,8 +44,8 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
 class LayerInputs(NamedTuple):
     """What all layers of a stack get beside the hidden states."""
 
-    mask: Any  # see modeling/attention.py
-    rotary: tuple[torch.Tensor, torch.Tensor]  # cos and sin
+    mask: Mask
+    rotary: Rotary
     prefix: torch.Tensor | None  # (2 layers, rows, heads, P, D): slot 2i is layer i's key, 2i + 1 its value
     past_key_values: Any  # a cache of transformers, or None
 
@@ -50,8 +54,9 @@ class ChatGLMBackbone(ChatGLMPreTrainedModel):
     """Embedding, layers and final norm: what the families' `transformer` modules do alike."""
 
     norm_last_hidden_state = False
+    prefix_encoder: PrefixEncoder | None
 
-    def prefix_keys_values(self, num_rows, past_key_values, dtype):
+    def prefix_keys_values(self, num_rows: int, past_key_values: Any, dtype: torch.dtype) -> torch.Tensor | None:
         """The prefix encoder's output (2 layers, rows, heads, P, D), or None; computed once for each cache."""
         if self.prefix_encoder is None:
             return None
@@ -62,18 +67,25 @@ class ChatGLMBackbone(ChatGLMPreTrainedModel):
                 past_key_values.prefix_keys_values = prefix
         return prefix.expand(-1, num_rows, -1, -1, -1)
 
-    def uses_flex(self, attention_mask, past_key_values):
+    def uses_flex(self, attention_mask: torch.Tensor | None, past_key_values: Any) -> bool:
         """Flex attention is for training: rows without a cache, padded on the right or packed."""
         is_chosen = self.config._attn_implementation == "flex_attention"
         return is_chosen and attention_mask is None and past_key_values is None
 
-    def run_layers(self, layers, final_norm, hidden_states, inputs, output_hidden_states):
+    def run_layers(
+        self,
+        layers: nn.ModuleList,
+        final_norm: nn.Module,
+        hidden_states: torch.Tensor,
+        inputs: LayerInputs,
+        output_hidden_states: bool,
+    ) -> BaseModelOutputWithPast:
         """Run the stack; the prefix goes in as plain tensors, so that recomputation keeps it.
 
         `hidden_states` of the result: the embedding, then each layer's output; the last one is taken after the
         final norm where `norm_last_hidden_state` is set (glm) and before it elsewhere, as the released code does.
         """
-        all_hidden_states = ()
+        all_hidden_states: tuple[torch.Tensor, ...] = ()
         for i, layer in enumerate(layers):
             if output_hidden_states:
                 all_hidden_states += (hidden_states,)
