@@ -28,9 +28,9 @@ class ReleasedConfig(PreTrainedConfig):
 
     keys_to_ignore_at_inference = ["past_key_values"]
     # The only values that released checkpoints use and this code computes: {name: value}.
-    fixed_values: dict[str, Any] = {}
+    fixed_values = dict[str, Any]()
     # Of other families and libraries: no release has these keys, and they ask for another network or quantised weights.
-    absent_keys: tuple[str, ...] = ("quantization_config",)
+    absent_keys = tuple[str, ...](("quantization_config",))
     window_key = "max_position_embeddings"  # its value: tokens of a text at most
 
     use_cache: bool = True
