@@ -163,11 +163,12 @@ def main(argv, watch):
             watch.begin(step, rows, row_numbers)
             batch = collate([rows[n] for n in row_numbers], config.pad_token_id, args.packing)
             engine.set_gradient_accumulation_boundary(i == len(update.micro_batches) - 1)
-            # The sum over this batch's supervised tokens, divided by those of the whole update. Gradients are averaged
+            losses = engine(**to_device(batch, device)).token_losses  # of each supervised token, float32
+            # The objective: their sum, divided by the supervised tokens of the whole update. Gradients are averaged
             # over the ranks afterwards, hence the factor: any split gives the same gradient.
-            loss = engine(**to_device(batch, device), num_items_in_batch=update.num_labels / world).loss
+            loss = losses.sum() / (update.num_labels / world)
             engine.backward(loss, scale_wrt_gas=False)
-            update_loss += loss.detach() * (update.num_labels / world)
+            update_loss += losses.detach().sum()
         update_loss, num_asked = sum_over_ranks(update_loss, watch.asked is not None, group=group)
         if not math.isfinite(update_loss):
             watch.rest()

@@ -238,7 +238,7 @@ def measure(args):
             if way == "plain":
                 loss = plain_loss(engine, batch, num_labels)
             else:
-                loss = engine(**batch, num_items_in_batch=num_labels).loss
+                loss = engine(**batch).token_losses.sum() / num_labels
             engine.backward(loss, scale_wrt_gas=False)
         engine.step()
         if device.type == "cuda":

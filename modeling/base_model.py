@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +13,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from modeling.attention import Mask, Rotary
-from modeling.loss import labelled_loss
+from modeling.loss import token_losses
 from modeling.prefix_encoder import PrefixEncoder
 
 
@@ -103,33 +105,45 @@ class ChatGLMBackbone(ChatGLMPreTrainedModel):
         )
 
 
+@dataclass
+class LabelledOutput(CausalLMOutputWithPast):
+    """`token_losses` (M,), float32, of the labelled positions in their order, beside what transformers gives."""
+
+    token_losses: torch.Tensor | None = None
+
+
 class LabelledLM:
-    """The forward of a causal network that trains: logits, or the loss of the labelled positions alone.
+    """The forward of a causal network that trains: logits, or the losses of the labelled positions alone.
 
     For a class of transformers' `PreTrainedModel` with a backbone (`base_model`) and an `OutputLayer`
     (`get_output_embeddings`).
     """
 
+    config: Any
+    training: bool
+    base_model: Any
+    get_output_embeddings: Callable
+
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        output_hidden_states=None,
-        logits_to_keep=0,
-        row_lengths=None,
-        label_positions=None,
-        num_items_in_batch=None,
-        **kwargs,
-    ):
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        row_lengths: list[int] | None = None,
+        label_positions: torch.Tensor | None = None,
+        num_items_in_batch: float | torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> LabelledOutput:
         """input_ids (B, L), labels (B, L) with -100 where nothing is asked.
 
-        With labels: `loss` is the float32 cross entropy summed over supervised tokens, divided by
-        `num_items_in_batch` or else by their number here; `logits` is None, because only labelled positions get
+        With labels: `token_losses` (M,), the float32 cross entropy of each supervised token, and `loss`, their sum
+        divided by `num_items_in_batch` or else by their number; `logits` is None, because only labelled positions get
         any. Without labels: `logits` (B, L, V), or of the last `logits_to_keep` positions.
         `attention_mask` (B, past + L) is 0 on padding; batches padded on the right do not need one.
         `row_lengths` (a list of ints): rows packed one after another into B = 1 sequence, which do not see each
@@ -145,21 +159,26 @@ class LabelledLM:
             position_ids=position_ids,
             past_key_values=past_key_values if use_cache else None,
             inputs_embeds=inputs_embeds,
-            **({} if row_lengths is None else {"row_lengths": row_lengths}),
             output_hidden_states=bool(output_hidden_states or self.config.output_hidden_states),
+            **({} if row_lengths is None else {"row_lengths": row_lengths}),
         )
         hidden_states = outputs.last_hidden_state
         output_layer = self.get_output_embeddings()
-        loss = logits = None
+        losses = loss = logits = None
         if labels is not None:
-            loss = labelled_loss(hidden_states, labels, output_layer, num_items_in_batch, label_positions)
+            losses = token_losses(hidden_states, labels, output_layer, label_positions)
+            loss = losses.sum() / (losses.numel() if num_items_in_batch is None else num_items_in_batch)
         else:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
             if isinstance(logits_to_keep, torch.Tensor):
                 keep = logits_to_keep
             logits = output_layer(hidden_states[:, keep])
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        return LabelledOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            token_losses=losses,
         )
 
 
