@@ -32,7 +32,8 @@ def pad(rows, pad_token_id):
         ids = torch.tensor([int(token_id) for token_id in row["input_ids"]])
         batch["input_ids"][i, : len(ids)] = ids
         batch["attention_mask"][i, : len(ids)] = 1
-        batch["labels"][i, row["num_unlabelled"] : len(ids)] = ids[row["num_unlabelled"] :]
+        [(start, end, _)] = row["runs"]
+        batch["labels"][i, start:end] = ids[start:end]
     return batch
 
 

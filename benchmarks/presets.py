@@ -3,6 +3,7 @@
 import torch
 
 from modes import MODES
+from rows.encoding import Run
 
 SMALL = {"num_layers": 8, "hidden_size": 512, "num_attention_heads": 4}
 SMALL_GLM2 = {
@@ -62,5 +63,5 @@ def random_rows(config, lengths, num_labels, seed=0):
         ids = torch.randint(100, 60000, (length,), generator=generator).tolist()
         if getattr(config, "gmask_token_id", None) is not None:  # the two marks stand in front of the answer
             ids[length - labels - 2 : length - labels] = [config.gmask_token_id, config.bos_token_id]
-        rows.append({"input_ids": ids, "num_unlabelled": length - labels})
+        rows.append({"input_ids": ids, "runs": [Run(length - labels, length)]})
     return rows

@@ -48,12 +48,13 @@ def load(path, num_proc):
     from modes import MODES
     from rows.cache import load_rows
     from rows.checks import Columns
+    from rows.encoding import Encoding
 
     mode = MODES["glm3"]
     tokenizer = mode.tokenizer_class.from_pretrained(str(ROOT / "tests" / "golden" / "glm3"))
     tokenizer.encode_text("水")
     before, start = memory(), time.perf_counter()
-    rows, counts = load_rows([path], Columns(), tokenizer, mode, MAX_LEN, MAX_SRC_LEN, False, num_proc)
+    rows, counts = load_rows([path], Encoding(Columns(), tokenizer, mode, MAX_LEN, MAX_SRC_LEN, False), num_proc)
     return tokenizer, rows, counts, before, start
 
 
@@ -80,12 +81,12 @@ def second_time(path):
     """Load the rows, plan an epoch, read some rows at random, then touch all."""
     import torch
 
-    from rows.batches import Updates, collate
+    from rows.batches import Split, Updates, collate
 
     collate([], 0)  # what is imported in it
     tokenizer, rows, _, before, start = load(path, num_proc=1)
     loaded = time.perf_counter() - start
-    updates = Updates(rows.lengths, rows.num_labels, BATCH_SIZE, accumulation=1, rank=0, world_size=1, seed=1)
+    updates = Updates(rows.lengths, rows.num_labels, Split(BATCH_SIZE, 1, 1), rank=0, seed=1)
     epoch = updates.epoch(0)
     collate([rows[n] for n in next(epoch).micro_batches[0]], tokenizer.pad_token_id)
     figures = {"second_seconds": time.perf_counter() - start, "load_seconds": loaded}

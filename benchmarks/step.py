@@ -161,18 +161,23 @@ def make_rows(args, config):
     for row in read_rows(args.rows, Columns()):
         encoded = encode_row(row["query"], row["answer"], tokenizer, mode.prompt, args.max_len, args.max_len // 2)
         lengths.append(len(encoded["input_ids"]))
-        labels.append(lengths[-1] - encoded["num_unlabelled"])
+        labels.append(num_labels(encoded))
     return random_rows(config, lengths, labels)
+
+
+def num_labels(row):
+    """Supervised tokens of a row."""
+    return sum(run.num_labels for run in row["runs"])
 
 
 def batches_of(args, rows, packed, device, pad_token_id):
     """Endless (rows, batch) of an epoch, made as train.py makes them."""
-    from rows.batches import Updates, collate, to_device
+    from rows.batches import Split, Updates, collate, to_device
 
     lengths = [len(row["input_ids"]) for row in rows]
-    labels = [length - row["num_unlabelled"] for length, row in zip(lengths, rows)]
+    labels = [num_labels(row) for row in rows]
     pack_to = args.max_len if packed else None
-    updates = Updates(lengths, labels, args.batch_size, 1, 0, 1, seed=1, pack_to=pack_to)
+    updates = Updates(lengths, labels, Split(args.batch_size, 1, 1), rank=0, seed=1, pack_to=pack_to)
     while True:
         for update in updates.epoch(0):
             mine = [rows[n] for n in update.micro_batches[0]]
@@ -229,16 +234,16 @@ def measure(args):
     def step(way, watch_memory=False):
         """One update; returns its figures. Watching memory gives back what is free, which costs time later."""
         mine, make_batch = next(ways[way])
-        num_labels = sum(len(row["input_ids"]) - row["num_unlabelled"] for row in mine)
+        num_items = sum(map(num_labels, mine))
         memory = Memory(device) if watch_memory else None
         start = time.perf_counter()
         batch = make_batch()
         outside = time.perf_counter() - start
         with plain_settings(model, checkpointing=True) if way == "plain" else nullcontext():
             if way == "plain":
-                loss = plain_loss(engine, batch, num_labels)
+                loss = plain_loss(engine, batch, num_items)
             else:
-                loss = engine(**batch).token_losses.sum() / num_labels
+                loss = engine(**batch).token_losses.sum() / num_items
             engine.backward(loss, scale_wrt_gas=False)
         engine.step()
         if device.type == "cuda":
@@ -343,7 +348,8 @@ def useful_flops(model, batch, rows, config):
     pairs = sum(len(row["input_ids"]) * (len(row["input_ids"]) + 1) / 2 for row in rows)
     pairs += sum(len(row["input_ids"]) for row in rows) * (getattr(config, "pre_seq_len", None) or 0)
     if getattr(config, "gmask_token_id", None) is not None:  # the question sees all of itself
-        pairs += sum((row["num_unlabelled"] - 1) * (row["num_unlabelled"] - 2) / 2 for row in rows)
+        starts = [row["runs"][0].start for row in rows]
+        pairs += sum((start - 1) * (start - 2) / 2 for start in starts)
     width = config.num_attention_heads * config.head_dim
 
     def linear(module, inputs, output):

@@ -30,8 +30,8 @@ from runtime.ranks import is_main, launcher_problem, world_size
 from train_types import TRAIN_TYPES
 from training.ds_config import conflicts, read_ds_file
 from training.going_on import take_over
+from training.setup import ATTENTION
 
-ATTENTION = {"sdpa": "sdpa", "flex": "flex_attention", "eager": "eager"}  # the library's names
 HOLD_SECONDS = 30  # of --output_dir with --resume: the processes of a killed run need some seconds to end
 BEST_METRICS = ("loss", "rougeL", "bleu4", "f1", "accuracy")  # of --metric_for_best_model
 
@@ -400,13 +400,14 @@ def check_folder(args, folder):
         fail(problems)
 
 
-def check_limits(args, config, mode, train_type):
+def check_limits(args, base):
     """Refuse flags that ask for more than the model has."""
+    config = base.config
     for flag, most in (("lora_dim", config.hidden_size), ("pre_seq_len", config.window)):
-        if flag in train_type.flags and getattr(args, flag) > most:
+        if flag in base.train_type.flags and getattr(args, flag) > most:
             fail(f"--{flag} {getattr(args, flag)}: use at most {most} with this model")
     if args.max_len > config.window:
         fail(f"--max_len {args.max_len}: the model's window is {config.window} tokens: use at most {config.window}")
-    answer_lengths = (args.max_src_len, args.eval_max_new_tokens, config, mode.prompt, "eval_max_new_tokens")
+    answer_lengths = (args.max_src_len, args.eval_max_new_tokens, config, base.mode.prompt, "eval_max_new_tokens")
     if args.eval_generate and (problem := window_problem(*answer_lengths)):
         fail(problem)

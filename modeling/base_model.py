@@ -169,9 +169,9 @@ class LabelledLM:
             losses = token_losses(hidden_states, labels, output_layer, label_positions)
             loss = losses.sum() / (losses.numel() if num_items_in_batch is None else num_items_in_batch)
         else:
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
-            if isinstance(logits_to_keep, torch.Tensor):
-                keep = logits_to_keep
+            keep: Any = logits_to_keep
+            if isinstance(keep, int):
+                keep = slice(-keep, None) if keep else slice(None)
             logits = output_layer(hidden_states[:, keep])
         return LabelledOutput(
             loss=loss,

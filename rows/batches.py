@@ -4,13 +4,31 @@ An update takes `sequences_per_update` sequences: rows, or with packing several 
 depends on the seed alone, not on how the update is split over processes, micro-batches and accumulation.
 """
 
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
+
+from rows.encoding import NO_END
+
+if TYPE_CHECKING:
+    import torch
 
 IGNORE = -100  # label of a position that carries no loss
 BLOCK = 4  # rows of similar length that stay together when the order is drawn; an update mixes several blocks
 WINDOW = 32  # updates whose rows are sorted by length before they are cut into blocks
+
+
+class Split(NamedTuple):
+    """How an update is shared out: rows (or packed sequences) of a micro-batch, micro-batches, processes."""
+
+    batch_size: int
+    accumulation: int
+    world_size: int
 
 
 @dataclass
@@ -18,39 +36,47 @@ class Update:
     """One optimizer update: row numbers of this rank's micro-batches, and of the whole update its rows' numbers and
     its supervised tokens."""
 
-    micro_batches: list
-    rows: list
+    micro_batches: list[list[int]]
+    rows: list[int]
     num_labels: int
 
 
 class Updates:
     """Splits each epoch into optimizer updates, the same for every rank.
 
-    lengths, num_labels: tokens and supervised tokens of every row. pack_to: tokens of a packed sequence, or None.
+    lengths, num_labels: tokens and supervised tokens of every row. rank: the process whose micro-batches are given.
+    pack_to: tokens of a packed sequence, or None.
 
     A new order every epoch, the same for the same seed. Rows of similar length come together, so that little is
     padded; packed sequences are put together once. All ranks run equally many micro-batches; where rows run out in
     the last, short update, a rank gets an empty micro-batch (`collate` makes one that carries no label).
     """
 
-    def __init__(self, lengths, num_labels, batch_size, accumulation, rank, world_size, seed, pack_to=None):
+    def __init__(
+        self,
+        lengths: Sequence[int] | numpy.ndarray,
+        num_labels: Sequence[int] | numpy.ndarray,
+        split: Split,
+        rank: int,
+        seed: int,
+        pack_to: int | None = None,
+    ) -> None:
         self.lengths = numpy.asarray(lengths, dtype=numpy.int64)
         self.num_labels = numpy.asarray(num_labels, dtype=numpy.int64)
-        self.batch_size = batch_size
+        self.batch_size, self.world_size = split.batch_size, split.world_size
         self.rank = rank
-        self.world_size = world_size
         self.seed = seed
-        self.sequences_per_update = batch_size * accumulation * world_size
-        self.packs = None
+        self.sequences_per_update = math.prod(split)
+        self.packs: list[list[int]] | None = None
         if pack_to is not None:
             self.packs = pack(self.lengths, pack_to, numpy.random.default_rng([seed, 0]))
         self.num_sequences = len(self.lengths) if self.packs is None else len(self.packs)
 
-    def __len__(self):
+    def __len__(self) -> int:
         """Updates in an epoch."""
         return -(-self.num_sequences // self.sequences_per_update)
 
-    def order(self, epoch):
+    def order(self, epoch: int) -> numpy.ndarray:
         """Sequences of an epoch in their order, (updates, sequences_per_update); -1 fills the last update."""
         random = numpy.random.default_rng([self.seed, epoch + 1])
         order = random.permutation(self.num_sequences)
@@ -63,13 +89,13 @@ class Updates:
             plan = numpy.take_along_axis(plan, keys.argsort(axis=1, kind="stable"), axis=1)
         return plan
 
-    def since(self, step, num_epochs):
+    def since(self, step: int, num_epochs: int) -> Iterator[tuple[int, Update]]:
         """Yield (epoch, update) of all updates after the first `step` of a run of so many epochs."""
         for epoch in range(step // len(self), num_epochs):
             for update in self.epoch(epoch, first=step % len(self) if epoch == step // len(self) else 0):
                 yield epoch, update
 
-    def epoch(self, epoch, first=0):
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Update]:
         """Yield the updates of an epoch (counted from 0), from its `first` one on."""
         for sequences in self.order(epoch)[first:]:
             sequences = sequences[sequences >= 0]
@@ -79,13 +105,13 @@ class Updates:
             rows = self.rows(sequences)
             yield Update(micro_batches, rows, int(self.num_labels[rows].sum()))
 
-    def rows(self, sequences):
+    def rows(self, sequences: numpy.ndarray) -> list[int]:
         """Numbers of the rows in these sequences."""
         if self.packs is None:
             return sequences.tolist()
         return [row for sequence in sequences for row in self.packs[sequence]]
 
-    def waste(self):
+    def waste(self) -> float:
         """Share of the first epoch's positions that are padding; packed rows have none."""
         if self.packs is not None:
             return 0.0
@@ -95,7 +121,7 @@ class Updates:
         positions = (micro_batches.max(axis=2) * (micro_batches > 0).sum(axis=2)).sum()
         return 1.0 - lengths.sum() / positions
 
-    def describe(self):
+    def describe(self) -> str:
         """What a run says once about its batches."""
         if self.packs is None:
             return f"batches: rows of similar length together, {self.waste():.1%} of the positions are padding"
@@ -105,10 +131,12 @@ class Updates:
         )
 
 
-def group_by_length(order, lengths, rows_per_update, random):
+def group_by_length(
+    order: numpy.ndarray, lengths: numpy.ndarray, rows_per_update: int, random: numpy.random.Generator
+) -> numpy.ndarray:
     """A random order in which rows of similar length stand together.
 
-    Windows of the given random order (a quarter of the rows at most, so that company changes with every epoch) are
+    Windows of the given random order (a quarter of the rows at most, so that each epoch groups other rows) are
     sorted by length and cut into blocks; the blocks are put into random order. Rows that make no whole block come
     last; they are a random choice.
     """
@@ -122,7 +150,7 @@ def group_by_length(order, lengths, rows_per_update, random):
     return numpy.concatenate([random.permutation(blocks).flatten(), rest])
 
 
-def pack(lengths, pack_to, random):
+def pack(lengths: numpy.ndarray, pack_to: int, random: numpy.random.Generator) -> list[list[int]]:
     """Rows put into sequences of at most `pack_to` tokens: a list of lists of row numbers.
 
     Best fit decreasing: the longest row first, each into the fullest sequence that still has room. The random order
@@ -130,8 +158,8 @@ def pack(lengths, pack_to, random):
     """
     order = random.permutation(len(lengths))
     order = order[(-lengths[order]).argsort(kind="stable")]
-    packs = []
-    by_room = [[] for _ in range(pack_to + 1)]  # sequences by the tokens that they have room for
+    packs: list[list[int]] = []
+    by_room: list[list[int]] = [[] for _ in range(pack_to + 1)]  # sequences by the tokens that they have room for
     open_rooms = 0  # bit r is set where by_room[r] is not empty
     for row, length in zip(order.tolist(), lengths[order].tolist()):
         fitting = open_rooms >> length
@@ -149,7 +177,7 @@ def pack(lengths, pack_to, random):
     return packs
 
 
-def collate(rows, pad_token_id, packed=False):
+def collate(rows: Sequence[dict], pad_token_id: int, packed: bool = False) -> dict:
     """Rows -> a batch for the model's forward, as CPU tensors.
 
     input_ids and labels, labels -100 on prompt and padding: (B, longest), padded on the right, or with `packed`
@@ -168,19 +196,22 @@ def collate(rows, pad_token_id, packed=False):
     starts = numpy.cumsum([0, *lengths]) if packed else numpy.arange(len(lengths)) * shape[1]
     for row, start in zip(rows, starts.tolist()):
         ids = torch.as_tensor(numpy.asarray(row["input_ids"], dtype=numpy.int64))
-        # The first token of a row is never predicted: what stands before it is another row.
-        num_unlabelled = max(1, row["num_unlabelled"])
         input_ids.view(-1)[start : start + len(ids)] = ids
-        labels.view(-1)[start + num_unlabelled : start + len(ids)] = ids[num_unlabelled:]
+        row_labels = labels.view(-1)[start : start + len(ids)]
+        for first, end, end_id in numpy.asarray(row["runs"]).tolist():
+            row_labels[first:end] = ids[first:end]
+            if end_id != NO_END:
+                row_labels[end] = end_id
+        row_labels[0] = IGNORE  # never predicted: what stands before it is another row
     batch = {"input_ids": input_ids, "labels": labels, "label_positions": label_positions(labels)}
     return {**batch, "row_lengths": lengths} if packed else batch
 
 
-def to_device(batch, device):
+def to_device(batch: dict, device: torch.device) -> dict:
     """The batch on the device; to a GPU it is copied while the GPU works (pinned memory, no waiting)."""
     import torch
 
-    def move(value):
+    def move(value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or device.type == "cpu":
             return value
         return value.pin_memory().to(device, non_blocking=True)

@@ -1,6 +1,9 @@
 """Encoded rows: made once by all cores of a host, kept on disk, mapped into memory by every process and later run."""
 
+from __future__ import annotations
+
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -9,10 +12,12 @@ import pathlib
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from rows.checks import Notes
-from rows.encoding import COUNTS, MIN_POOL_BATCHES, Encoding, encode_batch, encode_in_pool, read_batches
+from rows.encoding import COUNTS, MIN_POOL_BATCHES, NO_END, Encoding, encode_batch, encode_in_pool, read_batches
 from rows.reading import data_files, files_left, no_row, open_rows, place_of
 from runtime.distributed import barrier
 from runtime.exits import UserError
@@ -21,13 +26,18 @@ from runtime.ranks import is_main, print_rank_0
 from runtime.streams import progress_bar
 from utils import printable
 
-ENCODING_VERSION = 5  # part of the cache key: raise it when the same row would give other ids, or other files
+if TYPE_CHECKING:
+    import numpy
+
+    from modeling.tokenizer import SentencePieceTokenizer
+
+ENCODING_VERSION = 6  # part of the cache key: raise it when the same row would give other ids, or other files
 BEAT_SECONDS, SILENT_SECONDS, POLL_SECONDS = 5, 120, 0.2  # of the process that encodes and of those that wait
-NUMBERS = ("ids", "offsets", "num_unlabelled", "places")  # files that are mapped
+NUMBERS = ("ids", "offsets", "runs", "run_offsets", "places")  # files that are mapped
 BAD_ROWS = "bad_rows.txt"  # a line for each: the number of its file, a space, what is wrong without the file's path
 
 
-def cache_key(files, tokenizer, settings):
+def cache_key(files: list[str], tokenizer: SentencePieceTokenizer, settings: list) -> str:
     """SHA-256 over the rows' bytes, the tokenizer's files and everything that decides the ids."""
     digest = hashlib.sha256(json.dumps([ENCODING_VERSION, settings], sort_keys=True).encode())
     for path in [*files, tokenizer.vocab_file]:
@@ -39,7 +49,7 @@ def cache_key(files, tokenizer, settings):
     return digest.hexdigest()[:32]
 
 
-def cache_folder():
+def cache_folder() -> str:
     """Where encoded rows are kept: beside the caches of the Hugging Face libraries."""
     from huggingface_hub.constants import HF_HOME
 
@@ -50,17 +60,18 @@ def cache_folder():
 class EncodedRows:
     """Encoded rows in their folder, mapped into memory: what is touched is read, once for all processes of a host.
 
-    rows[n] is {"input_ids": integers (L,), a view of the file, "num_unlabelled": int}. files: the paths of the rows,
-    which may be others than those that they were encoded from. bad_rows: a message about each row that was left out
-    because it was not right. key: the same for the same rows with the same tokenizer and settings.
+    rows[n] is {"input_ids": integers (L,), "runs": integers (R, 3)}, views of the files; `Run` says what a run is.
+    files: the paths of the rows, which may be others than those that they were encoded from. bad_rows: a message about
+    each row that was left out because it was not right. key: the same for the same rows with the same tokenizer and
+    settings.
     """
 
-    def __init__(self, folder, files):
+    def __init__(self, folder: str, files: list[str]) -> None:
         import numpy
 
         self.key, self.files = os.path.basename(folder), files
 
-        def numbers(name, dtype):
+        def numbers(name: str, dtype: str) -> numpy.ndarray:
             # A plain view: slices of a memmap take ten times longer.
             return numpy.memmap(os.path.join(folder, f"{name}.bin"), dtype, mode="r").view(numpy.ndarray)
 
@@ -69,13 +80,15 @@ class EncodedRows:
                 self.counts = json.load(file)
             self.ids = numbers("ids", self.counts["id_type"])
             self.offsets = numbers("offsets", "int64")  # row n is ids[offsets[n]:offsets[n + 1]]
-            self.num_unlabelled = numbers("num_unlabelled", "int32")
+            self.runs = numbers("runs", "int32").reshape(-1, 3)
+            self.run_offsets = numbers("run_offsets", "int64")  # row n has runs[run_offsets[n]:run_offsets[n + 1]]
             self.places = numbers("places", "int64")
             self.file_ends = numpy.cumsum([file["rows"] for file in self.counts["files"]])
             self.bad_rows = read_bad_rows(folder, files)
             is_whole = (
-                len(self.offsets) == len(self) + 1
+                len(self.offsets) == len(self.run_offsets) == len(self) + 1
                 and self.offsets[-1] == len(self.ids)
+                and self.run_offsets[-1] == len(self.runs)
                 and len(self) == len(self.places) == self.file_ends[-1]
                 and len(self.bad_rows) == self.counts["bad_rows"]
             )
@@ -85,65 +98,66 @@ class EncodedRows:
         if not is_whole:  # changed since the process of this host that encodes has looked at them
             raise UserError(f"{folder}: encoded rows are damaged: start again, they will be encoded again")
 
-    def __len__(self):
-        return len(self.num_unlabelled)
+    def __len__(self) -> int:
+        return len(self.places)
 
-    def __getitem__(self, n):
+    def __getitem__(self, n: int) -> dict:
         n = range(len(self))[n]  # IndexError outside; from the end where negative
         ids = self.ids[self.offsets[n] : self.offsets[n + 1]]
-        return {"input_ids": ids, "num_unlabelled": int(self.num_unlabelled[n])}
+        return {"input_ids": ids, "runs": self.runs[self.run_offsets[n] : self.run_offsets[n + 1]]}
 
-    def place(self, n):
+    def place(self, n: int) -> str:
         """Where row n stands, as messages about rows say it: file:line, or file:row of an array."""
         n = range(len(self))[n]
         file = int(self.file_ends.searchsorted(n, side="right"))
         return place_of(self.files[file], self.counts["files"][file]["is_array"], int(self.places[n]))
 
     @property
-    def lengths(self):
+    def lengths(self) -> numpy.ndarray:
         """Tokens of each row: int64 (N,)."""
         return self.offsets[1:] - self.offsets[:-1]
 
-    @property
-    def num_labels(self):
+    @functools.cached_property
+    def num_labels(self) -> numpy.ndarray:
         """Supervised tokens of each row: int64 (N,)."""
-        return self.lengths - self.num_unlabelled
+        import numpy
+
+        starts, ends, end_ids = self.runs.T.astype("int64")
+        sums = numpy.concatenate([[0], (ends - starts + (end_ids != NO_END)).cumsum()])
+        return sums[self.run_offsets[1:]] - sums[self.run_offsets[:-1]]
 
 
 def load_rows(
-    paths, columns, tokenizer, mode, max_len, max_src_len, is_skip, num_proc=0, encodes=True, skip_bad_rows=False
-):
-    """(EncodedRows, dict of counts) of the training set, from the cache where it is there.
+    paths: list[str], encoding: Encoding, num_proc: int = 0, encodes: bool = True
+) -> tuple[EncodedRows, dict]:
+    """(EncodedRows, dict of counts) of the rows in these files and folders, from the cache where they are there.
 
     Otherwise it is encoded by `num_proc` processes (0: all cores) if this process is the one that `encodes`, and
     waited for in the others. That one also compares what is there with its SHA-256, and encodes it again where it is
-    not as it was. Collective, where there are ranks. skip_bad_rows: leave out the rows that are not right; else the
-    first one is an error.
+    not as it was. Collective, where there are ranks.
     """
-    encoding = Encoding(columns, tokenizer, mode, max_len, max_src_len, is_skip, skip_bad_rows)
-    settings = [mode.name, columns.prompt, columns.response, max_len, max_src_len, is_skip, skip_bad_rows]
     files = data_files(paths)
-    folder = os.path.join(cache_folder(), cache_key(files, tokenizer, settings))
+    folder = os.path.join(cache_folder(), cache_key(files, encoding.tokenizer, encoding.settings))
     if not encodes:
         wait_for_rows(folder)
     elif problem := kept_problem(folder):
         if os.path.isdir(folder):
             print(f"encoded rows are damaged, they are encoded again ({problem})", flush=True)
-        encode_to_folder(folder, paths, encoding, num_proc)
+        encode_to_folder(folder, paths, files, encoding, num_proc)
     barrier()  # a damaged folder has been replaced before another process opens it
     rows = EncodedRows(folder, files)
     rows.counts["files_left"] = files_left(paths)
     return rows, rows.counts
 
 
-def kept_problem(folder):
+def kept_problem(folder: str) -> str | None:
     """What is wrong with kept rows, as a line; None where they are as they were written."""
     if not os.path.isfile(os.path.join(folder, MANIFEST)):
         return f"{folder}: has no {MANIFEST}"
     return next(iter(verify(folder)), "").removesuffix(": copy the folder again") or None
 
 
-def encode_to_folder(folder, paths, encoding, num_proc):
+def encode_to_folder(folder: str, paths: list[str], files: list[str], encoding: Encoding, num_proc: int) -> None:
     """Encode all rows into `folder`, which appears whole or not at all; a damaged one is replaced."""
     parent = os.path.dirname(folder)
     try:
@@ -152,7 +166,7 @@ def encode_to_folder(folder, paths, encoding, num_proc):
         with heartbeat(f"{folder}.encoding"), scratch_folder(parent, "encoding") as scratch:
             whole, damaged = os.path.join(scratch, "whole"), os.path.join(scratch, "damaged")
             os.mkdir(whole)
-            write_rows(whole, paths, encoding, num_proc)
+            write_rows(whole, paths, files, encoding, num_proc)
             seal(whole)
             if os.path.isdir(folder) and kept_problem(folder):
                 os.rename(folder, damaged)
@@ -168,18 +182,17 @@ def encode_to_folder(folder, paths, encoding, num_proc):
         ) from None
 
 
-def write_rows(folder, paths, encoding, num_proc):
+def write_rows(folder: str, paths: list[str], files: list[str], encoding: Encoding, num_proc: int) -> None:
     """Encode all rows into the files that `EncodedRows` reads."""
     import numpy
 
     started = time.monotonic()
-    files = data_files(paths)
     batches = read_batches(files)
     head = list(itertools.islice(batches, MIN_POOL_BATCHES))
     num_proc = 1 if len(head) < MIN_POOL_BATCHES else num_proc or len(os.sched_getaffinity(0))
     batches = itertools.chain(head, batches)
     if num_proc == 1:
-        results = (encode_batch(batch, encoding) for batch in batches)
+        results: Any = (encode_batch(batch, encoding) for batch in batches)
     else:
         results = encode_in_pool(batches, encoding, num_proc)
 
@@ -191,11 +204,15 @@ def write_rows(folder, paths, encoding, num_proc):
         arrays = {name: stack.enter_context(open(os.path.join(folder, f"{name}.bin"), "wb")) for name in NUMBERS}
         bad_rows = stack.enter_context(open(os.path.join(folder, BAD_ROWS), "w", encoding="utf-8"))
         bar = stack.enter_context(progress_bar(desc="encoding", unit="row", unit_scale=True, disable=not is_shown))
-        numpy.zeros(1, "int64").tofile(arrays["offsets"])
+        for name in ("offsets", "run_offsets"):
+            numpy.zeros(1, "int64").tofile(arrays[name])
+        num_runs = 0
         for found in results:
             found.ids.tofile(arrays["ids"])
             (counts["tokens"] + found.lengths.cumsum()).tofile(arrays["offsets"])
-            found.num_unlabelled.tofile(arrays["num_unlabelled"])
+            found.runs.tofile(arrays["runs"])
+            (num_runs + found.num_runs.cumsum()).tofile(arrays["run_offsets"])
+            num_runs += len(found.runs)
             found.places.tofile(arrays["places"])
             bad_rows.writelines(found.bad_rows)
             notes.add(found.notes)
@@ -222,7 +239,7 @@ def write_rows(folder, paths, encoding, num_proc):
         print_rank_0(f"encoded {num_rows:,} rows in {time.monotonic() - started:.1f} s with {processes}")
 
 
-def read_bad_rows(folder, files):
+def read_bad_rows(folder: str, files: list[str]) -> list[str]:
     """Messages about the rows that were left out of encoded rows, with the paths that the files have in this run."""
     with open(os.path.join(folder, BAD_ROWS), encoding="utf-8") as file:
         lines = [line.rstrip("\n").partition(" ") for line in file]
@@ -230,11 +247,11 @@ def read_bad_rows(folder, files):
 
 
 @contextlib.contextmanager
-def heartbeat(path):
+def heartbeat(path: str) -> Iterator[None]:
     """Touch a file every few seconds while the block runs; remove it afterwards, also where the block fails."""
     is_over = threading.Event()
 
-    def beat():
+    def beat() -> None:
         while not is_over.wait(BEAT_SECONDS):
             with contextlib.suppress(OSError):  # one beat may be missed
                 pathlib.Path(path).touch()  # made again where another run, that encodes the same, has removed it
@@ -250,7 +267,7 @@ def heartbeat(path):
         pathlib.Path(path).unlink(missing_ok=True)
 
 
-def remove_silent_hearts(parent):
+def remove_silent_hearts(parent: str) -> None:
     """Remove what killed processes have left of `heartbeat`; one that lives makes its file again."""
     for path in pathlib.Path(parent).glob("*.encoding"):
         with contextlib.suppress(OSError):
@@ -258,7 +275,7 @@ def remove_silent_hearts(parent):
                 path.unlink()
 
 
-def wait_for_rows(folder):
+def wait_for_rows(folder: str) -> None:
     """Wait until another process has made the folder; UserError where its heart has stopped.
 
     A heart beats where the file's time changes while this process looks: clocks of hosts may differ, and the file of

@@ -1,9 +1,12 @@
 """What a row is: its fields checked, and what a run says once about the fields of all its rows."""
 
+from __future__ import annotations
+
 import functools
 import json
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 from runtime.exits import UserError
 from runtime.streams import visible
@@ -37,12 +40,12 @@ class Columns:
     others: tuple[str, ...] = ()
 
     @property
-    def sources(self):
+    def sources(self) -> tuple[str, ...]:
         """Fields whose texts, put together with nothing between, are the query."""
         return (self.prompt,) if self.prompt else ("instruction", "input")
 
     @functools.cached_property
-    def used(self):
+    def used(self) -> frozenset[str]:
         """All fields that are read."""
         return frozenset((*self.sources, self.response, *self.others))
 
@@ -62,7 +65,7 @@ class Notes:
     unused: dict[str, int] = field(default_factory=dict)  # rows that have this field, which is not used
     others: int = 0  # fields of rows beyond MOST_NAMES
 
-    def add(self, other: "Notes"):
+    def add(self, other: Notes) -> None:
         """Count the rows of `other`, which come behind, too."""
         self.rows += other.rows
         self.numbers += other.numbers
@@ -72,7 +75,7 @@ class Notes:
         for name, num_rows in other.unused.items():
             self.count_unused(name, num_rows)
 
-    def count_unused(self, name: str, num_rows: int = 1):
+    def count_unused(self, name: str, num_rows: int = 1) -> None:
         """A field of rows that is not used."""
         if name in self.unused or len(self.unused) < MOST_NAMES:
             self.unused[name] = self.unused.get(name, 0) + num_rows
@@ -98,7 +101,7 @@ class Notes:
         return [f"{what}: {text}" for text in said]
 
 
-def json_type(value):
+def json_type(value: Any) -> str:
     """What JSON calls the value, with its article."""
     if isinstance(value, float):  # numbers are kept as they are written, so only these three are left
         return {"inf": "Infinity", "-inf": "-Infinity"}.get(str(value), "NaN") + ", which is no JSON"
@@ -106,7 +109,7 @@ def json_type(value):
     return names.get(type(value), "a number")
 
 
-def check_row(row, place, columns, need_response, notes):
+def check_row(row: dict, place: str, columns: Columns, need_response: bool, notes: Notes) -> dict:
     """One checked row, {"query", "answer", "place", "joint"}, and what `columns.others` names; UserError otherwise.
 
     joint: characters of the query that are the instruction's, 0 where there is nothing to join. notes: counts it.
@@ -136,7 +139,7 @@ def check_row(row, place, columns, need_response, notes):
     return {"query": query, "answer": answer, "place": place, "joint": joint, **more}
 
 
-def check_fields(row, place, columns):
+def check_fields(row: dict, place: str, columns: Columns) -> None:
     """Does the object hold rows, files or what only other tools understand instead of a question and an answer?"""
     for name, why in MEANINGFUL.items():
         if name in row and name not in columns.used and not is_empty(row[name]):
@@ -149,7 +152,7 @@ def check_fields(row, place, columns):
                 raise wrapped(place, name)
 
 
-def wrapped(place, name):
+def wrapped(place: str, name: str) -> UserError:
     """The error for an object around the rows."""
     key = f".{name}" if re.fullmatch(r"[A-Za-z_]\w{0,60}", name, re.ASCII) else f"'.[{json.dumps(name[:60])}]'"
     return UserError(
@@ -157,12 +160,12 @@ def wrapped(place, name):
     )
 
 
-def is_empty(value):
+def is_empty(value: Any) -> bool:
     """Does a field say nothing?"""
     return value is None or value in ([], {}) or (isinstance(value, str) and not value.strip())
 
 
-def text_of(row, name, place, may_lack):
+def text_of(row: dict, name: str, place: str, may_lack: bool) -> Any:
     """The text of a field; a number is its text. may_lack: absent or null is None."""
     value = row.get(name)
     if may_lack and value is None:
@@ -183,7 +186,7 @@ def text_of(row, name, place, may_lack):
     return str(value)
 
 
-def joined_word(instruction, text):
+def joined_word(instruction: str, text: str) -> str | None:
     """How an instruction and an input of Latin script run together, as an example; None where they do not."""
     if not (instruction[-1] + text[0]).isascii() or not (instruction[-1] + text[0]).isalnum():
         return None

@@ -1,27 +1,56 @@
 """Rows into ids: one row, a batch of rows, and many batches by all cores."""
 
+from __future__ import annotations
+
 import collections
 import concurrent.futures.process
 import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from modeling.family import Family
+from modeling.family import Family, Prompt
 from rows.checks import Columns, Notes
 from rows.reading import Part, check_items, read_file
 from runtime.exits import UserError
 from utils import printable
 
+if TYPE_CHECKING:
+    import numpy
 
-def encode_row(query, answer, tokenizer, prompt, max_len, max_src_len):
+    from modeling.tokenizer import SentencePieceTokenizer
+
+
+NO_END = -1  # of a run whose last id is followed by no label of its own
+
+
+class Run(NamedTuple):
+    """Positions of a row that carry loss: `start` to before `end`, where the label is the row's own id.
+
+    end_id: what is learned at `end`, where the row itself goes on with another id: how the model ends an answer that
+    stands inside a conversation; NO_END where it is one of the run's ids, or is not learned.
+    """
+
+    start: int
+    end: int
+    end_id: int = NO_END
+
+    @property
+    def num_labels(self) -> int:
+        """Supervised tokens."""
+        return self.end - self.start + (self.end_id != NO_END)
+
+
+def encode_row(
+    query: str, answer: str, tokenizer: SentencePieceTokenizer, prompt: Prompt, max_len: int, max_src_len: int | None
+) -> dict:
     """One training row as ids, with what was cut.
 
-    Returns input_ids (at most max_len), num_unlabelled (positions before the first label), and the numbers of
-    source and answer ids that found no room. The id that ends the answer is never cut. `prompt` is the family's
-    prompt module.
+    Returns input_ids (at most max_len), runs (a list of `Run`, one here), and the numbers of source and answer ids
+    that found no room. The id that ends the answer is never cut. `prompt` is the family's prompt module.
     """
     prompt_ids, source_cut = prompt.encode_prompt(tokenizer, query, max_src_len=max_src_len)
     answer_ids = prompt.encode_answer(tokenizer, answer)
@@ -30,37 +59,43 @@ def encode_row(query, answer, tokenizer, prompt, max_len, max_src_len):
     input_ids = prompt_ids + answer_ids[: len(answer_ids) - answer_cut] + prompt.stop_ids(tokenizer)[:1]
     return {
         "input_ids": input_ids,
-        "num_unlabelled": len(prompt_ids) - prompt.SUPERVISED_PROMPT_IDS,
+        "runs": [Run(len(prompt_ids) - prompt.SUPERVISED_PROMPT_IDS, len(input_ids))],
         "source_cut": source_cut,
         "answer_cut": answer_cut,
     }
 
 
-def show_row(row, tokenizer, texts=None):
-    """The first row as the model sees it: `【` before the supervised part and `】` behind it.
+def show_row(row: dict, tokenizer: SentencePieceTokenizer, texts: dict | None = None) -> str:
+    """The first row as the model sees it: `【` before each supervised part and `】` behind it.
 
     texts: the row before it was encoded; where it has an instruction and an input, `⏐` stands where they meet.
     """
-    ids, start = [int(token_id) for token_id in row["input_ids"]], row["num_unlabelled"]
-    prompt, supervised = (text_with_control_tokens(part, tokenizer) for part in (ids[:start], ids[start:]))
+    ids, shown, position = [int(token_id) for token_id in row["input_ids"]], "", 0
+    for start, end, end_id in row["runs"]:
+        ending = [] if end_id == NO_END else [int(end_id)]
+        shown += text_with_control_tokens(ids[position:start], tokenizer)
+        shown += f"【{text_with_control_tokens(ids[start:end] + ending, tokenizer)}】"
+        position = end
+    shown += text_with_control_tokens(ids[position:], tokenizer)
     if texts and texts["joint"]:
         query, joint = texts["query"], texts["joint"]
         before, behind = query[max(0, joint - 20) : joint], query[joint : joint + 20]
-        prompt = prompt.replace(before + behind, f"{before}⏐{behind}", 1)
-    return f"first row ({len(ids)} tokens): {prompt}【{supervised}】"
+        shown = shown.replace(before + behind, f"{before}⏐{behind}", 1)
+    return f"first row ({len(ids)} tokens): {shown}"
 
 
-def text_with_control_tokens(ids, tokenizer):
+def text_with_control_tokens(ids: list[int], tokenizer: SentencePieceTokenizer) -> str:
     """Decoded text in which control tokens stand by name; decoding alone drops some of them, such as `</s>`."""
-    text, run = "", []
+    text = ""
+    run: list[int] = []
     for token_id in ids:
         name = tokenizer.convert_ids_to_tokens(token_id)
         if token_id in tokenizer.control_ids and tokenizer.piece_text(name) == name:  # and not white space
-            text += tokenizer.decode(run) + name
+            text += str(tokenizer.decode(run)) + name
             run = []
         else:
             run.append(token_id)
-    return text + tokenizer.decode(run)
+    return text + str(tokenizer.decode(run))
 
 
 BATCH_ROWS, BATCH_BYTES = 1000, 1 << 20  # what a process encodes at a time: the first limit that is reached
@@ -73,15 +108,21 @@ class Encoding:
     """Everything that decides the ids of a row."""
 
     columns: Columns
-    tokenizer: object
+    tokenizer: SentencePieceTokenizer
     mode: Family
     max_len: int
     max_src_len: int
-    is_skip: bool
-    skip_bad_rows: bool = False
+    is_skip: bool  # leave out rows that do not fit; else they are cut
+    skip_bad_rows: bool = False  # leave out rows that are not right; else the first one is an error
 
     @property
-    def id_type(self):
+    def settings(self) -> list:
+        """What decides the ids besides the rows and the tokenizer: part of the key of kept rows."""
+        columns = [self.columns.prompt, self.columns.response]
+        return [self.mode.name, *columns, self.max_len, self.max_src_len, self.is_skip, self.skip_bad_rows]
+
+    @property
+    def id_type(self) -> str:
         """Name of the smallest type that holds every id."""
         return "uint16" if self.tokenizer.vocab_size <= 1 << 16 else "int32"
 
@@ -89,12 +130,13 @@ class Encoding:
 class Encoded(NamedTuple):
     """The encoded rows of a batch as numpy arrays, and what there is to say about them."""
 
-    ids: object  # of all rows one after another
-    lengths: object  # tokens of each row
-    num_unlabelled: object  # of each row
-    places: object  # of each row: number of its line, or of its value in an array
-    files: list  # (number of a file, is it an array, rows of it)
-    bad_rows: list  # lines of BAD_ROWS
+    ids: numpy.ndarray  # of all rows one after another
+    lengths: numpy.ndarray  # tokens of each row
+    runs: numpy.ndarray  # int32 (all runs, 3): start, end, end_id
+    num_runs: numpy.ndarray  # of each row
+    places: numpy.ndarray  # of each row: number of its line, or of its value in an array
+    files: list[tuple[int, bool, int]]  # (number of a file, is it an array, rows of it)
+    bad_rows: list[str]  # lines of BAD_ROWS
     counts: dict
     notes: Notes
 
@@ -102,15 +144,21 @@ class Encoded(NamedTuple):
 COUNTS = "rows bad_rows skipped rows_cut source_tokens_cut answer_tokens_cut longest tokens labels".split()
 
 
-def encode_batch(batch, encoding):
+def encode_batch(batch: list[tuple[int, Part]], encoding: Encoding) -> Encoded:
     """Encode the rows of [(number of the file, Part of it), ...]: Encoded."""
     import numpy
 
-    counts, ids, lengths, num_unlabelled, places = dict.fromkeys(COUNTS, 0), [], [], [], []
-    files, bad_rows, notes = [], [], Notes()
+    counts, notes = dict.fromkeys(COUNTS, 0), Notes()
+    ids: list[int] = []
+    runs: list[Run] = []
+    lengths: list[int] = []
+    num_runs: list[int] = []
+    places: list[int] = []
+    files: list[tuple[int, bool, int]] = []
+    bad_rows: list[str] = []
     prompt = encoding.mode.prompt
     for file, part in batch:
-        messages = [] if encoding.skip_bad_rows else None
+        messages: list[str] | None = [] if encoding.skip_bad_rows else None
         num_before = len(lengths)
         for number, row in check_items(part, encoding.columns, bad_rows=messages, notes=notes):
             item = encode_row(
@@ -127,10 +175,11 @@ def encode_batch(batch, encoding):
                     continue
             counts["rows"] += 1
             counts["tokens"] += length
-            counts["labels"] += length - item["num_unlabelled"]
+            counts["labels"] += sum(run.num_labels for run in item["runs"])
             ids += item["input_ids"]
+            runs += item["runs"]
             lengths.append(length)
-            num_unlabelled.append(item["num_unlabelled"])
+            num_runs.append(len(item["runs"]))
             places.append(number)
         files.append((file, part.is_array, len(lengths) - num_before))
         bad_rows += [f"{file} {printable(message.removeprefix(part.path))}\n" for message in messages or ()]
@@ -138,7 +187,8 @@ def encode_batch(batch, encoding):
     return Encoded(
         numpy.array(ids, encoding.id_type),
         numpy.array(lengths, "int64"),
-        numpy.array(num_unlabelled, "int32"),
+        numpy.array(runs, "int32").reshape(-1, 3),
+        numpy.array(num_runs, "int64"),
         numpy.array(places, "int64"),
         files,
         bad_rows,
@@ -147,17 +197,18 @@ def encode_batch(batch, encoding):
     )
 
 
-def read_batches(files):
+def read_batches(files: list[str]) -> Iterator[list[tuple[int, Part]]]:
     """Yield the items of all files in batches for `encode_batch`; small files share one.
 
     Where reading fails, the error is the last item: rows before it, which other processes check, may have faults of
     their own, and the first fault is the one to report.
     """
-    batch, num_items, num_bytes = [], 0, 0
+    batch: list[tuple[int, Part]] = []
+    num_items = num_bytes = 0
     for file, path in enumerate(files):
         try:
             whole = read_file(path)
-            items = []
+            items: list = []
             batch.append((file, whole._replace(items=items)))
             for number, item in whole.items:
                 items.append((number, item))
@@ -175,13 +226,13 @@ def read_batches(files):
         yield batch
 
 
-def encode_in_pool(batches, encoding, num_proc):
+def encode_in_pool(batches: Iterable, encoding: Encoding, num_proc: int) -> Iterator[Encoded]:
     """Yield `encode_batch` of each batch, in their order, from `num_proc` processes."""
     # Fresh interpreters: a fork would copy locks of torch, gloo and CUDA, but not the threads that would free them.
     # They import the tokenizer's module and no torch. The executor, unlike multiprocessing.Pool, notices a death.
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(num_proc, context, start_worker, (encoding,))
-    results = collections.deque()
+    results: collections.deque = collections.deque()
     try:
         for batch in batches:
             results.append(pool.submit(encode_in_worker, batch))
@@ -198,7 +249,10 @@ def encode_in_pool(batches, encoding, num_proc):
         pool.shutdown(cancel_futures=True)
 
 
-def start_worker(encoding):
+worker_encoding: Encoding  # of a process of the pool
+
+
+def start_worker(encoding: Encoding) -> None:
     """Prepare a process of the pool."""
     global worker_encoding
     worker_encoding = encoding  # sent once and not with each batch
@@ -206,12 +260,13 @@ def start_worker(encoding):
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def end_with_parent():
+def end_with_parent() -> None:
     """A parent that is killed cannot end the pool; without it a worker would wait for ever."""
-    multiprocessing.parent_process().join()
+    if parent := multiprocessing.parent_process():
+        parent.join()
     os._exit(1)
 
 
-def encode_in_worker(batch):
+def encode_in_worker(batch: list[tuple[int, Part]]) -> Encoded:
     """`encode_batch` in a process of the pool."""
     return encode_batch(batch, worker_encoding)

@@ -1,5 +1,7 @@
 """Files of rows: found, read as JSON in its many shapes, checked row by row."""
 
+from __future__ import annotations
+
 import codecs
 import functools
 import io
@@ -7,10 +9,10 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
-from rows.checks import Notes, Number, check_row, wrapped
+from rows.checks import Columns, Notes, Number, check_row, wrapped
 from runtime import file_kinds
 from runtime.exits import UserError
 from runtime.plain_files import KeyTwice, make_object, open_plain, other_kind
@@ -27,7 +29,7 @@ OTHER_FILES = (  # endings of files that may hold rows and are not read
 )
 
 
-def data_files(paths):
+def data_files(paths: list[str]) -> list[str]:
     """Files behind `--train_path`: files as given, folders as their *.json and *.jsonl, sorted."""
     files = []
     for path in paths:
@@ -47,12 +49,12 @@ def data_files(paths):
     return files
 
 
-def names_in(folder):
+def names_in(folder: str) -> list[str]:
     """Names of what lies in a folder and is not hidden, sorted."""
     return [name for name in sorted(os.listdir(folder)) if not name.startswith(".")]
 
 
-def files_left(paths):
+def files_left(paths: list[str]) -> list[str]:
     """Of each folder among the paths a sentence about what may hold rows in it and is not read; none where all is."""
     said = []
     for folder in filter(os.path.isdir, paths):
@@ -75,7 +77,7 @@ class Part(NamedTuple):
     items: Iterable  # (number, bytes); the last may be (0, the UserError that ended the reading)
 
 
-def place_of(path, is_array, number):
+def place_of(path: str, is_array: bool, number: int) -> str:
     """How messages name a line, or a row of an array: both are counted from 1."""
     if is_array:
         return f"{path}:row {number}"
@@ -83,12 +85,12 @@ def place_of(path, is_array, number):
     return f"{path}:{line} (object {position + 1})" if position else f"{path}:{line}"
 
 
-def number_of(line, position):
+def number_of(line: int, position: int) -> int:
     """The number that stands for an object of a line, which may hold several; `position` counts them from 0."""
     return line + (position << 32)
 
 
-def read_file(path):
+def read_file(path: str) -> Part:
     """The whole file as a Part whose items are read when they are asked for.
 
     It holds JSON Lines, one JSON array, or JSON objects one after another over any number of lines.
@@ -102,7 +104,7 @@ def read_file(path):
     return Part(path, False, read_objects(path) if spans_lines(path) else read_lines(path))
 
 
-def spans_lines(path):
+def spans_lines(path: str) -> bool:
     """Does the first object of a file go on in the next line, or stand before others in its line?"""
     lines = (line.strip() for _, line in read_lines(path) if line.strip())
     first, second = next(lines, b""), next(lines, b"")
@@ -122,7 +124,7 @@ def spans_lines(path):
             return False
 
 
-def read_lines(path):
+def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
     """Yield (number, line): it may be empty or anything but JSON; of one that is over MAX_ROW only the start."""
     with open_rows(path) as file:
         start = file.read(len(BOM))
@@ -135,7 +137,7 @@ def read_lines(path):
             yield number, line
 
 
-def open_rows(path):
+def open_rows(path: str) -> Any:
     """The file's bytes; UserError where it may not be read."""
     try:
         return open_plain(path)
@@ -147,7 +149,7 @@ read_json = json.JSONDecoder(object_pairs_hook=make_object, parse_int=Number, pa
 skip_white_space = re.compile(r"[ \t\r\n]*").match
 
 
-def parse_line(text, place):
+def parse_line(text: str, place: str) -> Any:
     """The JSON values of a line: one, or several objects one after another."""
     values, end = [], skip_white_space(text).end()
     try:
@@ -171,7 +173,7 @@ def parse_line(text, place):
     raise UserError(f"{place}: {text.strip()[:60]!r}: not a JSON object ({reason}): {fix}")
 
 
-def advice(text, at):
+def advice(text: str, at: int) -> str:
     """What to do about a text that is no JSON from a character on, where its fault is a usual one; else None."""
     before, behind = text[:at].rstrip(), text[at : at + 100].lstrip()
     if behind.startswith(("'", "None", "True", "False")):
@@ -185,7 +187,7 @@ def advice(text, at):
     return None
 
 
-def read_array(path):
+def read_array(path: str) -> Iterator[tuple[int, Any]]:
     """Yield (number, value) of one JSON array, as JSON text in bytes; a piece of the file is in memory at a time."""
     with open_rows(path) as file:
         text = JsonText(path, file, "array")
@@ -200,7 +202,7 @@ def read_array(path):
             raise text.error("Extra data", text.at)
 
 
-def read_objects(path):
+def read_objects(path: str) -> Iterator[tuple[int, Any]]:
     """Yield (number, value) of JSON values one after another, as `read_array` does."""
     line, position = 0, 0
     with open_rows(path) as file:
@@ -216,13 +218,13 @@ class JsonText:
 
     read_value = json.JSONDecoder(parse_int=str, parse_float=str).raw_decode
 
-    def __init__(self, path, file, what="object"):
+    def __init__(self, path: str, file: Any, what: str = "object") -> None:
         self.path, self.what = path, what
         self.file = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
         self.text, self.at = "", 0
         self.num_lines, self.counted = 0, 0  # lines before the character `counted`
 
-    def refill(self, size):
+    def refill(self, size: int) -> bool:
         """Drop what has been read and add `size` characters; False, and nothing changes, at the end of the file."""
         try:
             piece = self.file.read(size)
@@ -234,14 +236,14 @@ class JsonText:
         self.text, self.at, self.counted = self.text[self.at :] + piece, 0, 0
         return True
 
-    def peek(self):
+    def peek(self) -> str:
         """The next character that is not white space; '' at the end of the file."""
         while True:
             self.at = skip_white_space(self.text, self.at).end()
             if self.at < len(self.text) or not self.refill(ARRAY_PIECE):
                 return self.text[self.at : self.at + 1]
 
-    def take(self, expected):
+    def take(self, expected: str) -> bool:
         """Step over the next character, which is one of those expected, and return it."""
         found = self.peek()
         if not found or found not in expected:
@@ -249,7 +251,7 @@ class JsonText:
         self.at += 1
         return found
 
-    def take_value(self):
+    def take_value(self) -> str:
         """Step over the next JSON value and return its text."""
         self.peek()
         while True:
@@ -274,18 +276,18 @@ class JsonText:
         start, self.at = self.at, end
         return self.text[start:end]
 
-    def line_of(self, position):
+    def line_of(self, position: int) -> int:
         """Number of the line in which a character stands that is not before the last one asked about."""
         self.num_lines += self.text.count("\n", self.counted, position)
         self.counted = position
         return self.num_lines + 1
 
-    def error(self, message, position):
+    def error(self, message: str, position: int) -> UserError:
         """The error for a character that JSON does not allow where it stands."""
         fix = advice(self.text, position) or "mend this line"
         return UserError(f"{self.path}:{self.line_of(position)}: not a JSON {self.what} ({message}): {fix}")
 
-    def not_utf_8(self):
+    def not_utf_8(self) -> UserError:
         """The error for bytes that are not UTF-8; the file is read again, in pieces, to find their line."""
         decoder = codecs.getincrementaldecoder("utf-8")()
         line, size = 1, 0  # size: bytes of the line that have been read
@@ -301,7 +303,7 @@ class JsonText:
         raise AssertionError(f"{self.path} has changed while it was read")
 
 
-def decode_line(line, place):
+def decode_line(line: int, place: str) -> str:
     """UTF-8 text of bytes; UserError with the place otherwise."""
     try:
         return line.decode("utf-8")
@@ -309,13 +311,19 @@ def decode_line(line, place):
         raise not_utf_8(place, error) from None
 
 
-def not_utf_8(place, error, column=0):
+def not_utf_8(place: str, error: UnicodeDecodeError, column: int = 0) -> UserError:
     """The error for bytes that are not UTF-8; `column` is the place in the line of the first that were decoded."""
     reason = f"{error.reason} at byte {column + error.start} of the line"
     return UserError(f"{place}: not UTF-8 ({reason}): save the file as UTF-8")
 
 
-def read_rows(paths, columns, need_response=True, bad_rows=None, notes=None):
+def read_rows(
+    paths: list[str],
+    columns: Columns,
+    need_response: bool = True,
+    bad_rows: list[str] | None = None,
+    notes: Notes = None,
+) -> Iterator[dict]:
     """Yield {"query", "answer", "place", "joint"} of every row, see `check_row`; UserError for the first that is bad.
 
     A row is an object with string fields; the answer must not be empty where it is needed. bad_rows: a list for the
@@ -330,25 +338,27 @@ def read_rows(paths, columns, need_response=True, bad_rows=None, notes=None):
         raise no_row(paths)
 
 
-def read_to_answer(paths, columns):
+def read_to_answer(paths: list[str], columns: Columns) -> tuple[list[dict], str]:
     """(rows to answer, as `read_rows` gives them, what there is to say about them)."""
     notes = Notes()
     rows = list(read_rows(paths, columns, need_response=False, notes=notes))
     return rows, "\n".join([*(f"rows: {left}" for left in files_left(paths)), *notes.lines()])
 
 
-def read_row(paths, columns, place):
+def read_row(paths: list[str], columns: Columns, place: str) -> dict | None:
     """The row that stands at a place, None where there is none; the rows before it may be bad."""
     rows = read_rows(paths, columns, bad_rows=[])
     return next((row for row in rows if row["place"] == place), None)
 
 
-def no_row(paths):
+def no_row(paths: list[str]) -> UserError:
     """The error for files without rows."""
     return UserError(f"{' '.join(paths)}: no row in it: give at least one")
 
 
-def check_items(part, columns, need_response=True, bad_rows=None, notes=None):
+def check_items(
+    part: Part, columns: Columns, need_response: bool = True, bad_rows: list[str] | None = None, notes: Notes = None
+) -> Iterator[tuple[int, dict]]:
     """Yield (number, checked row) of the items of a Part.
 
     bad_rows: a list for the messages of the rows that are not right; without it the first of them is raised. What
@@ -356,7 +366,7 @@ def check_items(part, columns, need_response=True, bad_rows=None, notes=None):
     """
     notes = Notes() if notes is None else notes
 
-    def leave_out(error):
+    def leave_out(error: UserError) -> None:
         if bad_rows is None:
             raise error
         bad_rows.append(str(error))
@@ -379,7 +389,7 @@ def check_items(part, columns, need_response=True, bad_rows=None, notes=None):
             yield number_of(number, position), row
 
 
-def parse_item(item, place):
+def parse_item(item: Any, place: str) -> list:
     """The JSON values of a line, or of a value in an array; none where it is white space."""
     if len(item) > MAX_ROW:
         if key := wrapping_key(item[:4096].decode("utf-8", "ignore")):
@@ -391,7 +401,7 @@ def parse_item(item, place):
     return parse_line(text, place) if text.strip() else []
 
 
-def wrapping_key(head):
+def wrapping_key(head: str) -> str | None:
     """The key of the rows where a text begins as an object around a list of them; None elsewhere."""
     found = re.match(r'\s*\{\s*"([^"\\]+)"\s*:\s*\[\s*\{', head)
     return found and found[1]

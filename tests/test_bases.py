@@ -204,8 +204,8 @@ def test_forgetting_is_not_measured_against_another_base(here):
 def test_best_weights_of_another_run_are_not_taken():
     """The step alone does not tell one run from another."""
     args = SimpleNamespace(seed=1, train_type="lora", output_dir="new")
-    base = ("folder", "f")
-    own = run_folder.RunFolder(args, base, *[None] * 4, (1, 2), None, None, None)
+    base = SimpleNamespace(folder="folder", fingerprint="f")
+    own = run_folder.RunFolder(args, base, None, None, None, {})
     flags = {"seed": 1, "train_type": "lora", "output_dir": "old"}
     assert own.is_own({"flags": flags, "base_fingerprint": "f"}) and own.is_own({"flags": flags}) and own.is_own({})
     assert not own.is_own({"flags": {**flags, "seed": 2}}) and not own.is_own({"base_fingerprint": "g"})

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rows.batches import Updates, collate, pack
+from rows.batches import Split, Updates, collate, pack
 
 # ---------------------------------------------------------------- an epoch
 
@@ -29,7 +29,7 @@ def lengths_of(num_rows, seed=0):
 
 def updates_of(num_rows, batch_size, accumulation, rank, world, seed=1, pack_to=None):
     num_labels = [3 * n + 1 for n in range(num_rows)]
-    return Updates(lengths_of(num_rows), num_labels, batch_size, accumulation, rank, world, seed, pack_to)
+    return Updates(lengths_of(num_rows), num_labels, Split(batch_size, accumulation, world), rank, seed, pack_to)
 
 
 def epoch_of_all_ranks(num_rows, batch_size, accumulation, world, seed=1, epoch=0, pack_to=None):
@@ -153,7 +153,7 @@ def padding(updates, lengths):
 @pytest.mark.parametrize("split", [(4, 1, 1), (4, 4, 1), (8, 2, 1), (16, 1, 1), (3, 5, 1)], ids=str)
 def test_similar_lengths_share_a_batch(split):
     lengths = lengths_of(1000)
-    updates = Updates(lengths, lengths, *split[:2], 0, 1, seed=1)
+    updates = Updates(lengths, lengths, Split(*split[:2], 1), rank=0, seed=1)
     assert updates.waste() == pytest.approx(padding(updates, lengths))
     order = numpy.random.default_rng(0).permutation(1000)[: 1000 // split[0] * split[0]].reshape(-1, split[0])
     random_order = 1 - lengths[order].sum() / (lengths[order].max(axis=1) * split[0]).sum()
@@ -162,7 +162,7 @@ def test_similar_lengths_share_a_batch(split):
 
 def test_company_changes_with_every_epoch():
     lengths = numpy.arange(640)
-    updates = Updates(lengths, lengths, 4, 1, 0, 1, seed=1)
+    updates = Updates(lengths, lengths, Split(4, 1, 1), rank=0, seed=1)
     together = [{tuple(sorted(u.micro_batches[0])) for u in updates.epoch(epoch)} for epoch in range(2)]
     assert len(together[0] & together[1]) < 16
     first = [updates.order(0)[i].min() for i in range(100)]
@@ -174,7 +174,7 @@ def test_company_changes_with_every_epoch():
 
 def test_collate_pads_on_the_right():
     batch = collate(
-        [{"input_ids": [5, 6, 7], "num_unlabelled": 1}, {"input_ids": [8, 9, 10, 11, 12], "num_unlabelled": 3}], 3
+        [{"input_ids": [5, 6, 7], "runs": [(1, 3, -1)]}, {"input_ids": [8, 9, 10, 11, 12], "runs": [(3, 5, -1)]}], 3
     )
     assert batch["input_ids"].tolist() == [[5, 6, 7, 3, 3], [8, 9, 10, 11, 12]]
     assert batch["labels"].tolist() == [[-100, 6, 7, -100, -100], [-100, -100, -100, 11, 12]]
@@ -184,7 +184,9 @@ def test_collate_pads_on_the_right():
 
 def test_collate_packs_rows_one_after_another():
     batch = collate(
-        [{"input_ids": [5, 6, 7], "num_unlabelled": 1}, {"input_ids": [8, 9, 10], "num_unlabelled": 0}], 3, packed=True
+        [{"input_ids": [5, 6, 7], "runs": [(1, 3, -1)]}, {"input_ids": [8, 9, 10], "runs": [(0, 3, -1)]}],
+        3,
+        packed=True,
     )
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10]]
     assert batch["labels"].tolist() == [[-100, 6, 7, -100, 9, 10]]  # 8 is not predicted from 7
@@ -194,8 +196,24 @@ def test_collate_packs_rows_one_after_another():
 
 def test_collate_labels_a_pad_id_inside_a_row():
     """Padding is told by place, not by id: the id of padding may be the text's unknown token."""
-    batch = collate([{"input_ids": [5, 0, 0, 2], "num_unlabelled": 1}], 0)
+    batch = collate([{"input_ids": [5, 0, 0, 2], "runs": [(1, 4, -1)]}], 0)
     assert batch["labels"].tolist() == [[-100, 0, 0, 2]]
+
+
+TURNS = [  # rows of several turns; the second one's first answer is ended by an id that is not in the row
+    {"input_ids": [5, 6, 7, 8, 9, 10], "runs": [(2, 4, -1), (5, 6, -1)]},
+    {"input_ids": [11, 12, 13, 14], "runs": [(1, 2, 2), (3, 4, -1)]},
+]
+
+
+def test_every_run_of_a_row_carries_loss():
+    batch = collate(TURNS, 3)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 3, 3]]
+    assert batch["labels"].tolist() == [[-100, -100, 7, 8, -100, 10], [-100, 12, 2, 14, -100, -100]]
+    assert batch["label_positions"].tolist() == [1, 2, 4, 6, 7, 8]
+    packed = collate(TURNS, 3, packed=True)
+    assert packed["labels"].tolist() == [[-100, -100, 7, 8, -100, 10, -100, 12, 2, 14]]
+    assert packed["row_lengths"] == [6, 4]
 
 
 def test_collate_without_rows_has_nothing_to_learn():
@@ -239,7 +257,7 @@ def test_best_fit_by_hand():
 def test_company_changes_where_there_are_few_rows():
     """A window is a quarter of the rows at most: of 64 rows sorted together, the same four would always meet."""
     lengths = numpy.arange(64)
-    updates = Updates(lengths, lengths, 4, 1, 0, 1, seed=1)
+    updates = Updates(lengths, lengths, Split(4, 1, 1), rank=0, seed=1)
     together = [{tuple(sorted(u.rows)) for u in updates.epoch(epoch)} for epoch in range(4)]
     assert len(set.union(*together)) > 48
     assert all(len(rows) == 4 for rows in set.union(*together))
@@ -265,10 +283,10 @@ def test_the_longest_rows_of_an_update_come_first():
 
 def test_what_a_run_says_of_its_batches():
     lengths = numpy.array([4, 1, 3, 2])
-    padded = Updates(lengths, lengths, 2, 2, 0, 1, seed=1)
+    padded = Updates(lengths, lengths, Split(2, 2, 1), rank=0, seed=1)
     assert padded.waste() == pytest.approx(1 - 10 / 12)  # 4 + 3 and 2 + 1: two positions of twelve
     assert padded.describe() == "batches: rows of similar length together, 16.7% of the positions are padding"
-    packed = Updates(lengths, lengths, 2, 2, 0, 1, seed=1, pack_to=5)
+    packed = Updates(lengths, lengths, Split(2, 2, 1), rank=0, seed=1, pack_to=5)
     assert packed.waste() == 0 and packed.num_sequences == 2
     assert packed.describe() == "batches: 4 rows packed into 2 sequences, 5 tokens in each on average, no padding"
 

@@ -67,7 +67,8 @@ def as_lines(rows):
 
 def load(golden, tokenizer, path, max_len=512, max_src_len=384, is_skip=False, columns=Columns(), **kwargs):
     paths = path if isinstance(path, list) else [str(path)]
-    return load_rows(paths, columns, tokenizer, golden.mode, max_len, max_src_len, is_skip, **kwargs)
+    more = {name: kwargs.pop(name) for name in ("skip_bad_rows",) if name in kwargs}
+    return load_rows(paths, Encoding(columns, tokenizer, golden.mode, max_len, max_src_len, is_skip, **more), **kwargs)
 
 
 def text_control_ids(tokenizer, ids):
@@ -162,7 +163,7 @@ def test_over_long_rows_are_cut_to_max_len_and_keep_their_ends(golden, tokenizer
     if len(answer) > 1:
         assert row["answer_cut"] > 0 and len(ids) == max_len
     # What closes the question is that of the uncut row, and its source has exactly the room it was given.
-    start, whole_start = row["num_unlabelled"], whole["num_unlabelled"]
+    start, whole_start = row["runs"][0].start, whole["runs"][0].start
     closing = {"glm": 4, "glm2": 4, "glm3": 0}[golden.mode.name]
     assert ids[start - closing : start + 1] == whole["input_ids"][whole_start - closing : whole_start + 1]
     if row["source_cut"]:
@@ -591,11 +592,10 @@ def test_rows_are_views_of_the_file(golden, tokenizer, rows_path, cache):
         for row in golden.values["rows"]
     ]
     assert [row["input_ids"].tolist() for row in rows] == [row["input_ids"] for row in wanted]
-    assert [row["num_unlabelled"] for row in rows] == [row["num_unlabelled"] for row in wanted]
+    assert [row["runs"].tolist() for row in rows] == [[list(run) for run in row["runs"]] for row in wanted]
     assert rows.lengths.tolist() == [len(row["input_ids"]) for row in wanted]
-    assert rows.num_labels.tolist() == [len(row["input_ids"]) - row["num_unlabelled"] for row in wanted]
+    assert rows.num_labels.tolist() == [run.num_labels for row in wanted for run in row["runs"]]
     assert all(row["input_ids"].base is not None and not row["input_ids"].flags.writeable for row in rows)
-    assert type(rows[0]["num_unlabelled"]) is int
     assert rows[-1]["input_ids"].tolist() == wanted[-1]["input_ids"]
     for outside in (len(rows), -len(rows) - 1):
         with pytest.raises(IndexError):
@@ -616,7 +616,7 @@ def test_ids_take_16_bits_where_the_vocabulary_fits(glm3, tokenizer3, tmp_path, 
     assert small.ids.tolist() == large.ids.tolist()
 
 
-FILES = ["ids.bin", "offsets.bin", "num_unlabelled.bin", "places.bin", "bad_rows.txt", "counts.json"]
+FILES = ["ids.bin", "offsets.bin", "runs.bin", "run_offsets.bin", "places.bin", "bad_rows.txt", "counts.json"]
 
 
 @pytest.mark.parametrize("name", [*FILES, "manifest.json"])

@@ -24,7 +24,7 @@ from training.evaluation import Evaluation
 @pytest.mark.parametrize("every, due", [(0, [3, 6, 9, 10]), (2, [2, 4, 6, 8, 10]), (3, [3, 6, 9, 10])])
 def test_when_it_is_time(every, due):
     """At each epoch's end, or every so many updates; and always after the last one."""
-    evaluation = Evaluation(SimpleNamespace(eval_step=every), None, [], None, None, None, None, False)
+    evaluation = Evaluation(SimpleNamespace(eval_step=every, eval_generate=False), None, None, None)
     assert [step for step in range(1, 11) if evaluation.is_due(step, step % 3 == 0, step == 10)] == due
 
 
@@ -96,8 +96,10 @@ def test_perfect_answers_have_perfect_scores(mode, task, metric, tmp_path):
     answers = [come_back(row["answer"], tokenizer, MODES[mode].prompt) for row in texts]
     values = {}
     for off in (False, True):
-        args = SimpleNamespace(output_dir=str(tmp_path), task=task, no_normalize=off)
-        values[off] = Evaluation(args, None, texts, tokenizer, None, None, None, False).score(1, answers)[metric]
+        args = SimpleNamespace(output_dir=str(tmp_path), task=task, no_normalize=off, eval_generate=False)
+        evaluation = Evaluation(args, None, None, None)
+        evaluation.texts = texts
+        values[off] = evaluation.score(1, answers)[metric]
     assert values == {False: 100, True: 100 if mode != "glm" else 0}
 
 

@@ -167,7 +167,7 @@ def reference_losses(model, tokenizer, prompt, rows):
         ids = torch.tensor([encoded["input_ids"]])
         with torch.no_grad():
             chances = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
-        losses = -chances.gather(1, ids[0, 1:, None]).squeeze(1)[max(1, encoded["num_unlabelled"]) - 1 :]
+        losses = -chances.gather(1, ids[0, 1:, None]).squeeze(1)[encoded["runs"][0].start - 1 :]
         yield losses.mean().item(), len(losses)
 
 

@@ -23,6 +23,7 @@ from rows.encoding import encode_row
 from train_types import TRAIN_TYPES
 from training import resuming
 from training.going_on import check_start, open_start, put_start
+from training.setup import Setup
 
 LORA = {"lora_dim": 3, "lora_alpha": 12.0, "lora_dropout": 0.2, "lora_module_name": "dense,query_key_value"}
 PREFIX = {"pre_seq_len": 5, "prefix_projection": False}
@@ -101,8 +102,8 @@ def test_what_a_run_goes_on_from_is_part_of_its_fingerprint(tmp_path):
 
     def of(name):
         args, _ = begun(tmp_path / name)
-        more = ("rows", "fp32", "torch AdamW", CPU, {"zero_optimization": {"stage": 2}})
-        return resuming.fingerprint(args, str(GOLDEN_FOLDERS["glm3"]), *more)
+        setup = Setup(CPU, "fp32", {"zero_optimization": {"stage": 2}}, rank=0, world=1, group=None)
+        return resuming.fingerprint(args, str(GOLDEN_FOLDERS["glm3"]), "rows", setup, "torch AdamW")
 
     assert resuming.differences(of("a"), of("b")) == []
     path = tmp_path / "b" / "adapter_model.safetensors"

@@ -8,7 +8,7 @@ from conftest import GOLDEN_FOLDERS, ROOT
 from launching import check_done, free_port, run_command
 
 from modes import MODES
-from rows.batches import Updates, collate
+from rows.batches import Split, Updates, collate
 from rows.checks import Columns
 from rows.encoding import encode_row
 from rows.reading import read_rows
@@ -69,7 +69,7 @@ def test_updates_cover_every_row_once():
     labels = list(range(1, NUM_ROWS + 1))
     lengths = [50] * NUM_ROWS
     for world in (1, 2, 4):
-        ranks = [list(Updates(lengths, labels, 2, 2, rank, world, seed=7).epoch(3)) for rank in range(world)]
+        ranks = [list(Updates(lengths, labels, Split(2, 2, world), rank, seed=7).epoch(3)) for rank in range(world)]
         assert len({tuple(len(u.micro_batches) for u in updates) for updates in ranks}) == 1
         rows = [n for updates in ranks for update in updates for batch in update.micro_batches for n in batch]
         assert sorted(rows) == list(range(NUM_ROWS))

@@ -14,6 +14,7 @@ from checkpoints.progress import Progress
 from rows.batches import Update
 from runtime.exits import BadNumbers
 from training import bad_numbers
+from training.setup import Setup
 
 
 def losses(number, seed=0):
@@ -73,6 +74,10 @@ def test_many_updates_left_out(precision, advice):
         bad_numbers.check_skipped(bad_numbers.MAX_SKIPPED, 40, precision, 2.0)
 
 
+def setup_of(precision):
+    return Setup(torch.device("cpu"), precision, {}, rank=0, world=1, group=None)
+
+
 class Model(torch.nn.Module):
     """Two layers; the loss of a row that begins with 0 is infinite, by the second one."""
 
@@ -95,21 +100,21 @@ class Rows(list):
 
 def test_rows_and_module_are_named(monkeypatch):
     monkeypatch.setattr(bad_numbers, "gather", lambda value: [value])
-    rows = Rows({"input_ids": [n % 3, 5, 6], "num_unlabelled": 1} for n in range(6))
+    rows = Rows({"input_ids": [n % 3, 5, 6], "runs": [(1, 3, -1)]} for n in range(6))
     update = Update([[0, 1], [2], [3]], [0, 1, 2, 3], 8)
     with pytest.raises(BadNumbers) as error:
-        bad_numbers.explain_bad_loss(Model(), update, rows, 7, 9, torch.device("cpu"), "fp16")
+        bad_numbers.explain_bad_loss(Model(), update, rows, 7, 9, setup_of("fp16"))
     text = str(error.value)
     assert text.startswith(
         "step 7: the loss is not finite, the update was not applied; rows rows.json:1, rows.json:4; "
     )
     assert "first output that is not finite: second" in text and "--precision bf16" in text
     with pytest.raises(BadNumbers, match="rows rows.json:2, rows.json:3; each alone and without dropout is finite"):
-        bad_numbers.explain_bad_loss(Model(), Update([[1, 2]], [1, 2], 8), rows, 7, 9, torch.device("cpu"), "fp32")
+        bad_numbers.explain_bad_loss(Model(), Update([[1, 2]], [1, 2], 8), rows, 7, 9, setup_of("fp32"))
     model = Model()
     model.second.weight.data[0] = float("nan")
     with pytest.raises(BadNumbers, match="the weight second.weight is not finite: the base checkpoint is damaged"):
-        bad_numbers.explain_bad_loss(model, Update([[1]], [1], 8), rows, 7, 9, torch.device("cpu"), "fp32")
+        bad_numbers.explain_bad_loss(model, Update([[1]], [1], 8), rows, 7, 9, setup_of("fp32"))
 
 
 def test_few_rows_are_named():
@@ -169,8 +174,8 @@ class Odd(torch.nn.Module):
 def test_a_loss_that_no_module_explains(monkeypatch):
     """Only the rows are named then."""
     monkeypatch.setattr(bad_numbers, "gather", lambda value: [value])
-    rows = Rows({"input_ids": [5, 6], "num_unlabelled": 1} for _ in range(3))
+    rows = Rows({"input_ids": [5, 6], "runs": [(1, 2, -1)]} for _ in range(3))
     with pytest.raises(BadNumbers) as error:
-        bad_numbers.explain_bad_loss(Odd(), Update([[0, 2]], [0, 2], 2), rows, 7, 9, torch.device("cpu"), "fp32")
+        bad_numbers.explain_bad_loss(Odd(), Update([[0, 2]], [0, 2], 2), rows, 7, 9, setup_of("fp32"))
     said = "rows rows.json:1, rows.json:3: lower --learning_rate, or look at these rows"
     assert str(error.value) == f"step 7: the loss is not finite, the update was not applied; {said}"

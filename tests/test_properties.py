@@ -17,7 +17,7 @@ from test_data_set import encode, ids_and_labels, text_control_ids
 import score
 from evaluation import metrics, predictions
 from rows import cache, encoding
-from rows.batches import Updates, pack
+from rows.batches import Split, Updates, pack
 from rows.cache import load_rows
 from rows.checks import Columns
 from rows.reading import check_items, read_file, read_rows
@@ -156,7 +156,7 @@ def test_any_text_makes_a_row(golden, tokenizer, query, answer, max_len, share):
     row = encode(golden, tokenizer, query, answer, max_len, max_src_len)
     batch = ids_and_labels(row)
     end = prompt.stop_ids(tokenizer)[0]
-    assert len(row["input_ids"]) <= max_len and 0 <= row["num_unlabelled"] < len(row["input_ids"])
+    assert len(row["input_ids"]) <= max_len and 1 <= row["runs"][0].start < row["runs"][0].end == len(row["input_ids"])
     assert all(0 <= token_id < tokenizer.vocab_size for token_id in row["input_ids"])
     assert any(label != -100 for label in batch["labels"][1:])  # the first position predicts nothing
     assert batch["input_ids"][-1] == batch["labels"][-1] == end
@@ -237,18 +237,18 @@ def test_encoded_rows_are_those_of_the_files(glm3, tokenizer3, monkeypatch, file
         encoded = [(place, encode_short(glm3, tokenizer3, row)) for place, row in wanted]
         kept = [(place, row) for place, row in encoded if not (is_skip and row["answer_cut"])]
         paths = [folder]
-        arguments = (paths, Columns(), tokenizer3, glm3.mode, 40, 30, is_skip, 1)
+        encoding_of_run = encoding.Encoding(Columns(), tokenizer3, glm3.mode, 40, 30, is_skip, skip_bad_rows=True)
         if not kept:
             with pytest.raises(ValueError) as error:
-                load_rows(*arguments, skip_bad_rows=True)
+                load_rows(paths, encoding_of_run, num_proc=1)
             check_message(str(error.value), f"{folder}: --")
             return
         for _ in range(2):  # the second time from the cache
-            rows, counts = load_rows(*arguments, skip_bad_rows=True)
+            rows, counts = load_rows(paths, encoding_of_run, num_proc=1)
             assert [rows.place(n) for n in range(len(rows))] == [place for place, _ in kept]
             for found, (_, row) in zip(rows, kept, strict=True):
                 assert found["input_ids"].tolist() == row["input_ids"]
-                assert found["num_unlabelled"] == row["num_unlabelled"]
+                assert found["runs"].tolist() == [list(run) for run in row["runs"]]
             assert counts["bad_rows"] == len(bad_places) and counts["skipped"] == len(encoded) - len(kept)
             assert len(rows.bad_rows) == len(bad_places)
             for message, place in zip(rows.bad_rows, bad_places):
@@ -285,7 +285,7 @@ def test_every_row_once_an_epoch_and_in_the_same_update_for_any_split(lengths, s
     def rows_of_updates(batch_size, accumulation, world):
         """The rows of each update, sorted; batch size and labels are checked."""
         ranks = [
-            list(Updates(lengths, num_labels, batch_size, accumulation, rank, world, seed, pack_to).epoch(epoch))
+            list(Updates(lengths, num_labels, Split(batch_size, accumulation, world), rank, seed, pack_to).epoch(epoch))
             for rank in range(world)
         ]
         found = []

@@ -15,11 +15,16 @@ from checkpoints.progress import Progress
 from runtime import folders
 from runtime.exits import BadNumbers
 from training import resuming
+from training.setup import Setup
 
 STATE_FILES = (
     *("rank-0.pt", "rank-1.pt", "deepspeed/mp_rank_00_model_states.pt"),
     *(f"deepspeed/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(2)),
 )
+
+
+def setup_of(ds_config):
+    return Setup(torch.device("cpu"), "fp32", ds_config, rank=0, world=1, group=None)
 
 
 def make_state(parent, step, **changes):
@@ -137,7 +142,7 @@ def test_the_fingerprint_holds_what_decides_the_weights(tmp_path, golden):
     def of(*more, folder=golden.folder, key="rows"):
         args = train_parser().parse_args([*words, *more])
         ds = {"zero_optimization": {"stage": 2}}
-        return resuming.fingerprint(args, str(folder), key, "fp32", "torch AdamW", torch.device("cpu"), ds)
+        return resuming.fingerprint(args, str(folder), key, setup_of(ds), "torch AdamW")
 
     assert of() == of(folder=base) == of("--output_dir", "z", "--save_state_step", "5", "--num_proc", "3")
     for flags in (["--seed", "5"], ["--packing"], ["--num_train_epochs", "3"], ["--lora_dropout", "0"]):
@@ -227,7 +232,7 @@ def test_which_flags_are_compared(golden):
 
     def of(**changes):
         more = {**vars(args), **changes}
-        return resuming.fingerprint(type(args)(**more), golden.folder, "k", "fp32", "AdamW", torch.device("cpu"), ds)
+        return resuming.fingerprint(type(args)(**more), golden.folder, "k", setup_of(ds), "AdamW")
 
     first = of()
     for name in vars(args):

@@ -19,7 +19,7 @@ from rows import cache as rows_cache
 from rows import encoding, reading
 from rows.cache import load_rows
 from rows.checks import MEANINGFUL, Columns, Notes
-from rows.encoding import show_row
+from rows.encoding import Encoding, show_row
 from rows.reading import check_items, read_file, read_row, read_rows, read_to_answer
 from runtime import file_kinds
 from training.ds_config import read_ds_file
@@ -53,7 +53,7 @@ def write(path, content):
 
 
 def load(glm3, tokenizer, path, columns=Columns(), **kwargs):
-    return load_rows([path], columns, tokenizer, glm3.mode, 512, 384, False, **kwargs)
+    return load_rows([path], Encoding(columns, tokenizer, glm3.mode, 512, 384, False, **kwargs))
 
 
 def read(path, content, columns=Columns(), **kwargs):
@@ -315,7 +315,7 @@ def test_notes_of_batches_are_added(glm3, tokenizer, tmp_path, cache, monkeypatc
     found = []
     for batch_rows, max_len in ((1000, 512), (1, 511)):  # another length, another place in the cache
         monkeypatch.setattr(encoding, "BATCH_ROWS", batch_rows)
-        _, counts = load_rows([path], Columns(), tokenizer, glm3.mode, max_len, 384, False)
+        _, counts = load_rows([path], Encoding(Columns(), tokenizer, glm3.mode, max_len, 384, False))
         found.append(said(counts))
     assert found[0] == found[1] == [
         "rows: fields not used: f0 (in 3 rows), f1 (in 2 rows), f2 (in 2 rows)",

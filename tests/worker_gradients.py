@@ -10,7 +10,7 @@ import deepspeed
 import torch
 
 from modes import MODES
-from rows.batches import Updates, collate
+from rows.batches import Split, Updates, collate
 from rows.checks import Columns
 from rows.encoding import encode_row
 from rows.reading import read_rows
@@ -31,7 +31,7 @@ def main(mode_name, folder, rows_path, output_dir):
         encode_row(r["query"], r["answer"], tokenizer, mode.prompt, 300, 200) for r in read_rows([rows_path], Columns())
     ]
     lengths = [len(row["input_ids"]) for row in rows]
-    num_labels = [len(row["input_ids"]) - row["num_unlabelled"] for row in rows]
+    num_labels = [run.num_labels for row in rows for run in row["runs"]]
     flags = {
         "max_grad_norm": 0.0,
         "learning_rate": 1e-4,
@@ -51,7 +51,7 @@ def main(mode_name, folder, rows_path, output_dir):
             optimizer = build_optimizer(model, args, mode.norms)
             engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
             engine.train()
-            [update] = Updates(lengths, num_labels, batch_size, accumulation, rank, world, 1, pack_to).epoch(0)
+            [update] = Updates(lengths, num_labels, Split(batch_size, accumulation, world), rank, 1, pack_to).epoch(0)
             total = torch.zeros(())
             for i, numbers in enumerate(update.micro_batches):
                 engine.set_gradient_accumulation_boundary(i == len(update.micro_batches) - 1)

@@ -1,16 +1,25 @@
 """AdamW over the trained weights, and the learning rate over the updates."""
 
+from __future__ import annotations
+
+import argparse
 import math
 import shutil
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runtime.exits import UserError
 
-ADAM = {"betas": [0.9, 0.95], "eps": 1e-8}  # what no flag changes
+if TYPE_CHECKING:
+    import torch
+
+ADAM: dict[str, Any] = {"betas": [0.9, 0.95], "eps": 1e-8}  # what no flag changes
 
 
-def parameter_groups(model, weight_decay, norms):
+def parameter_groups(model: torch.nn.Module, weight_decay: float, norms: Sequence[str]) -> list[dict]:
     """Trained parameters in two groups: decayed, and (norms, biases) not. norms: parts of the names of norms."""
-    decayed, plain = [], []
+    decayed: list = []
+    plain: list = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             # By name: ZeRO-3 flattens what it holds, so the dimension does not tell.
@@ -20,7 +29,7 @@ def parameter_groups(model, weight_decay, norms):
     return [group for group in groups if group["params"]]
 
 
-def cpu_adam_problem():
+def cpu_adam_problem() -> str | None:
     """Why DeepSpeed's CPU Adam cannot be built here, or None. Builds it (once for a machine)."""
     from deepspeed.ops.op_builder import CPUAdamBuilder
 
@@ -35,22 +44,31 @@ def cpu_adam_problem():
     return None
 
 
-def choose_adam(wanted, offload, device):
-    """(use DeepSpeed's compiled CPU Adam?, what to call it) for `--optimizer`; asked before weights are read.
+class Adam(NamedTuple):
+    """The AdamW of a run: is it DeepSpeed's compiled one for the CPU, and what it is called."""
+
+    is_compiled: bool
+    name: str
+
+
+def choose_adam(wanted: str, offload: bool, device: torch.device) -> Adam:
+    """The AdamW for `--optimizer`; asked before weights are read.
 
     auto: the compiled one where optimizer state is offloaded from a GPU and it can be built.
     """
     if wanted == "deepspeed_cpu" or (wanted == "auto" and offload and device.type == "cuda"):
         problem = cpu_adam_problem()
         if problem is None:
-            return True, "DeepSpeed CPU AdamW"
+            return Adam(True, "DeepSpeed CPU AdamW")
         if wanted == "deepspeed_cpu":
             raise UserError(f"--optimizer deepspeed_cpu: {problem}: use --optimizer torch")
-        return False, f"torch AdamW on the CPU, slower than DeepSpeed's ({problem})"
-    return False, "torch AdamW"
+        return Adam(False, f"torch AdamW on the CPU, slower than DeepSpeed's ({problem})")
+    return Adam(False, "torch AdamW")
 
 
-def build_optimizer(model, args, norms, is_compiled=False):
+def build_optimizer(
+    model: torch.nn.Module, args: argparse.Namespace, norms: Sequence[str], is_compiled: bool = False
+) -> torch.optim.Optimizer:
     """AdamW over the trained weights: torch's, or DeepSpeed's compiled one for the CPU."""
     groups = parameter_groups(model, args.weight_decay, norms)
     if is_compiled:
@@ -62,7 +80,7 @@ def build_optimizer(model, args, norms, is_compiled=False):
     return AdamW(groups, lr=args.learning_rate, fused=True, **ADAM)
 
 
-def learning_rate_factor(step, num_warmup_steps, num_steps, kind):
+def learning_rate_factor(step: int, num_warmup_steps: int, num_steps: int, kind: str) -> float:
     """Factor on --learning_rate for update `step` (from 0): linear warm-up to 1, then `kind` towards 0."""
     if step < num_warmup_steps:
         return (step + 1) / (num_warmup_steps + 1)
@@ -74,7 +92,7 @@ def learning_rate_factor(step, num_warmup_steps, num_steps, kind):
     return 1.0
 
 
-def build_scheduler(optimizer, args, num_steps):
+def build_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace, num_steps: int) -> Any:
     """LambdaLR over the updates; warm-up takes `--warmup_ratio` of them."""
     from torch.optim.lr_scheduler import LambdaLR
 

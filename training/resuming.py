@@ -79,7 +79,7 @@ def find_state(resume, output_dir):
     return None, skipped
 
 
-def fingerprint(args, base_folder, rows_key, precision, optimizer_name, device, ds_config):
+def fingerprint(args, base_folder, rows_key, setup, optimizer_name):
     """Everything that decides the weights of a run besides the split of its updates: {name: value}.
 
     Reads the base weights once, for their SHA-256.
@@ -92,10 +92,10 @@ def fingerprint(args, base_folder, rows_key, precision, optimizer_name, device, 
     return {
         **flags,
         **({"weights it went on from": start_hashes(start)} if start else {}),
-        "--precision": precision,
-        "--device": device.type,
+        "--precision": setup.precision,
+        "--device": setup.device.type,
         "--optimizer": optimizer_name,
-        "--ds_file": what_counts(ds_config),
+        "--ds_file": what_counts(setup.ds_config),
         "rows of --train_path": rows_key,
         "base weights": sorted(hashes),
     }

@@ -1,6 +1,7 @@
 """What a run leaves in its folder: checkpoints, the best one, states to resume from, and how many are kept."""
 
 import contextlib
+import functools
 import os
 import shutil
 import sys
@@ -18,6 +19,7 @@ from runtime.holding import place_now, require_there
 from runtime.json_lines import read_records
 from runtime.ranks import is_main, world_size
 from runtime.watchdog import CLOSING
+from train_types import count_parameters
 from training.resuming import FREE_FLAGS
 
 STATES_KEPT = 2  # without --save_total_limit: should one turn out damaged, there is another
@@ -26,17 +28,18 @@ STATES_KEPT = 2  # without --save_total_limit: should one turn out damaged, ther
 class RunFolder:
     """Writes into --output_dir; all ranks take part. `problem` says why the last save failed (a full disk), or is None.
 
-    base: (folder, its `base_fingerprint`). model: (number of trained weights, of all weights). identity, split: what a
-    state is compared with when it is resumed from.
+    compared: what a state is compared with when it is resumed from, {"fingerprint", "split"}.
     """
 
-    def __init__(self, args, base, precision, engine, tokenizer, train_type, model, log, identity, split):
-        self.args, self.precision = args, precision
-        self.base_folder, self.base_fingerprint = base
-        self.engine, self.tokenizer, self.train_type = engine, tokenizer, train_type
-        self.trained, self.total = model
-        self.log, self.identity, self.split = log, identity, split
+    def __init__(self, args, base, setup, engine, log, compared):
+        self.args, self.base, self.setup, self.engine = args, base, setup, engine
+        self.log, self.compared = log, compared
         self.problem, self.is_closing, self.closing = None, False, None
+
+    @functools.cached_property
+    def counts(self):
+        """(trained, all) numbers of weights."""
+        return count_parameters(self.engine.module)
 
     def require(self):
         """FolderGone on the first process where --output_dir was removed or renamed; the others end by the watch.
@@ -57,10 +60,11 @@ class RunFolder:
         """A checkpoint epoch-E-step-S, or one with a name of its own; more: what else its run.json says."""
         self.finish_state()
         path = os.path.join(self.args.output_dir, name or f"epoch-{epoch}-step-{step}")
-        more |= {"trained_weights": self.trained, "all_weights": self.total, "base_fingerprint": self.base_fingerprint}
-        run = describe_run(self.args, self.base_folder, self.precision, epoch=epoch, step=step, **more)
+        trained, total = self.counts
+        more |= {"trained_weights": trained, "all_weights": total, "base_fingerprint": self.base.fingerprint}
+        run = describe_run(self.args, self.base.folder, self.setup.precision, epoch=epoch, step=step, **more)
         zero3 = self.engine.zero_optimization_stage() == 3
-        self.problem = save_checkpoint(self.engine.module, self.tokenizer, path, self.train_type, run, zero3)
+        self.problem = save_checkpoint(self.engine.module, self.base.tokenizer, path, self.base.train_type, run, zero3)
         self.require()
         self.log.saved(step, path, self.problem)
         if self.problem is None:
@@ -91,7 +95,7 @@ class RunFolder:
         """Is a run.json of this run, as far as it tells?"""
         flags = {name: value for name, value in vars(self.args).items() if name not in FREE_FLAGS}
         told = run["flags"] if isinstance(run.get("flags"), dict) else {}
-        is_same_base = run.get("base_fingerprint", self.base_fingerprint) == self.base_fingerprint
+        is_same_base = run.get("base_fingerprint", self.base.fingerprint) == self.base.fingerprint
         return is_same_base and all(told.get(name, value) == value for name, value in flags.items())
 
     def save_state(self, progress):
@@ -99,8 +103,8 @@ class RunFolder:
         done by a thread of the first process while the training goes on."""
         self.finish_state()
         path = os.path.join(self.args.output_dir, f"state-step-{progress.step}")
-        values = {"progress": asdict(progress), "fingerprint": self.identity, "split": self.split}
-        num_bytes = state_bytes(self.trained, next(self.engine.module.parameters()).dtype)
+        values = {"progress": asdict(progress), **self.compared}
+        num_bytes = state_bytes(self.counts[0], next(self.engine.module.parameters()).dtype)
         try:
             sizes = write_state(self.engine, path, num_bytes)
         except UserError as error:
