@@ -25,8 +25,8 @@ import tempfile
 import textwrap
 import time
 
-from checkpoints.foreign import holds_adapter
 from checkpoints.inspection import STALE_SECONDS, broken_lines, folder_lines, open_folder
+from checkpoints.kinds import marked_kind
 from checkpoints.opening import RUN_FILE
 from evaluation.round_trip import describe, send_through
 from flags.common import place_problem
@@ -244,7 +244,7 @@ def op_lines(facts, is_full):
 def row_lines(path, args):
     """How the answers of --train_path come back from a folder's tokenizer; reads no weights."""
     is_checkpoint = {RUN_FILE, "config.json"} & set(os.listdir(path) if os.path.isdir(path) else [])
-    if not is_checkpoint and not holds_adapter(path):
+    if not is_checkpoint and not marked_kind(path):
         raise UserError(f"{path}: has no tokenizer: name a checkpoint for --train_path")
     opened, config, _ = open_folder(path, args)
     rows = read_rows(args.train_path, columns_of(args))

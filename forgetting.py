@@ -49,7 +49,7 @@ def measure(args, suite, before):
     """From the checked flags to the table."""
     prepare_environment(args.device)
     opened = open_checkpoint(args.model_path, args.mode, base=args.model_name_or_path)
-    if args.allow_other_base and opened.weights == "whole" and not args.before:
+    if args.allow_other_base and not opened.kind.needs_base and not args.before:
         raise UserError(f"--allow_other_base: {args.model_path} holds whole weights, which need no base: remove it")
     config = opened.config()
     require_room(suite, opened.tokenizer(config), opened.mode.prompt, config, args)

@@ -13,6 +13,7 @@ from runtime import entry  # first: Ctrl-C is heard while the others are importe
 import os
 
 from checkpoints.bases import base_fingerprint
+from checkpoints.kinds import MERGED
 from checkpoints.opening import RUN_FILE, load_base_and_trained, open_checkpoint
 from checkpoints.released_files import copy_companions, save_config
 from checkpoints.weight_files import finite_problem, saved_dtype, write_weights
@@ -58,7 +59,12 @@ def merge(args, output_dir):
         model = model.to(dtype).float()
         rounded_logits = model(input_ids=ids).logits
     check = compare(base_logits, adapter_logits, merged_logits, rounded_logits)
-    run = {**opened.run, "mode": opened.mode.name, "weights": "whole", "base_model": opened.base_name}
+    run = {
+        **opened.run,
+        "mode": opened.mode.name,
+        "weights": MERGED.name,
+        "base_model": opened.base_name,
+    }
     run |= {"merged_from": os.path.abspath(opened.folder), "merge_check": check}
     run["base_fingerprint"] = base_fingerprint(opened.base_folder, opened.mode, config)
     write_merged(model.to(dtype), tokenizer, output_dir, run, dtype)

@@ -50,7 +50,7 @@ def main(argv):
     notes += [said] * bool(said)
     prepare_environment(args.device)
     opened = open_checkpoint(args.model_path, args.mode, base=args.model_name_or_path)
-    if args.allow_other_base and opened.weights == "whole":
+    if args.allow_other_base and not opened.kind.needs_base:
         raise UserError(f"--allow_other_base: {args.model_path} holds whole weights, which need no base: remove it")
     notes += settle_lengths(args, opened.config(), opened.mode.prompt)
     device = choose_device(args.device)

@@ -215,12 +215,12 @@ def measure(args):
     model = random_model(args.preset, mode, torch_dtype(precision), device, **train_type.config_changes(flags))
     config = model.config
     config._attn_implementation = args.attention
-    model = train_type.prepare(model, flags, mode)
+    model = train_type.prepare(model, flags, MODES[mode])
     if args.gradient_checkpointing:
         checkpoint_layers(model, args.gradient_checkpointing_interval)
     ds_config = complete_config(read_ds_file(args.ds_file), flags, 1, precision)
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=build_optimizer(model, flags, mode.norms), config=ds_config
+        model=model, optimizer=build_optimizer(model, flags, MODES[mode].norms), config=ds_config
     )
     engine.train()
 

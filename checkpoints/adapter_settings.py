@@ -8,6 +8,7 @@ import math
 import os
 import re
 
+from checkpoints.weight_files import PEFT_PREFIX
 from modes import LORA_TARGETS
 from runtime.exits import UserError
 from runtime.plain_files import shown
@@ -18,8 +19,7 @@ ADAPTER_FILE, SETTINGS_FILE = "adapter_model.safetensors", "adapter_config.json"
 
 OWN_ADVICE = "copy the folder again"
 ADVICE = "merge it with the tool that made it, then give the merged folder"
-PREFIX = "base_model.model."  # in front of the model's own names in the weights of an adapter
-MATRIX = re.compile(rf"{re.escape(PREFIX)}([\w.]+)\.lora_([AB])\.weight")
+MATRIX = re.compile(rf"{re.escape(PEFT_PREFIX)}([\w.]+)\.lora_([AB])\.weight")
 OTHER_TYPES = {  # peft_type: what that is
     "ADALORA": "AdaLoRA, whose ranks differ and carry a third weight",
     "IA3": "IA3, vectors that scale activations",
@@ -176,3 +176,19 @@ def module_ranks(path, shapes, values, advice):
     if not ranks:
         raise UserError(f"{path}: no matrices of an adapter in it: {advice}")
     return ranks
+
+
+def adapter_flags(folder: str, is_own: bool) -> dict:
+    """{flag: value} of an adapter's settings."""
+    values = read_settings(folder, is_own)
+    dropout, targets = values.get("lora_dropout") or 0.0, values["target_modules"]
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise UserError(f"{folder}/{SETTINGS_FILE}: lora_dropout = {dropout!r}: must be 0 or more and below 1")
+    names = LORA_TARGETS if targets == "all-linear" else targets
+    names = shown(names) if isinstance(names, str) else ",".join(sorted({name.split(".")[-1] for name in names}))
+    return {
+        "lora_dim": values["r"],
+        "lora_alpha": float(values["lora_alpha"]),
+        "lora_module_name": names,
+        "lora_dropout": float(dropout),
+    }

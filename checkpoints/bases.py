@@ -58,7 +58,7 @@ def require_own_base(opened, config):
     opened: an `Opened` checkpoint. A run.json of before there were fingerprints does not tell.
     """
     said = opened.run.get("base_fingerprint")
-    if opened.weights == "whole" or said is None:
+    if not opened.kind.needs_base or said is None:
         return
     if said != base_fingerprint(opened.base_folder, opened.mode, config):
         raise UserError(
@@ -70,5 +70,5 @@ def require_own_base(opened, config):
 def known_bases(opened, config):
     """(fingerprint of the model that an opened checkpoint was trained from or None, those it may be compared with)."""
     own = base_fingerprint(opened.base_folder, opened.mode, config)
-    trained_from = opened.run.get("base_fingerprint") if opened.weights == "whole" else own
+    trained_from = own if opened.kind.needs_base else opened.run.get("base_fingerprint")
     return trained_from, sorted({own, trained_from} - {None})

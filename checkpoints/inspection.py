@@ -8,7 +8,7 @@ import sys
 
 from checkpoints import base_weights, weight_files
 from checkpoints.bases import require_own_base
-from checkpoints.foreign import holds_adapter
+from checkpoints.kinds import marked_kind
 from checkpoints.opening import RUN_FILE, look_into, open_checkpoint
 from checkpoints.state_checks import state_problems
 from checkpoints.trained_weights import check_trained, trained_tensors
@@ -60,7 +60,7 @@ def folder_lines(path, args, facts):
         text = "state to resume from, saved by {} processes"
         yield info if info[0] == BAD else (OK, "what", text.format(info[2].get("world_size")))
         yield from manifest_lines(path, args, is_needed=True)
-    elif {RUN_FILE, "config.json"} & set(names) or holds_adapter(path) or (args.model_name_or_path and not runs):
+    elif {RUN_FILE, "config.json"} & set(names) or marked_kind(path) or (args.model_name_or_path and not runs):
         yield from checkpoint_lines(path, args, facts)
     elif not runs:
         rule = f"no config.json or {RUN_FILE} in it: name a checkpoint or training output folder"
@@ -105,9 +105,9 @@ def checkpoint_lines(path, args, facts):
         return
     opened, config, names = found
     run, counts, is_open = opened.run, [], len(names) > 1
-    of = f" on {opened.base_folder}" if opened.weights != "whole" else ""
+    of = f" on {opened.base_folder}" if opened.kind.needs_base else ""
     by = f", --train_type {run.get('train_type')}, step {run.get('step')}{', merged' * ('merged_from' in run)}"
-    text = f"{opened.mode.name}: {opened.weights} weights{of}{by if run else ', not saved by this toolkit'}"
+    text = f"{opened.mode.name}: {opened.kind.name} weights{of}{by if run else ', not saved by this toolkit'}"
     lines = [(OK, "what", text)]
     if is_open:
         text = f"the files do not tell {' and '.join(names)} apart: give every command its --mode"
@@ -120,7 +120,7 @@ def checkpoint_lines(path, args, facts):
         text = "saved before run.json kept a fingerprint of its base: whether this is that one is not known"
         lines.append((NOTE, "base's weights", text))
     if of:
-        lines.append(attempt(opened.weights, trained_text, opened, config, counts))
+        lines.append(attempt(opened.kind.name, trained_text, opened, config, counts))
     lines += manifest_lines(path, args)
     if args.full and all(mark != BAD for mark, *_ in lines):
         lines.append(attempt("values", finite_text, opened))
@@ -156,7 +156,7 @@ def measured(shapes, names, paths, counts):
 def base_text(opened, config, counts):
     """Names and shapes of a whole checkpoint's weights against the model; of a base, is it that of the training?"""
     folder = opened.base_folder
-    names = base_weights.check_weights(folder, opened.mode, config, new_prefix=opened.weights == "prefix")
+    names = base_weights.check_weights(folder, opened.mode, config, new_prefix=opened.kind.base_makes_it)
     require_own_base(opened, config)
     paths = [os.path.join(folder, name) for name in weight_files.weight_files(folder)]
     return measured(weight_files.weight_shapes(folder), names, paths, counts)
@@ -172,7 +172,7 @@ def trained_text(opened, config, counts):
 def finite_text(opened):
     """Every value, read once; UserError for one that is not finite."""
     problems = {opened.base_folder: base_problem(opened.base_folder)}
-    if opened.weights != "whole":
+    if opened.kind.needs_base:
         problems[opened.folder] = weight_files.finite_problem(trained_tensors(opened).items())
     for folder, problem in problems.items():
         if problem:

@@ -8,14 +8,10 @@ from dataclasses import dataclass
 from checkpoints.adapter_settings import SETTINGS_FILE
 from checkpoints.base_weights import check_weights, load_base
 from checkpoints.bases import base_name, require_own_base
-from checkpoints.foreign import foreign_file, foreign_kind, named_base
-from checkpoints.released_files import (
-    COMPANIONS,
-)
-from checkpoints.trained_weights import TRAINED_FILES, check_trained, prefix_settings, put_trained, trained_shapes
-from checkpoints.weight_files import (
-    weight_files,
-)
+from checkpoints.kinds import KINDS, SavedKind, kind_of, weight_file
+from checkpoints.released_files import COMPANIONS
+from checkpoints.trained_weights import check_trained, put_trained, trained_shapes
+from checkpoints.weight_files import weight_files
 from modeling.family import Family
 from modes import MODES, possible_modes
 from runtime.exits import UserError
@@ -24,7 +20,6 @@ from runtime.folders import file_entry, last_named, numbered
 from runtime.plain_files import shown
 from runtime.ranks import print_rank_0
 from runtime.streams import visible
-from train_types import TRAIN_TYPES
 from utils import read_json
 
 RUN_FILE = "run.json"
@@ -128,12 +123,6 @@ def read_tokenizer(folder, mode, config):
     return tokenizer
 
 
-# Saving.
-
-
-# Loading what was saved.
-
-
 @dataclass
 class Opened:
     """A checkpoint folder understood: its family, where the base weights and its own lie, and its run.json.
@@ -145,7 +134,7 @@ class Opened:
     folder: str
     mode: Family | None
     base_folder: str
-    weights: str
+    kind: SavedKind
     run: dict
     file: str = ""
     base_name: str = ""
@@ -162,25 +151,11 @@ class Opened:
 
     def config(self):
         """Configuration for the base weights with what was trained on top."""
-        changes = self.prefix_settings() if self.weights == "prefix" else {}
-        return read_config(self.base_folder, self.mode, changes)
+        return read_config(self.base_folder, self.mode, self.config_changes())
 
-    def prefix_settings(self):
-        """{"pre_seq_len", "prefix_projection"} of a prefix encoder: its config.json's, and of another tool's, which
-        may leave them out, else those that the weights have."""
-        path = os.path.join(self.folder, "config.json")
-        saved = read_json(path) if self.run or os.path.isfile(path) else {}
-        usual = {} if self.run else prefix_settings(trained_shapes(self))
-        changes = {}
-        for key in ("pre_seq_len", "prefix_projection"):
-            changes[key] = usual.get(key) if saved.get(key) is None else saved[key]
-            if changes[key] is None:
-                raise UserError(f"{path}: has no {key}, which the prefix encoder needs: copy the folder again")
-        if type(changes["pre_seq_len"]) is not int or changes["pre_seq_len"] < 1:
-            raise UserError(f"{path}: pre_seq_len = {changes['pre_seq_len']!r}: must be a whole number, 1 or more")
-        if type(changes["prefix_projection"]) is not bool:
-            raise UserError(f"{path}: prefix_projection = {changes['prefix_projection']!r}: must be true or false")
-        return changes
+    def config_changes(self):
+        """Settings that what was trained brings: those of a prefix encoder."""
+        return self.kind.config_changes(self, lambda: trained_shapes(self))
 
     def tokenizer(self, config):
         """The tokenizer saved beside the weights, of other tools' adapters and prefix encoders the base's.
@@ -218,29 +193,29 @@ def look_into(path, base=None, flag="--model_path"):
     folder = resolve_folder(path, flag)
     run_path = os.path.join(folder, RUN_FILE)
     run = read_run(run_path) if os.path.isfile(run_path) else {}
-    weights = run["weights"] if run else foreign_kind(folder)
-    if weights == "whole":
+    kind = KINDS[run["weights"]] if run else kind_of(folder)
+    if not kind.needs_base:
         if base:
             raise UserError(f"--model_name_or_path {base}: {path} holds whole weights, which need no base: remove it")
-        return Opened(folder, None, folder, weights, run)
-    file = TRAINED_FILES[weights][0] if run else foreign_file(folder, weights)
+        return Opened(folder, None, folder, kind, run)
+    file = kind.files[0] if run else weight_file(folder, kind)
     if not os.path.isfile(os.path.join(folder, file)):
         raise UserError(f"{folder}/{file}: missing, but run.json says it is there: copy the folder again")
-    name = base or (run["base_model"] if run else named_base(folder, weights))
+    name = base or (run["base_model"] if run else kind.named_base(folder))
     said_by = run_path if run else os.path.join(folder, SETTINGS_FILE)
     said = f"--model_name_or_path {name}" if base else f"{said_by}: base model {name}"
     base_folder = resolve_base(name, said, base is not None, run.get("mode"))
-    return Opened(folder, None, base_folder, weights, run, file, base_name(name))
+    return Opened(folder, None, base_folder, kind, run, file, base_name(name))
 
 
 def read_run(path):
     """A run.json with what loading needs; UserError names what is not in it."""
     run = read_json(path)
-    known = {"mode": list(MODES), "weights": sorted({train_type.weights for train_type in TRAIN_TYPES.values()})}
+    known = {"mode": list(MODES), "weights": sorted(KINDS)}
     for key, choices in known.items():
         if run.get(key) not in choices:
             raise UserError(f"{path}: {key} is {run.get(key)!r}: it must be one of {', '.join(choices)}")
-    if run["weights"] != "whole" and not isinstance(run.get("base_model"), str):
+    if KINDS[run["weights"]].needs_base and not isinstance(run.get("base_model"), str):
         raise UserError(f"{path}: base_model is {run.get('base_model')!r}: it must name the base checkpoint")
     return run
 
@@ -312,10 +287,10 @@ def load_base_and_trained(opened, config, dtype, device, allow_other_base=False)
 
 def check_opened(opened, config, allow_other_base=False):
     """Do the files of a checkpoint and of its base belong together and to the family? UserError says what does not."""
-    check_weights(opened.base_folder, opened.mode, config, new_prefix=opened.weights == "prefix")
+    check_weights(opened.base_folder, opened.mode, config, new_prefix=opened.kind.base_makes_it)
     if not allow_other_base:
         require_own_base(opened, config)
-    if opened.weights != "whole":
+    if opened.kind.needs_base:
         check_trained(opened, config)
 
 

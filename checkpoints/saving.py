@@ -6,15 +6,9 @@ import os
 from contextlib import nullcontext
 
 from checkpoints.bases import base_name
+from checkpoints.kinds import KINDS
 from checkpoints.opening import RUN_FILE
-from checkpoints.released_files import (
-    copy_companions,
-    prefix_bin_bytes,
-    save_config,
-    write_adapter_settings,
-    write_prefix,
-)
-from checkpoints.weight_files import bin_shapes, disk_errors, finite_problem, safetensors_shapes, write_weights
+from checkpoints.weight_files import bin_shapes, finite_problem, safetensors_shapes
 from modes import MODES
 from runtime.distributed import on_main
 from runtime.exits import BadNumbers, UserError
@@ -41,14 +35,13 @@ def gather_weights(model, names, zero3):
 
 def checkpoint_bytes(model, train_type):
     """About what a checkpoint of this train type takes."""
-    whole = train_type.weights == "whole"
+    kind = KINDS[train_type.weights]
     sizes = [
         getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
         for parameter in model.parameters()
-        if whole or parameter.requires_grad
+        if parameter.requires_grad or not kind.needs_base
     ]
-    second = prefix_bin_bytes(sum(sizes)) if train_type.weights == "prefix" else 0
-    return sum(sizes) + second + TOKENIZER_BYTES
+    return sum(sizes) + kind.more_bytes(sum(sizes)) + TOKENIZER_BYTES
 
 
 def save_checkpoint(model, tokenizer, folder, train_type, run, zero3):
@@ -61,7 +54,7 @@ def save_checkpoint(model, tokenizer, folder, train_type, run, zero3):
     Returns, on every rank, why it could not be saved (a full disk: nothing has changed), or None. BadNumbers where a
     weight is not finite.
     """
-    whole = train_type.weights == "whole"
+    whole = not KINDS[train_type.weights].needs_base
     names = {n for n, p in model.named_parameters(remove_duplicate=False) if whole or p.requires_grad}
     try:
         on_main(lambda: require_space(folder, checkpoint_bytes(model, train_type), "a checkpoint"))
@@ -77,20 +70,7 @@ def save_checkpoint(model, tokenizer, folder, train_type, run, zero3):
 def write_checkpoint(model, tokenizer, folder, train_type, run, state):
     """The files of `save_checkpoint`, from gathered weights {name: tensor}."""
     with new_folder(folder) as scratch:
-        if train_type.weights == "adapter":
-            with disk_errors():
-                model.save_pretrained(scratch, state_dict=state)
-            readme = os.path.join(scratch, "README.md")  # a form to fill in, and nobody did
-            if os.path.exists(readme):
-                os.remove(readme)
-            write_adapter_settings(scratch, run["base_model"])
-        else:
-            save_config(model.config, scratch, next(iter(state.values())).dtype)
-            if train_type.weights == "whole":
-                write_weights(state, scratch)
-                copy_companions(model.config.name_or_path, scratch)
-            else:
-                write_prefix(state, scratch)
+        KINDS[train_type.weights].write(model, scratch, state, run)
         tokenizer.save_pretrained(scratch)
         write_json(run, os.path.join(scratch, RUN_FILE))
         check_written(scratch, state)

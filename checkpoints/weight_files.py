@@ -38,10 +38,21 @@ INNER_PARTS = (
 )
 
 
+PEFT_PREFIX = "base_model.model."  # in front of the model's own names in the weights of an adapter
+
+
 def released_name(name):
     """The released name of a stored weight: without `module.` in front (torch's DataParallel), with `transformer.`."""
     name = name.removeprefix("module.")
     return f"transformer.{name}" if name.startswith(INNER_PARTS) else name
+
+
+def stored_name(name):
+    """What a weight in the file of an adapter or a prefix encoder is called here, whatever tool saved it."""
+    name = released_name(name)
+    if ".lora_" not in name:
+        return name
+    return PEFT_PREFIX + re.sub(r"\.(lora_[AB])\.default\.", r".\1.", name.removeprefix(PEFT_PREFIX))
 
 
 def weight_files(folder):

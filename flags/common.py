@@ -5,7 +5,7 @@ import math
 import os
 import re
 
-from checkpoints.foreign import has, holds_adapter
+from checkpoints.kinds import has, marked_kind
 from checkpoints.opening import RUN_FILE, no_checkpoint_problem
 from checkpoints.weight_files import INDEX_FILES, WEIGHT_FILES
 from modes import MODES, possible_modes
@@ -157,7 +157,7 @@ def opened_problems(args, flag, path):
     """`model_problems` of what a command opens on top of a base, too: opening it says what is wrong with it."""
     if has(path, RUN_FILE):
         return []
-    if os.path.isdir(path) and (args.model_name_or_path or holds_adapter(path)):
+    if os.path.isdir(path) and (args.model_name_or_path or marked_kind(path)):
         return list(filter(None, [no_checkpoint_problem(flag, path)]))
     return model_problems(args, flag, path)
 

@@ -2,7 +2,7 @@
 
 import os
 
-from checkpoints.foreign import foreign_kind, not_mergeable
+from checkpoints.kinds import KINDS, kind_of, merge_problem
 from checkpoints.opening import RUN_FILE, no_checkpoint_problem, read_run
 from flags.common import OneLineParser, add_base_flag, add_device_flags, expanded_path, model_problems, place_problem
 from modes import MODES
@@ -29,19 +29,20 @@ def merge_parser():
 def check_arguments(args, output_dir):
     """UserError where --model_dir is no adapter, or the merged model cannot be written."""
     folder = args.model_dir
+    [mergeable] = [kind for kind in KINDS.values() if kind.not_mergeable is None]
     run_path = os.path.join(folder, RUN_FILE)
     if os.path.isfile(run_path):
-        kind = read_run(run_path)["weights"]
-    elif problem := no_checkpoint_problem("--model_dir", folder, "adapter"):
+        kind = KINDS[read_run(run_path)["weights"]]
+    elif problem := no_checkpoint_problem("--model_dir", folder, mergeable.name):
         raise UserError(problem)
     elif os.path.isdir(folder):
-        kind = foreign_kind(folder)
+        kind = kind_of(folder)
     else:
         [problem] = model_problems(args, "--model_dir", folder) or [None]
         if problem:
             raise UserError(problem)
-        kind = "adapter"  # a hub name
-    if problem := not_mergeable("--model_dir", folder, kind):
+        kind = mergeable  # a hub name
+    if problem := merge_problem("--model_dir", folder, kind):
         raise UserError(problem)
     for problem in output_problems(output_dir):
         raise UserError(problem)

@@ -16,6 +16,7 @@ from runtime import entry  # noqa: E402, I001  first: Ctrl-C is heard while the 
 import shutil  # noqa: E402
 
 from checkpoints.adapter_settings import PREFIX_FILE  # noqa: E402
+from checkpoints.kinds import KINDS  # noqa: E402
 from checkpoints.opening import RUN_FILE, read_run
 from checkpoints.released_files import PREFIX_BIN_FILE  # noqa: E402
 from checkpoints.saving import check_written  # noqa: E402
@@ -40,9 +41,9 @@ def write_export(model_dir, output_dir):
     run_path = os.path.join(model_dir, RUN_FILE)
     if not os.path.isfile(run_path):
         raise UserError(f"--model_dir {model_dir}: no {RUN_FILE} in it: name a checkpoint folder that train.py saved")
-    weights = read_run(run_path)["weights"]
-    if weights != "prefix":
-        raise UserError(f"--model_dir {model_dir}: holds {weights} weights: name one of --train_type ptuning")
+    kind = KINDS[read_run(run_path)["weights"]]
+    if not kind.base_makes_it:
+        raise UserError(f"--model_dir {model_dir}: holds {kind.name} weights: name one of --train_type ptuning")
     if os.path.exists(output_dir):
         raise UserError(f"--output_dir {output_dir}: exists: choose a new folder")
     if problem := next(iter(verify(model_dir)), None):

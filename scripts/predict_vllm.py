@@ -22,7 +22,7 @@ import time  # noqa: E402
 import urllib.parse  # noqa: E402
 from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 
-from checkpoints.foreign import foreign_kind, holds_adapter  # noqa: E402
+from checkpoints.kinds import KINDS, kind_of, marked_kind  # noqa: E402
 from checkpoints.opening import RUN_FILE, open_checkpoint, read_run  # noqa: E402
 from flags.common import OneLineParser, add_answered_row_flags, collect, expanded_path, model_problems, range_problems
 from flags.predict import add_sampling_flags, model_label, output_file_problems, sampling_problems
@@ -128,23 +128,19 @@ def folder_problems(args):
             run = read_run(os.path.join(path, RUN_FILE))
         except UserError as error:
             return [f"--model_path {error}"]
-    elif not holds_adapter(path) and (problems := model_problems(args, "--model_path", path)):  # fills in args.mode
+    elif not marked_kind(path) and (problems := model_problems(args, "--model_path", path)):  # fills in args.mode
         return problems
     mode = run.get("mode", args.mode)
     if not run:
         try:
-            run = {"weights": foreign_kind(path)}
+            run = {"weights": kind_of(path).name}
         except UserError as error:
             return [f"--model_path {error}"]
     if mode and mode not in VLLM_MODES:
         return [f"--model_path {path}: is of {mode}, and vLLM knows {' and '.join(VLLM_MODES)} only: use predict.py"]
-    if run.get("weights") == "adapter":
-        return [
-            f"--model_path {path}: holds an adapter, and the server takes whole checkpoints:"
-            f" merge it first (python merge_lora.py --model_dir {path})"
-        ]
-    if run.get("weights") == "prefix":
-        return [f"--model_path {path}: holds a prefix encoder, which vLLM does not know: use predict.py"]
+    kind = KINDS.get(run.get("weights"))
+    if kind and kind.not_for_vllm:
+        return [f"--model_path {path}: holds {kind.words}, {kind.not_for_vllm.format(path=path)}"]
     try:
         config = read_json(os.path.join(path, "config.json"))
     except UserError as error:

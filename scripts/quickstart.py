@@ -21,6 +21,7 @@ from pathlib import Path  # noqa: E402
 
 from base_sources import base_sources  # noqa: E402
 
+from checkpoints.kinds import KINDS  # noqa: E402
 from comparison.commands import Steps, newest_checkpoint  # noqa: E402
 from evaluation.metrics import score_rows  # noqa: E402
 from evaluation.predictions import read_predictions
@@ -83,7 +84,7 @@ def run_all(args, folder):
     steps.run("train", command, [*weights, rows], f"{folder}/train")
     trained = newest_checkpoint(f"{folder}/train")
     model = trained
-    if TRAIN_TYPES[args.train_type].weights == "adapter":
+    if KINDS[TRAIN_TYPES[args.train_type].weights].not_mergeable is None:
         model = f"{folder}/merged"
         command = f"python merge_lora.py --model_dir {trained} --output_dir {model}"
         steps.run("merge", command, [*weights, f"{trained}/adapter_model.safetensors"], model)

@@ -190,7 +190,7 @@ def test_prefixes_travel_out(golden, saved, tmp_path):
         encoder = official(place, model.transformer.prefix_encoder)
         for name, tensor in encoder.state_dict().items():
             assert torch.equal(tensor, state[f"transformer.prefix_encoder.{name}"])
-    assert open_checkpoint(str(folder)).weights == "prefix"
+    assert open_checkpoint(str(folder)).kind.name == "prefix"
     with pytest.raises(ValueError, match="holds a prefix encoder alone: name the base model"):
         check_weights(str(folder), golden.mode, golden.config())
 

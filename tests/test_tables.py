@@ -7,6 +7,7 @@ import test_launch
 import torch
 from conftest import GOLDEN_FOLDERS, ROOT
 
+from checkpoints.kinds import KINDS
 from flags.train import train_parser
 from modeling.base_config import ReleasedConfig
 from modeling.base_model import LabelledLM
@@ -63,7 +64,7 @@ def test_train_type_is_finished(name, mode_name):
     parser = train_parser()
     args = parser.parse_args(["--train_path", "x", "--model_name_or_path", "x", "--output_dir", "x"])
     args.freeze_module_name = "layers.1."
-    assert train_type.name == name and train_type.weights in ("whole", "adapter", "prefix")
+    assert train_type.name == name and train_type.weights in KINDS
     assert all(hasattr(args, flag) for flag in train_type.flags)
     assert name in test_launch.EXTRA
     config = mode.config_class.from_pretrained(GOLDEN_FOLDERS[mode_name], **train_type.config_changes(args))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from checkpoints.base_weights import check_weights, load_base
 from checkpoints.bases import base_fingerprint
+from checkpoints.kinds import KINDS
 from checkpoints.opening import Opened, read_config, read_tokenizer
 from checkpoints.saving import checkpoint_bytes
 from checkpoints.states import state_bytes
@@ -85,7 +86,7 @@ def open_base(args: argparse.Namespace, folder: str, start: Opened | None) -> Ba
     the fingerprint."""
     mode, train_type = MODES[args.mode], TRAIN_TYPES[args.train_type]
     config = read_config(folder, mode, train_type.config_changes(args))
-    names = check_weights(folder, mode, config, new_prefix=train_type.weights == "prefix")
+    names = check_weights(folder, mode, config, new_prefix=KINDS[train_type.weights].base_makes_it)
     if problems := train_type.problems(names, args, mode):
         fail(problems)
     check_start(start, config)
