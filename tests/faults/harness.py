@@ -14,7 +14,7 @@ import time
 import psutil
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 
 from launching import free_port, hears_signals  # noqa: E402
 

@@ -12,8 +12,8 @@ import time
 
 import psutil
 import pytest
-from conftest import ROOT
 from harness import TYPES, Run, last_weights, log_of, prepare
+from reference import ROOT
 
 from runtime.folders import is_whole, verify
 
