@@ -87,7 +87,7 @@ def test_a_change_in_any_tensor_is_another_base(here):
     assert fingerprint_of(FOLDERS["glm3"], seq_length=64) in seen, "how long a text may be is no other network"
 
 
-def test_what_a_sample_misses(here):
+def test_a_change_outside_the_sample_keeps_the_fingerprint(here):
     """A change of nothing but rows that are not in the sample, as of the vector of one token."""
     folder, state = here.model(), state_of(FOLDERS["glm3"])
     changed = state[OUTPUT_LAYER].clone()

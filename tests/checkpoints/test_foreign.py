@@ -204,7 +204,7 @@ def test_an_expression_of_a_stranger_is_not_run(tmp_path):
     assert machine.BAD not in look(tmp_path)[0]
 
 
-def test_a_folder_that_is_two_things(here):
+def test_a_folder_with_an_adapter_and_whole_weights_is_refused(here):
     folder = here.model()
     put("adapter_config.json", "{}")(folder)
     says = r"model: holds an adapter \(adapter_config.json\) and whole weights: move one of them"

@@ -173,7 +173,7 @@ def official(folder, encoder):
     return encoder
 
 
-def test_prefixes_travel_out(golden, saved, tmp_path):
+def test_prefixes_have_the_official_names_and_format(golden, saved, tmp_path):
     """Kind: weights under the name and in the format that the official code loads."""
     folder = saved["ptuning"]
     config = read_json(folder / "config.json")
@@ -205,7 +205,7 @@ def test_a_large_prefix_is_written_once(tmp_path, monkeypatch):
     assert names(tmp_path) == {"prefix_encoder.safetensors", "pytorch_model.bin"}
 
 
-def test_a_torn_second_file_is_not_saved(tmp_path):
+def test_a_weight_file_that_reads_back_otherwise_is_not_saved(tmp_path):
     """Every file of weights is read back before the folder gets its name."""
     state = {"transformer.prefix_encoder.embedding.weight": torch.zeros(4, 8)}
     released_files.write_prefix(state, tmp_path)
@@ -225,7 +225,7 @@ def test_only_prefixes_are_exported(saved, tmp_path, kind):
     assert not (tmp_path / "new").exists()
 
 
-def test_links_out_and_large_files_are_told_and_left(tmp_path, monkeypatch, capsys):
+def test_links_out_of_the_folder_and_large_files_are_not_copied(tmp_path, monkeypatch, capsys):
     """Kind: files of strangers that are copied. Links inside the hub's cache are followed: it consists of them."""
     snapshot = tmp_path / "models--a--b" / "snapshots" / "0123abc"
     blobs, folder = tmp_path / "models--a--b" / "blobs", tmp_path / "saved"

@@ -114,7 +114,7 @@ def test_a_config_under_an_adapter_cannot_name_code(here, kernels):
     assert kernels.used == []
 
 
-def test_the_stand_in_would_notice(kernels):
+def test_the_stand_in_notices_a_request_for_code(kernels):
     """The same value, given to the library, asks for the code."""
     mode = MODES["glm3"]
     config = mode.config_class.from_pretrained(GOLDEN_FOLDERS["glm3"])
@@ -181,7 +181,7 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("changes, says", CONFIGS)
-def test_values_of_odd_kinds(tmp_path, changes, says):
+def test_config_values_of_another_kind_are_refused(tmp_path, changes, says):
     put("config.json", (GOLDEN_FOLDERS["glm3"] / "config.json").read_bytes())(tmp_path)
     change_json("config.json", **changes)(tmp_path)
     with pytest.raises(UserError, match=rf"^{tmp_path}/config\.json: .*{says}") as caught:

@@ -236,7 +236,7 @@ class Split:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
-def test_parts_make_up_the_whole(layout, world, tmp_path):
+def test_the_parts_of_all_ranks_make_up_each_tensor(layout, world, tmp_path):
     """Parts that end within a row, a last one that is padded, and ranks that have nothing but padding."""
     state = {"matrix": torch.randn(5, 3), "bias": torch.randn(8), "one": torch.randn(1), "cube": torch.randn(2, 3, 4)}
     if layout == "bin":

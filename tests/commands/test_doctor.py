@@ -159,7 +159,7 @@ def test_a_spoilt_run(here, run, spoil, says, reads_weights):
     assert spoilt(look(folder))
 
 
-def test_a_manifest(here):
+def test_lines_about_the_manifest(here):
     scratch = here.model(name="scratch")
     close_folder(str(scratch), str(here.folder / "model"))
     folder = here.folder / "model"
@@ -244,7 +244,7 @@ def test_pins_are_those_of_requirements():
     assert set(machine.IMPORTS) <= set(wanted)
 
 
-def test_packages(monkeypatch):
+def test_lines_about_packages(monkeypatch):
     installed = machine.installed
     versions = {"peft": None, "numpy": "1.0", "tokenizers": "0.1"}
     for module in (machine, doctor, inspection):
@@ -294,7 +294,7 @@ def test_a_driver_and_a_torch_for_cpu(monkeypatch, tmp_path):
     assert facts.driver_cuda == "12.4" and "built for CPU only" in bad(doctor.gpu_lines(facts))[0]
 
 
-def test_gpus(monkeypatch):
+def test_lines_about_gpus_and_drivers(monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     old = H100._replace(name="T", capability=(7, 5))
     facts = machine.Facts(cuda="12.8", driver_cuda="12.4", gpus=[H100, old], smi=(0, SMI), warned=["no code"])
@@ -428,7 +428,7 @@ def test_rows_need_a_tokenizer(here, capsys):
 # The command.
 
 
-def test_flags(capsys):
+def test_unknown_flags_are_refused(capsys):
     for words in (["--fast"], ["--mode", "glm4"]):
         with pytest.raises(SystemExit) as stop:
             doctor.main(words)
@@ -441,7 +441,7 @@ def test_help_needs_no_torch():
     assert process.returncode == 0 and "--full" in process.stdout
 
 
-def test_the_command(here):
+def test_the_command_reports_every_section(here):
     cut("pytorch_model-00001*")(here.model())
     command = [sys.executable, str(ROOT / "doctor.py"), str(GOLDEN_FOLDERS["glm"]), "model"]
     command += ["--train_path", answers_of(here, "（甲）")]

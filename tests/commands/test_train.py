@@ -174,7 +174,7 @@ def test_answers_while_training_are_those_of_predict(runs, tmp_path):
     assert read(tmp_path / "p.jsonl")[2]["prediction"] != lines[2]["prediction"], "the cut does not matter here"
 
 
-def test_what_is_kept(runs):
+def test_best_weights_newest_checkpoints_and_last_event_are_kept(runs):
     """The best value's weights, the newest checkpoints, the last event."""
     log = read(runs / "evaluated" / "eval_log.jsonl")
     best = min(log, key=lambda line: line["loss"])
@@ -191,7 +191,7 @@ def test_what_is_kept(runs):
         )
 
 
-def test_what_looks_after_a_run_is_told(runs):
+def test_the_watch_is_told_of_every_step_and_its_rows(runs):
     """Each step with its rows, and when it rests; the updates left out are looked at after every one."""
     for name in ("plain", "evaluated", "answered"):
         told = NOTED[name].told

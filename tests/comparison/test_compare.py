@@ -227,7 +227,7 @@ def test_anchors_and_merges_of_a_usual_size(here):
     assert len(read_plan("c.yaml")[0].methods) == 200
 
 
-def test_the_quickstart_is_right(monkeypatch):
+def test_the_quickstart_comparison_has_every_train_type(monkeypatch):
     monkeypatch.chdir(ROOT)
     plan, problems = read_plan("configs/compare_quickstart.yaml")
     assert not problems and plan.forgetting
@@ -410,7 +410,7 @@ def test_a_report_of_another_file_is_replaced_with_a_word_and_other_files_are_no
     assert Path("mine/report/index.html").read_text() == "mine"
 
 
-def test_nothing_follows_from_one_row():
+def test_one_row_gives_no_interval():
     rows = metrics.score_rows([["a_b_c"], [""]], ["a_b_c", "a_b_c"], "extraction")["rows"]
     one, other = ({"runs": [{"status": "done", "rows": [row]}]} for row in rows)
     for entry in (one, other):
@@ -418,7 +418,7 @@ def test_nothing_follows_from_one_row():
     assert one["intervals"]["f1"] is None and figures.compared(one, other, "f1") == [100, None, None]
 
 
-def test_what_was_broken_off_goes_on(here):
+def test_an_interrupted_comparison_goes_on(here):
     leaves = FakeCommands(lambda script, output: 75 if output.endswith("lora,learning_rate=0.003/seed-1/train") else 0)
     with pytest.raises(SystemExit) as stop:
         compare.main(["c.yaml"], run_words=leaves)
@@ -648,7 +648,7 @@ def test_what_a_command_line_shows_is_not_obeyed(tmp_path, capsys):
     assert (shown.out + shown.err).replace("\n", "").isprintable()
 
 
-def test_the_verdict():
+def test_the_verdict_names_the_best_and_the_cheapest():
     lines = report_text.verdict(RESULTS)
     assert lines[0] == "Best: 法, f1 81.75 [76.75, 86.75] on 50 test rows."
     assert "cannot be told apart from all: more test rows" in lines[2]

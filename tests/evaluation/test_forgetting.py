@@ -138,7 +138,7 @@ def test_references_are_right():
         ("rougeL", "  ", 0),
     ],
 )
-def test_checks(check, answer, score):
+def test_answers_are_scored_by_each_check(check, answer, score):
     row = {
         "exact": {"answer": "收到", "accept": []},
         "contains": {"answer": "水是 H2O。", "accept": ["H2O"]},

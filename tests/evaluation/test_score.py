@@ -104,7 +104,7 @@ def test_bleu4_of_a_short_identical_text_is_smoothed(text, expected):
     assert metrics.score_rows([text], [text])["bleu4"] == pytest.approx(expected)
 
 
-def test_a_blank_line_is_no_word():
+def test_blank_lines_do_not_count_as_words():
     text, spaced = "今天天气很好。\n明天下雨。", "今天天气很好。\n\n \u3000\n明天下雨。"
     result, plain = metrics.score_rows([spaced], [text]), metrics.score_rows([text], [text])
     assert direct_rouge(spaced, text, "rouge-l") < 99  # the library alone counts it

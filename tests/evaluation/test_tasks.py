@@ -476,7 +476,7 @@ def test_full_stops_of_a_label_that_is_not_folded():
     assert result["accuracy"] == 100
 
 
-def test_from_two_questions_on_they_are_several():
+def test_two_or_more_questions_are_several():
     for number in (1, 2, 3):
         row = row_scores.score_questions([f"第{n}个部件在哪里" for n in "一二三"[:number]])
         assert (row["num_questions"], row["has_several"]) == (number, int(number > 1))

@@ -29,7 +29,7 @@ def kept(rows, is_complete=True):
     return {"machine": "2 cores; today", "is_complete": is_complete, "rows": rows}
 
 
-def test_the_tables():
+def test_tables_of_the_reliability_page():
     text = soak.figures_text({"kills": kept(KILLS), "saving": kept(TIMES), "exact": kept(EXACT, False)})
     assert "| lora | 2 | 1 | 1 | 0 | 3 |" in text and "| together · 合计 | 3 | 2 | 2 | 0 | 3 |" in text
     assert "| a.json | 2 | 3 | 2.20 | 2.00 | 1.10 | 3.00 |" in text

@@ -277,7 +277,7 @@ ROWS = [
 
 
 @pytest.mark.parametrize("content, says", ROWS)
-def test_rows(here, content, says):
+def test_bad_rows_are_refused(here, content, says):
     here.train_fails("--train_path bad.json", says, **{"train_path": here.write("bad.json", content).name})
 
 

@@ -229,7 +229,7 @@ def test_sixteen_questions(serve, here, language, monkeypatch):
 
 
 @pytest.mark.parametrize("wins, total", [(7, 16), (0, 5), (5, 5), (1, 1), (450, 1000)])
-def test_wilson(wins, total):
+def test_ends_of_the_wilson_interval_solve_the_score_test(wins, total):
     """The ends are where the score test just rejects: (share - p)^2 = z^2 p (1 - p) / n."""
     share = wins / total
     for end in judge_pairs.wilson(wins, total):
@@ -298,7 +298,7 @@ def test_a_run_that_is_stopped(serve, here, how):
     assert once_each(server) and len(here.verdicts()) == 32 and report["wins"] == 7
 
 
-def test_what_passes_is_tried_again(serve, here):
+def test_temporary_refusals_are_tried_again(serve, here):
     here.rows([("c 8", "b 6")])
     good = completion("评分：A=8 B=6")
     server = serve(faults=[refusal(429, Retry_After=1), good, refusal(500), None])
@@ -420,7 +420,7 @@ def test_texts_stay_in_their_place():
         ((200, {}, {"choices": [{"message": {"content": 5}}]}), "is no chat completion"),
     ],
 )
-def test_what_does_not_pass_ends_the_run(serve, here, result, says):
+def test_permanent_refusals_end_the_run(serve, here, result, says):
     here.rows(SIXTEEN)
     server = serve(lambda request: result)
     here.fails(says.format(place=f"{here.folder / 'candidate.jsonl'}:1"), server.url, "--concurrency", "1")

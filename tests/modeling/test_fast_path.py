@@ -197,7 +197,7 @@ class Saved:
 
 
 @pytest.mark.parametrize("mode_name", MODES)
-def test_frozen_layers_keep_nothing(mode_name):
+def test_frozen_layers_keep_no_activations(mode_name):
     """Below the lowest trained layer nothing is kept, and nothing is computed twice."""
     golden, model = build(mode_name, "freeze")
     layers = [module for module in model.modules() if type(module).__name__ == "GLMBlock"]

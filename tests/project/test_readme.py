@@ -81,7 +81,7 @@ def test_every_room_is_on_the_map(name):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda p: p.name)
-def test_configs(path):
+def test_names_of_configs_are_true(path):
     config = read_ds_file(path.name)
     assert f"zero{config['zero_optimization']['stage']}" in path.name
     assert ("offload_optimizer" in config["zero_optimization"]) == ("no_offload" not in path.name)

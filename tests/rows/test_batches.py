@@ -160,7 +160,7 @@ def test_similar_lengths_share_a_batch(split):
     assert updates.waste() < random_order * (0.2 if split[0] == 4 else 0.85)
 
 
-def test_company_changes_with_every_epoch():
+def test_micro_batches_are_drawn_anew_every_epoch():
     lengths = numpy.arange(640)
     updates = Updates(lengths, lengths, 4, 1, 0, 1, seed=1)
     together = [{tuple(sorted(u.micro_batches[0])) for u in updates.epoch(epoch)} for epoch in range(2)]
@@ -236,7 +236,7 @@ def test_best_fit_by_hand():
     assert sorted(map(sorted, packs)) == [[0, 1, 3], [2, 4]]
 
 
-def test_company_changes_where_there_are_few_rows():
+def test_updates_are_drawn_anew_where_there_are_few_rows():
     """A window is a quarter of the rows at most: of 64 rows sorted together, the same four would always meet."""
     lengths = numpy.arange(64)
     updates = Updates(lengths, lengths, 4, 1, 0, 1, seed=1)

@@ -235,7 +235,7 @@ def read(paths, columns=Columns(), **kwargs):
     ],
     ids="lines newline bom crlf blank-lines array array-bom array-indented array-ascii".split(),
 )
-def test_formats(tmp_path, content):
+def test_rows_are_read_in_every_format(tmp_path, content):
     path = tmp_path / "rows.txt"
     path.write_bytes(content)
     assert read(path) == READ
@@ -416,7 +416,7 @@ def test_an_empty_file_beside_others_adds_nothing(tmp_path):
     assert len(read(paths)) == 1
 
 
-def test_columns(tmp_path):
+def test_columns_are_chosen_by_name(tmp_path):
     path = write(tmp_path / "rows.json", json.dumps({"question": "问", "answer": "答", "id": 7, "output": 3}))
     assert read(path, Columns(prompt="question", response="answer")) == [{"query": "问", "answer": "答"}]
 
@@ -435,7 +435,7 @@ def rows_path(golden, tmp_path):
     return write(tmp_path / "rows.json", *as_lines(golden.values["rows"]))
 
 
-def test_counts(golden, tokenizer, rows_path, cache):
+def test_counts_of_rows_and_tokens_cut(golden, tokenizer, rows_path, cache):
     rows, counts = load(golden, tokenizer, rows_path, 96, 48)
     whole, short = (golden.values[key]["examples"] for key in ("encoded", "encoded_short"))
     assert [ids_and_labels(row) for row in rows] == short
@@ -647,7 +647,7 @@ def test_rows_that_change_while_they_are_opened_are_refused(glm3, tokenizer3, tm
         load(glm3, tokenizer3, path)
 
 
-def test_what_killed_processes_have_left_goes(glm3, tokenizer3, rows_path3, cache, monkeypatch):
+def test_scratch_folders_of_killed_processes_are_removed(glm3, tokenizer3, rows_path3, cache, monkeypatch):
     """Scratch folders go when no process holds them, and stay while one does, however old they are."""
     cache.mkdir(exist_ok=True)
     code = (
@@ -939,7 +939,7 @@ def folder_of(glm3, tokenizer3, path, cache):
 
 
 @pytest.mark.parametrize("is_stale", [False, True])
-def test_the_others_wait_while_the_heart_beats(glm3, tokenizer3, rows_path3, cache, fast_heart, monkeypatch, is_stale):
+def test_other_processes_wait_while_one_encodes(glm3, tokenizer3, rows_path3, cache, fast_heart, monkeypatch, is_stale):
     """Longer than a silence may last; a file of a killed run changes nothing."""
     heart = f"{folder_of(glm3, tokenizer3, rows_path3, cache)}.encoding"
     if is_stale:
@@ -1000,7 +1000,7 @@ def test_a_bad_row_is_told_by_the_process_that_found_it(glm3, tokenizer3, rows_p
     assert ended[0] - failed > 0.9 * rows_cache.SILENT_SECONDS
 
 
-def test_another_run_that_ends_first_does_not_stop_the_heart(tmp_path, fast_heart):
+def test_a_run_that_ends_does_not_stop_the_heartbeat_of_another(tmp_path, fast_heart):
     path = tmp_path / "x.encoding"
     with rows_cache.heartbeat(str(path)):
         path.unlink()  # what the other run does at its end

@@ -192,7 +192,7 @@ def test_what_is_no_rows_is_named_with_the_next_step(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.TSV", "rows.xlsx", "rows.parquet"])
-def test_files_are_known_by_their_names_too(tmp_path, name):
+def test_file_kinds_are_known_by_name_unless_they_hold_json(tmp_path, name):
     """Unless they hold JSON."""
     with pytest.raises(ValueError, match=rf"{name}: is a"):
         read(tmp_path / name, "")
@@ -338,7 +338,7 @@ def test_words_that_run_together_are_counted(tmp_path, instruction, text, is_joi
     assert (notes.joined == 1) == is_joined == any("inside a word" in line for line in notes.lines())
 
 
-def test_the_first_row_shows_where_its_parts_meet(glm3, tokenizer, tmp_path, cache):
+def test_the_shown_row_marks_where_instruction_and_input_meet(glm3, tokenizer, tmp_path, cache):
     bad, rows = "3", [{**ROW, "instruction": "Translate to French", "input": "apple"}, {**ROW, "input": None}]
     path = write(tmp_path / "rows.json", "\n".join([bad, *map(json.dumps, rows)]))
     encoded, _ = load(glm3, tokenizer, path, skip_bad_rows=True)

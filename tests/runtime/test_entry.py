@@ -108,7 +108,7 @@ QUICK = ("import os", "import sys", "from pathlib import Path")  # what finds th
 
 
 @pytest.mark.parametrize("script", COMMANDS)
-def test_every_command_goes_through_the_door(script):
+def test_every_command_imports_entry_first_and_ends_with_it(script):
     """Ctrl-C is heard from the first import on: `entry` comes before all that takes time."""
     tree = ast.parse((ROOT / script).read_text(encoding="utf-8"))
     imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
@@ -147,7 +147,7 @@ def test_what_the_parent_ignores_stays_ignored(handlers, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) != watched.on_signal
 
 
-def test_a_request_before_the_training(handlers, monkeypatch, capsys):
+def test_a_signal_before_the_first_step_exits_with_75(handlers, monkeypatch, capsys):
     """Before the first step there is nothing to save: the run leaves at once, and is to be started again."""
     monkeypatch.setattr(sys, "stdout", sys.stdout)
     monkeypatch.setattr(sys, "stderr", sys.stderr)
@@ -173,7 +173,7 @@ def press(words, number, **kwargs):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_what_was_pressed_is_passed_on(number, tmp_path):
+def test_signals_are_passed_on_once(number, tmp_path):
     """By job.sh and by what runs the commands of a comparison: the same signal, once."""
     job = ["bash", str(ROOT / "scripts" / "job.sh"), sys.executable, "-c", HEARS]
     assert press(job, number) == (75, ["ready", number.name])
@@ -235,7 +235,7 @@ def test_variables_of_a_launch_without_one(here, monkeypatch, variables, says): 
     here.fails("merge_lora.py", "--model_dir", "nowhere", says="--model_dir nowhere: no such folder")
 
 
-def test_a_launch_is_one(monkeypatch):
+def test_variables_of_a_launch_are_read(monkeypatch):
     variables = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -256,7 +256,7 @@ def flags_of(name):
 
 
 @pytest.mark.parametrize("name", PARSERS)
-def test_home_in_every_path(name, monkeypatch):
+def test_every_path_flag_expands_the_home_folder(name, monkeypatch):
     """Every flag that takes a path has the one type that knows `~`, also where the shell leaves it (--flag=~/x)."""
     words = ("path", "dir", "file", "folder", "config", "resume", "before", "suite", "baseline", "criteria")
     known = {"lora_module_name", "freeze_module_name", "dir"}
@@ -268,7 +268,7 @@ def test_home_in_every_path(name, monkeypatch):
     assert (args.train_path, args.model_name_or_path, args.output_dir) == (["a", "/there/b"], "/there", "/there/x")
 
 
-def test_home_in_the_file_of_a_comparison(monkeypatch, tmp_path):
+def test_paths_of_a_comparison_expand_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "base").symlink_to(GOLDEN / "glm3")
     (tmp_path / "rows.json").write_text("\n".join([json.dumps(ROW)] * 4), encoding="utf-8")
@@ -282,7 +282,7 @@ def test_home_in_the_file_of_a_comparison(monkeypatch, tmp_path):
     assert (plan.methods[0].all["eval_path"], plan.methods[0].all["replay_path"]) == (rows, [rows])
 
 
-def test_names_of_folders(monkeypatch, tmp_path):
+def test_a_dot_or_a_slash_at_the_end_names_the_same_folder(monkeypatch, tmp_path):
     """`.` and a slash at the end name the same folder as its name."""
     place = tmp_path / "output-x" / "epoch-1-step-3"
     place.mkdir(parents=True)
@@ -377,7 +377,7 @@ def converse(turns, **environment):
 
 
 @pytest.mark.parametrize("environment", [{"LANG": "C.UTF-8"}, {"LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"}])
-def test_a_talk_on_a_terminal(environment):
+def test_a_conversation_is_edited_and_interrupted_on_a_terminal(environment):
     """Backspace over Chinese, half a character, Ctrl-C while answering, on a line and at the prompt; earlier lines."""
     turns = [
         ("水温".encode() + b"\x7fx\r", rb"<\u6c34x|0>" + PROMPT),
@@ -394,13 +394,13 @@ def test_a_talk_on_a_terminal(environment):
     assert code == 130 and screen.endswith("-c: stopped\r\n") and "Traceback" not in screen, screen
 
 
-def test_the_end_of_a_talk():
+def test_ctrl_d_or_an_empty_line_ends_a_conversation():
     for typed in (b"\x04", b"\r"):
         code, screen = converse([(b"hi\r", b"<hi|0>" + PROMPT), (typed, b"\r\n")], LANG="C.UTF-8")
         assert code == 0 and "Traceback" not in screen
 
 
-def test_a_talk_that_is_read_from_a_file(monkeypatch, capsys):
+def test_a_conversation_is_read_from_a_file(monkeypatch, capsys):
     """No terminal, no line editor: bytes of another encoding do not end it."""
     stdin = io.TextIOWrapper(io.BytesIO(b"\xce\xc2\nb\n"), encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", stdin)

@@ -21,7 +21,7 @@ def write(folder, content=b"x" * 100):
                 file.write(content)
 
 
-def test_a_whole_folder(tmp_path):
+def test_a_new_folder_is_whole_and_has_a_manifest(tmp_path):
     write(tmp_path / "new")
     assert sorted(os.listdir(tmp_path)) == ["new"]
     manifest = json.loads((tmp_path / "new" / "manifest.json").read_text())["files"]
@@ -127,7 +127,7 @@ def test_room_to_the_byte(tmp_path, monkeypatch):
     assert streams.size_text(999) == "999 bytes" and streams.size_text(1000) == "1.0 KB"
 
 
-def test_room(tmp_path):
+def test_too_little_room_is_refused(tmp_path):
     folders.require_space(str(tmp_path / "a" / "b"), 1, "a state")
     with pytest.raises(
         ValueError, match=r"a/b: a state takes about 1000.0 TB, [\d.]+ [GT]B are free: make room or use"
@@ -183,7 +183,7 @@ def test_files_can_be_read_by_those_who_may(tmp_path):
     assert wanted != 0o600
 
 
-def test_what_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
+def test_files_are_flushed_before_the_folder_is_renamed(tmp_path, monkeypatch):
     """Every file and folder is flushed, then the manifest, then the folder with its name; then it is renamed."""
     calls, flush, rename = [], folders.flush_path, os.rename
     monkeypatch.setattr(
@@ -203,7 +203,7 @@ def test_what_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["a", "inside/b", "inside", "manifest.json"])
-def test_a_disk_that_does_not_take_it(tmp_path, monkeypatch, name):
+def test_a_folder_that_cannot_be_flushed_gets_no_name(tmp_path, monkeypatch, name):
     """Kind: an error of another thread that nobody asks for. What cannot be flushed gets no name."""
     flush = folders.flush_path
 

@@ -62,7 +62,7 @@ def is_closed(line):
     return True
 
 
-def test_strangers_at_the_door(launched, monkeypatch):
+def test_unknown_connections_do_not_disturb_the_start(launched, monkeypatch):
     """The kind: whoever connects while the ranks do, and says nothing, garbage, too much, or what a rank has said.
 
     None of them ends or holds the start, or is kept; the ranks come in."""
@@ -112,7 +112,7 @@ def test_ranks_that_do_not_connect(launched):
 # Addresses and ports.
 
 
-def test_the_interface_on_the_way(launched, monkeypatch):
+def test_the_interface_that_reaches_the_first_process_is_chosen(launched, monkeypatch):
     """That of the address by which the first process is reached, unless the environment names one; on one host, none
     but the host itself."""
     own = "192.0.2.7", "2001:db8::7"
@@ -131,7 +131,7 @@ def test_the_interface_on_the_way(launched, monkeypatch):
     assert hosts.choose_interface(hosts.find_place()) == "lo" and hosts.find_place().own == "127.0.0.1"
 
 
-def test_the_way_over_ipv6_alone(launched):
+def test_a_store_is_served_over_ipv6_alone(launched):
     if not socket.has_ipv6 or not os.path.exists("/proc/net/if_inet6"):
         pytest.skip("this machine has no IPv6")
     launched(MASTER_ADDR="::1")
@@ -151,7 +151,7 @@ def test_the_way_over_ipv6_alone(launched):
         ({"MASTER_ADDR": "node1"}, r"MASTER_ADDR=node1: is 127\.0\.1\.1 on \S+, where no other host reaches it: start"),
     ],
 )
-def test_addresses_that_lead_nowhere(launched, monkeypatch, variables, says):
+def test_wrong_addresses_of_the_first_host_are_refused(launched, monkeypatch, variables, says):
     """The kind: what the launcher was told about the first host; one line, before anything waits."""
     found = socket.getaddrinfo
 

@@ -55,7 +55,7 @@ def test_flags_of_every_command(script, monkeypatch):
     assert code == 2 and is_harmless(*said) and r"\x1b[2J" in said[1]
 
 
-def test_answers(monkeypatch, hostile_answers):
+def test_control_characters_of_answers_are_spelled_out(monkeypatch, hostile_answers):
     """To --prompt and --interactive; line ends and tabs of an answer stay."""
     code, out, errors = said_by(predict.main, monkeypatch, "predict.py", *FLAGS, "--prompt", HOSTILE)
     assert not code and is_harmless(out, errors) and out == f"{SPELLED}\n\tsecond\n"

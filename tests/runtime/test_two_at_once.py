@@ -195,7 +195,7 @@ def refused(inputs, main, words, path):
     assert inputs.files() == before and not holding.holds
 
 
-def test_a_training_that_meets_another(here, other, monkeypatch):  # noqa: F811
+def test_a_second_training_into_one_folder_is_refused(here, other, monkeypatch):  # noqa: F811
     """A new folder is made and locked before anything else, and looked at again under the lock."""
     process = other("inside", here.folder / "out")
     here.train_fails(says=rf"--output_dir out: another process writes into it \(process {process.pid} ")
@@ -240,7 +240,7 @@ def answer_rows(folder, answerer):
         predict.predict_file(answerer, rows, args, key="k")
 
 
-def test_no_answer_is_lost_without_a_word(tmp_path):
+def test_a_missing_answer_is_an_error_and_the_parts_stay(tmp_path):
     """The kind: a file that is named done with fewer rows than were asked. It is an error, and the parts stay."""
 
     def lose(number):
@@ -337,7 +337,7 @@ def test_a_comparison_whose_folder_goes(tmp_path):
         assert names(tmp_path) == []
 
 
-def test_a_new_folder_stays_away(tmp_path):
+def test_a_folder_removed_while_it_is_written_is_not_made_again(tmp_path):
     """Also where a library makes it again to write its file."""
     (tmp_path / "out").mkdir()
     with pytest.raises(OSError, match="was removed while it was written"):
@@ -351,7 +351,7 @@ def test_a_new_folder_stays_away(tmp_path):
     assert names(tmp_path) == []
 
 
-def test_the_door_says_that_a_folder_went(monkeypatch, capsys):
+def test_a_removed_output_folder_is_one_line_and_exit_code_5(monkeypatch, capsys):
     def main(argv):
         raise FolderGone("--output_path x: . was removed")
 
@@ -362,7 +362,7 @@ def test_the_door_says_that_a_folder_went(monkeypatch, capsys):
     assert capsys.readouterr().err == "x.py: error: --output_path x: . was removed\n"
 
 
-def test_trainings_that_meet_and_a_folder_that_goes(tmp_path):
+def test_two_real_trainings_into_one_folder_that_is_renamed(tmp_path):
     """The real command: the second into a new folder is refused; the first, whose folder is renamed, ends with 5."""
     row = {"instruction": "问", "input": "", "output": "答"}
     (tmp_path / "rows.json").write_text("\n".join([json.dumps(row)] * 4), encoding="utf-8")
@@ -433,7 +433,7 @@ def test_a_command_that_is_ended_leaves_nothing_half(tmp_path, number, code, say
 
 
 @pytest.mark.parametrize("handler, code", [(signal.SIG_IGN, 0), (signal.SIG_DFL, 129)])
-def test_a_terminal_that_closes(tmp_path, handler, code):
+def test_a_closed_terminal_ends_a_command_unless_hangups_are_ignored(tmp_path, handler, code):
     """Under nohup SIGHUP is ignored and the command comes to its end, with nothing to print to; else it ends."""
     parent, child = pty.openpty()
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), child)

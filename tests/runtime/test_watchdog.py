@@ -36,7 +36,7 @@ def pair(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("code", [0, EXIT_LEFT])
-def test_all_come_to_the_end_together(pair, code):
+def test_a_process_that_is_done_ends_no_other(pair, code):
     """A process that is done, or that leaves because it was asked to, ends no other."""
     watch, line, other, told, selector = pair
     other.sendall(f"end {code}\n".encode())
@@ -45,7 +45,7 @@ def test_all_come_to_the_end_together(pair, code):
 
 
 @pytest.mark.parametrize("word, code", [("end 1", 1), ("end 2", 2), (f"end {EXIT_BAD_NUMBERS}", 3), ("end", 1)])
-def test_another_process_has_failed(pair, word, code):
+def test_a_failed_process_ends_the_others_with_its_exit_code(pair, word, code):
     watch, line, other, told, selector = pair
     other.sendall(f"{word}\n".encode())
     with pytest.raises(Left) as left:
@@ -54,7 +54,7 @@ def test_another_process_has_failed(pair, word, code):
 
 
 @pytest.mark.parametrize("how", ["closed", "words"])
-def test_another_process_has_died(pair, how):
+def test_a_dead_process_ends_the_others_with_exit_code_1(pair, how):
     watch, line, other, told, selector = pair
     other.sendall(b"hello\n") if how == "words" else other.close()
     with pytest.raises(Left) as left:
@@ -62,7 +62,7 @@ def test_another_process_has_died(pair, how):
     assert left.value.args == (1, "the process of rank 3 has died: the others end too") and told == ["end 1"]
 
 
-def test_what_comes_after_the_end_is_no_news(pair):
+def test_news_after_the_end_is_ignored(pair):
     watch, line, other, told, selector = pair
     watch.is_over.set()
     other.close()
@@ -70,7 +70,7 @@ def test_what_comes_after_the_end_is_no_news(pair):
     assert told == [] and watch.lines == {line: 3}
 
 
-def test_a_step_that_does_not_end(pair, monkeypatch):
+def test_a_stalled_step_is_reported_and_has_its_exit_code(pair, monkeypatch):
     """It is written down with its rows, the others hear of it, and the code says it."""
     from runtime import watchdog
 
@@ -112,7 +112,7 @@ def test_the_clock_of_a_step(pair, monkeypatch, seconds, timeout, is_late):
     assert waited == [1.0] * 4, "without lifelines it looks every second"
 
 
-def test_a_request_to_leave(pair, capsys):
+def test_the_first_signal_asks_the_run_to_leave(pair, capsys):
     """The first signal counts; before the training begins it ends the run at once."""
     watch, *_ = pair
     with pytest.raises(SystemExit) as stop:

@@ -59,7 +59,7 @@ def test_a_step_that_broke_off_starts_anew(step, tmp_path):
     assert not (result / "half").exists()
 
 
-def test_what_lies_elsewhere_is_left_to_its_own_command(step, tmp_path):
+def test_results_outside_the_folder_are_not_removed(step, tmp_path):
     base = tmp_path / "base"
     assert step("one", base) == 1
     (base / "weights").write_text("")

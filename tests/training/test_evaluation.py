@@ -22,7 +22,7 @@ from training.evaluation import Evaluation
 
 
 @pytest.mark.parametrize("every, due", [(0, [3, 6, 9, 10]), (2, [2, 4, 6, 8, 10]), (3, [3, 6, 9, 10])])
-def test_when_it_is_time(every, due):
+def test_evaluation_is_due_at_its_steps_and_after_the_last(every, due):
     """At each epoch's end, or every so many updates; and always after the last one."""
     evaluation = Evaluation(SimpleNamespace(eval_step=every), None, [], None, None, None, None, False)
     assert [step for step in range(1, 11) if evaluation.is_due(step, step % 3 == 0, step == 10)] == due
