@@ -16,16 +16,16 @@ from refusing import (
     FOLDERS,
     NO_CHANGE,
     OUTPUT_LAYER,
-    NotNoticed,
+    WeightsReached,
     both,
     case,
     change_json,
     cut,
     drop,
-    here,  # noqa: F401, a fixture
     one_file,
     put,
     replaced,
+    sandbox,  # noqa: F401, a fixture
     weight_map,
     without,
 )
@@ -261,9 +261,9 @@ MODELS = [
 
 
 @pytest.mark.parametrize("mode, spoil, says", MODELS)
-def test_model_folders(here, mode, spoil, says):
-    spoil(here.model(mode))
-    here.train_fails(model_name_or_path="model", says=says)
+def test_model_folders(sandbox, mode, spoil, says):
+    spoil(sandbox.model(mode))
+    sandbox.train_fails(model_name_or_path="model", says=says)
 
 
 def links(folder):
@@ -298,38 +298,38 @@ GOOD_MODELS = [
 
 
 @pytest.mark.parametrize("spoil", GOOD_MODELS)
-def test_unusual_model_folders(here, spoil):
+def test_unusual_model_folders(sandbox, spoil):
     """They hold what the model needs; files that are not needed are not opened."""
-    spoil(here.model())
-    with pytest.raises(NotNoticed):
-        here.run("predict.py", *here.fill("--model_path model --prompt a --device cpu"))
-    assert not (here.folder / RAN).exists()
+    spoil(sandbox.model())
+    with pytest.raises(WeightsReached):
+        sandbox.run("predict.py", *sandbox.fill("--model_path model --prompt a --device cpu"))
+    assert not (sandbox.folder / RAN).exists()
 
 
-def test_settings_of_generation_that_cannot_be(here):
-    put("generation_config.json", '{"temperature": "warm"}')(here.model())
-    here.allow_weights()
+def test_settings_of_generation_that_cannot_be(sandbox):
+    put("generation_config.json", '{"temperature": "warm"}')(sandbox.model())
+    sandbox.allow_weights()
     flags = "--model_path model --prompt a --max_new_tokens 1 --device cpu"
-    here.fails("predict.py", *here.fill(flags), says=r"model/generation_config\.json: .*: mend or remove it")
+    sandbox.fails("predict.py", *sandbox.fill(flags), says=r"model/generation_config\.json: .*: mend or remove it")
 
 
 @pytest.mark.parametrize("protocol", [None, 2, pickle.DEFAULT_PROTOCOL])
-def test_a_checkpoint_cannot_run_code(here, protocol):
-    content = {"a": Runs(str(here.folder / RAN))}
+def test_a_checkpoint_cannot_run_code(sandbox, protocol):
+    content = {"a": Runs(str(sandbox.folder / RAN))}
     if protocol is None:
-        torch.save(content, here.folder / BIN)
+        torch.save(content, sandbox.folder / BIN)
     else:
-        here.write(BIN, pickle.dumps(content, protocol=protocol))
+        sandbox.write(BIN, pickle.dumps(content, protocol=protocol))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(ValueError, match=r"pytorch_model\.bin: holds more than tensors"):
-            weight_files.weight_shapes(str(here.folder))
-    assert not (here.folder / RAN).exists()
+            weight_files.weight_shapes(str(sandbox.folder))
+    assert not (sandbox.folder / RAN).exists()
     if protocol is None:
-        torch.load(here.folder / BIN, weights_only=False)
+        torch.load(sandbox.folder / BIN, weights_only=False)
     else:
-        pickle.loads((here.folder / BIN).read_bytes())
-    assert (here.folder / RAN).exists()  # the trap works
+        pickle.loads((sandbox.folder / BIN).read_bytes())
+    assert (sandbox.folder / RAN).exists()  # the trap works
 
 
 NAMES = [
@@ -344,24 +344,24 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name, says", NAMES)
-def test_model_names(here, name, says, monkeypatch):
+def test_model_names(sandbox, name, says, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(here.folder))
-    here.train_fails(model_name_or_path=name, says=says)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(sandbox.folder))
+    sandbox.train_fails(model_name_or_path=name, says=says)
 
 
 @pytest.mark.parametrize("mode, other", [(a, b) for a in MODES for b in MODES if a != b])
-def test_wrong_mode(here, mode, other):
+def test_wrong_mode(sandbox, mode, other):
     says = rf"--mode {other}: config\.json of \S+/{MODES[mode].package} is of {mode}: change --mode or --model_name"
-    here.train_fails(f"--mode {other} --model_name_or_path {{{mode}}}", says)
+    sandbox.train_fails(f"--mode {other} --model_name_or_path {{{mode}}}", says)
 
 
-def test_a_folder_of_the_hub_that_could_be_two_families(here):
-    NO_NAMES(here.model("glm3"))
+def test_a_folder_of_the_hub_that_could_be_two_families(sandbox):
+    NO_NAMES(sandbox.model("glm3"))
     args = train_parser().parse_args("--train_path x --model_name_or_path a/b --output_dir x".split())
     with pytest.raises(SystemExit):
-        check_folder(args, str(here.folder / "model"))
-    assert "fits glm2 or glm3: give --mode" in here.capsys.readouterr().err
+        check_folder(args, str(sandbox.folder / "model"))
+    assert "fits glm2 or glm3: give --mode" in sandbox.capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- families that are known and not supported
@@ -384,17 +384,17 @@ OTHERS = [  # what the folder of a ChatGLM3 becomes, and what it is said to be
 
 
 @pytest.mark.parametrize("spoil, is_what", OTHERS)
-def test_other_families_are_refused_by_name(here, spoil, is_what):
+def test_other_families_are_refused_by_name(sandbox, spoil, is_what):
     """Of a kind: a checkpoint that is not for this toolkit is told what it is, by every command, with and without
     --mode; not that it fits a family, and not to download it again."""
-    folder = here.model()
+    folder = sandbox.model()
     spoil(folder)
     says = rf"model/config\.json: is of {is_what}.*, which is not supported by this toolkit: use ChatGLM-6B, ChatGLM2"
-    here.train_fails(model_name_or_path="model", says=f"error: --model_name_or_path {says}")
-    here.train_fails("--mode glm3", model_name_or_path="model", says=says)
-    here.fails("predict.py", *here.fill("--model_path model --prompt a --device cpu"), says=says)
-    NO_CHANGE(here.adapter(base_model=str(folder)))
-    here.fails("merge_lora.py", "--model_dir", "adapter", says=says)
+    sandbox.train_fails(model_name_or_path="model", says=f"error: --model_name_or_path {says}")
+    sandbox.train_fails("--mode glm3", model_name_or_path="model", says=says)
+    sandbox.fails("predict.py", *sandbox.fill("--model_path model --prompt a --device cpu"), says=says)
+    NO_CHANGE(sandbox.adapter(base_model=str(folder)))
+    sandbox.fails("merge_lora.py", "--model_dir", "adapter", says=says)
     [line] = [text for mark, _, text in inspection.folder_lines(str(folder), SimpleNamespace(mode=None, full=False, model_name_or_path=None),
                                                             machine.Facts()) if mark == machine.BAD]  # fmt: skip
     assert re.search(says, line)
@@ -494,16 +494,16 @@ SAVED = [  # changes to run.json, what is done to the folder, pattern, and wheth
 
 
 @pytest.mark.parametrize("run, spoil, says, reads_weights", SAVED)
-def test_saved_folders(here, run, spoil, says, reads_weights):
-    spoil(here.adapter(**run))
+def test_saved_folders(sandbox, run, spoil, says, reads_weights):
+    spoil(sandbox.adapter(**run))
     if reads_weights:
-        here.allow_weights()
+        sandbox.allow_weights()
     flags = "--model_path adapter --prompt a --max_new_tokens 1 --device cpu"
-    here.fails("predict.py", *here.fill(flags), says=says)
+    sandbox.fails("predict.py", *sandbox.fill(flags), says=says)
 
 
-def test_an_adapter_of_other_layers_is_not_merged(here):
-    adapter_of({"x": torch.zeros(1)})(here.adapter())
-    here.allow_weights()
+def test_an_adapter_of_other_layers_is_not_merged(sandbox):
+    adapter_of({"x": torch.zeros(1)})(sandbox.adapter())
+    sandbox.allow_weights()
     says = r"adapter/adapter_model\.safetensors: .*(missing|x)"
-    here.fails("merge_lora.py", "--model_dir", "adapter", "--device", "cpu", says=says)
+    sandbox.fails("merge_lora.py", "--model_dir", "adapter", "--device", "cpu", says=says)

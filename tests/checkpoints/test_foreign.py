@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from reference import GOLDEN_FOLDERS, Golden
-from refusing import change_json, drop, here, put  # noqa: F401, a fixture
+from refusing import change_json, drop, put, sandbox  # noqa: F401, a fixture
 from safetensors.torch import load_file, save_file
 
 import merge_lora
@@ -163,11 +163,11 @@ REFUSED = [  # changed settings, what the line says
 
 
 @pytest.mark.parametrize("change, says", REFUSED)
-def test_what_cannot_be_obeyed_is_refused_by_name(change, says, plain, here):
+def test_what_cannot_be_obeyed_is_refused_by_name(change, says, plain, sandbox):
     """Of the kind: a field of another tool that would change the function. Before a weight of the base is read."""
-    shutil.copytree(plain, here.folder / "adapter")
-    change_json("adapter_config.json", **change)(here.folder / "adapter")
-    here.fails("predict.py", *here.fill("--model_path adapter --prompt a --device cpu"), says=says)
+    shutil.copytree(plain, sandbox.folder / "adapter")
+    change_json("adapter_config.json", **change)(sandbox.folder / "adapter")
+    sandbox.fails("predict.py", *sandbox.fill("--model_path adapter --prompt a --device cpu"), says=says)
 
 
 def test_harmless_settings(tmp_path):
@@ -204,21 +204,21 @@ def test_an_expression_of_a_stranger_is_not_run(tmp_path):
     assert machine.BAD not in look(tmp_path)[0]
 
 
-def test_a_folder_with_an_adapter_and_whole_weights_is_refused(here):
-    folder = here.model()
+def test_a_folder_with_an_adapter_and_whole_weights_is_refused(sandbox):
+    folder = sandbox.model()
     put("adapter_config.json", "{}")(folder)
     says = r"model: holds an adapter \(adapter_config.json\) and whole weights: move one of them"
-    here.fails("merge_lora.py", "--model_dir", "model", says=says)
+    sandbox.fails("merge_lora.py", "--model_dir", "model", says=says)
 
 
-def test_adapter_files_that_are_not_there(here):
-    put("adapter_config.json", json.dumps({"base_model_name_or_path": str(GOLDEN_FOLDERS["glm3"])}))(here.folder)
+def test_adapter_files_that_are_not_there(sandbox):
+    put("adapter_config.json", json.dumps({"base_model_name_or_path": str(GOLDEN_FOLDERS["glm3"])}))(sandbox.folder)
     says = r"no weights in it \(none of adapter_model.safetensors, adapter_model.bin\)"
-    here.fails("predict.py", *here.fill("--model_path . --prompt a --device cpu"), says=says)
-    drop("adapter_config.json")(here.folder)
-    put(BIN, b"x")(here.folder)
+    sandbox.fails("predict.py", *sandbox.fill("--model_path . --prompt a --device cpu"), says=says)
+    drop("adapter_config.json")(sandbox.folder)
+    put(BIN, b"x")(sandbox.folder)
     says = "adapter_config.json: missing: merge it with the tool"
-    here.fails("predict.py", *here.fill("--model_path . --prompt a --device cpu"), says=says)
+    sandbox.fails("predict.py", *sandbox.fill("--model_path . --prompt a --device cpu"), says=says)
 
 
 # ---------------------------------------------------------------- prefix encoders of the official code
@@ -250,22 +250,22 @@ def test_an_official_prefix_encoder_has_the_golden_loss(golden, kind, tmp_path):
         assert abs(loss - golden.tensors[f"{kind}.loss"]) < 1e-5
 
 
-def test_an_official_prefix_encoder_through_every_command(here, tmp_path):
-    golden, folder = Golden("glm3"), here.folder / "ptuning"
+def test_an_official_prefix_encoder_through_every_command(sandbox, tmp_path):
+    golden, folder = Golden("glm3"), sandbox.folder / "ptuning"
     state = official(golden, "prefix_embedding", folder)
     says = "ptuning: holds a prefix encoder, which does not say what its base is: name it with --model_name_or_path"
-    here.fails("predict.py", *here.fill("--model_path ptuning --prompt a --device cpu"), says=says)
+    sandbox.fails("predict.py", *sandbox.fill("--model_path ptuning --prompt a --device cpu"), says=says)
     assert says in look(folder)[1]
     says = "ptuning: holds a prefix encoder, which cannot be merged: use it as it is .*--model_path ptuning --model_name"
-    here.fails("merge_lora.py", "--model_dir", "ptuning", says=says)
+    sandbox.fails("merge_lora.py", "--model_dir", "ptuning", says=says)
     says = "ptuning: holds a prefix encoder alone: name the base model .* predict.py takes both"
-    here.train_fails(model_name_or_path="ptuning", says=says)
+    sandbox.train_fails(model_name_or_path="ptuning", says=says)
     marks, text = look(folder, golden.folder, full=True)
     assert machine.BAD not in marks and f"{sum(t.numel() for t in state.values()):,} in fp32" in text
-    here.allow_weights()
-    rows = write_rows(here.folder / "spo.json", 2)
-    found = answers(folder, rows, here.folder / "p.jsonl", "--model_name_or_path", golden.folder)
-    assert found != answers(golden.folder, rows, here.folder / "b.jsonl")
+    sandbox.allow_weights()
+    rows = write_rows(sandbox.folder / "spo.json", 2)
+    found = answers(folder, rows, sandbox.folder / "p.jsonl", "--model_name_or_path", golden.folder)
+    assert found != answers(golden.folder, rows, sandbox.folder / "b.jsonl")
 
 
 @torch.no_grad()
@@ -305,9 +305,9 @@ def test_names_of_a_network_that_was_saved_alone(golden, old, new, tmp_path):
     assert fingerprints[0] == fingerprints[1]
 
 
-def test_weights_of_a_model_with_an_adapter(here):
+def test_weights_of_a_model_with_an_adapter(sandbox):
     """They are told from those of a plain network."""
-    folder = here.model()
+    folder = sandbox.model()
     state = {f"base_model.model.{n}": rows[:].clone() for n, _, rows in weight_files.stored_tensors(str(GOLDEN_FOLDERS["glm3"]))}
     drop("pytorch_model*")(folder)
     save_file(state, folder / "model.safetensors")
@@ -328,10 +328,10 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
         (b"PK\x03\x04\x14\x00abc", "is a zip archive: unpack it first"),
     ],
 )
-def test_files_that_are_something_else(name, content, says, here):
+def test_files_that_are_something_else(name, content, says, sandbox):
     """Of the kind: downloads that brought something else. Named for what they are."""
-    folder = here.model()
+    folder = sandbox.model()
     if "model." in name and name != "tokenizer.model":
         drop("pytorch_model*")(folder)
     put(name, content)(folder)
-    here.train_fails(model_name_or_path="model", says=rf"model/{re.escape(name)}: {says}")
+    sandbox.train_fails(model_name_or_path="model", says=rf"model/{re.escape(name)}: {says}")

@@ -19,14 +19,14 @@ from reference import GOLDEN_FOLDERS
 from refusing import (
     FOLDERS,
     OUTPUT_LAYER,
-    NotNoticed,
+    WeightsReached,
     case,
     change_json,
     drop,
-    here,  # noqa: F401, a fixture
     one_file,
     put,
     replaced,
+    sandbox,  # noqa: F401, a fixture
 )
 from safetensors.torch import save_file
 
@@ -97,20 +97,20 @@ COMMANDS = {
 
 @pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation", "_attn_implementation_internal"])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_config_cannot_name_code(here, kernels, command, key):
-    folder = here.model()
+def test_a_config_cannot_name_code(sandbox, kernels, command, key):
+    folder = sandbox.model()
     for value in CODE_VALUES:
         change_json("config.json", **{key: value})(folder)
-        here.fails(f"{command}.py", *COMMANDS[command].split(), says=NAMES_CODE.format(key=key))
+        sandbox.fails(f"{command}.py", *COMMANDS[command].split(), says=NAMES_CODE.format(key=key))
     assert kernels.used == []
 
 
-def test_a_config_under_an_adapter_cannot_name_code(here, kernels):
-    change_json("config.json", _attn_implementation="evil/evil")(here.model())
-    folder = here.adapter(base_model=str(here.folder / "model"))
+def test_a_config_under_an_adapter_cannot_name_code(sandbox, kernels):
+    change_json("config.json", _attn_implementation="evil/evil")(sandbox.model())
+    folder = sandbox.adapter(base_model=str(sandbox.folder / "model"))
     save_file({"x": torch.zeros(1)}, folder / "adapter_model.safetensors")
     says = NAMES_CODE.format(key="_attn_implementation")
-    here.fails("merge_lora.py", "--model_dir", "adapter", "--device", "cpu", says=says)
+    sandbox.fails("merge_lora.py", "--model_dir", "adapter", "--device", "cpu", says=says)
     assert kernels.used == []
 
 
@@ -200,15 +200,15 @@ TOKENIZERS = [
 
 
 @pytest.mark.parametrize("changes, says", TOKENIZERS)
-def test_settings_of_the_tokenizer(here, changes, says):
-    folder = here.model()
+def test_settings_of_the_tokenizer(sandbox, changes, says):
+    folder = sandbox.model()
     change_json("tokenizer_config.json", **changes)(folder)
-    here.fails("predict.py", *COMMANDS["predict"].split(), says=rf"model/tokenizer_config\.json: {says}")
+    sandbox.fails("predict.py", *COMMANDS["predict"].split(), says=rf"model/tokenizer_config\.json: {says}")
 
 
-def test_settings_that_reach_no_library(here):
+def test_settings_that_reach_no_library(sandbox):
     """Hostile values under keys that nothing here reads: the tokenizer is that of the release."""
-    folder = here.model()
+    folder = sandbox.model()
     change_json(
         "tokenizer_config.json",
         added_tokens_decoder={"a": 5},
@@ -393,22 +393,22 @@ def test_what_is_no_file_is_refused_at_once(tmp_path, kind):
         "tokenizer.model",
     ],
 )
-def test_pipes_in_a_checkpoint_are_not_waited_for(here, name):
-    folder = here.model()
+def test_pipes_in_a_checkpoint_are_not_waited_for(sandbox, name):
+    folder = sandbox.model()
     drop(name)(folder)
     os.mkfifo(folder / name)
     if name == "generation_config.json":  # not a file, so there is none
-        with pytest.raises(NotNoticed):
-            here.run("predict.py", *COMMANDS["predict"].split())
+        with pytest.raises(WeightsReached):
+            sandbox.run("predict.py", *COMMANDS["predict"].split())
         return
-    here.fails(
+    sandbox.fails(
         "predict.py", *COMMANDS["predict"].split(), says=r"model(/\S+)?: .*(not a file|missing|no weights|no con)"
     )
 
 
-def test_rows_from_a_pipe_are_refused_by_name(here):
-    os.mkfifo(here.folder / "pipe.json")
-    here.train_fails(
+def test_rows_from_a_pipe_are_refused_by_name(sandbox):
+    os.mkfifo(sandbox.folder / "pipe.json")
+    sandbox.train_fails(
         train_path="pipe.json", says=r"pipe\.json: is a pipe: rows are read more than once: write them to a"
     )
 
@@ -454,21 +454,21 @@ def with_one(value):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("file", ["model.safetensors", BIN])
-def test_a_base_that_is_not_finite_is_refused(here, value, file):
+def test_a_base_that_is_not_finite_is_refused(sandbox, value, file):
     """Answers of such a model would be empty, with exit code 0."""
-    one_file(replaced(with_one(value)), file)(here.model())
-    here.allow_weights()
+    one_file(replaced(with_one(value)), file)(sandbox.model())
+    sandbox.allow_weights()
     flags = "--model_path model --prompt a --max_new_tokens 1 --device cpu"
-    here.fails(
+    sandbox.fails(
         "predict.py", *flags.split(), says=rf"model/{re.escape(file)}: {OUTPUT_LAYER} holds values that are not finite"
     )
 
 
-def test_weights_too_large_for_half_precision(here):
-    one_file(replaced(lambda t: with_one(1e6)(t.float())))(here.model())
+def test_weights_too_large_for_half_precision(sandbox):
+    one_file(replaced(lambda t: with_one(1e6)(t.float())))(sandbox.model())
     mode = MODES["glm3"]
     config = opening.read_config("model", mode)
-    here.allow_weights()
+    sandbox.allow_weights()
     base_weights.load_base("model", mode, config, torch.bfloat16)
     with pytest.raises(UserError, match=rf"{OUTPUT_LAYER} is too large for float16: use --precision bf16 or fp32"):
         base_weights.load_base("model", mode, config, torch.float16)
@@ -477,8 +477,8 @@ def test_weights_too_large_for_half_precision(here):
 @pytest.mark.parametrize(
     "command", ["predict.py --prompt a --max_new_tokens 1 --model_path", "merge_lora.py --model_dir"]
 )
-def test_an_adapter_that_is_not_finite_is_refused(here, command):
-    folder = here.adapter()
+def test_an_adapter_that_is_not_finite_is_refused(sandbox, command):
+    folder = sandbox.adapter()
     state = {}
     for i in range(4):
         name = f"base_model.model.transformer.encoder.layers.{i}.self_attention.query_key_value"
@@ -487,9 +487,9 @@ def test_an_adapter_that_is_not_finite_is_refused(here, command):
     save_file(state, folder / "adapter_model.safetensors")
     settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["query_key_value"]}
     put("adapter_config.json", json.dumps(settings))(folder)
-    here.allow_weights()
+    sandbox.allow_weights()
     script, *flags = command.split()
-    here.fails(
+    sandbox.fails(
         script,
         *flags,
         "adapter",
@@ -499,14 +499,14 @@ def test_an_adapter_that_is_not_finite_is_refused(here, command):
     )
 
 
-def test_a_prefix_that_is_not_finite_is_refused(here):
-    folder = here.adapter(weights="prefix", train_type="ptuning")
+def test_a_prefix_that_is_not_finite_is_refused(sandbox):
+    folder = sandbox.adapter(weights="prefix", train_type="ptuning")
     put("config.json", (FOLDERS["glm3"] / "config.json").read_bytes())(folder)
     change_json("config.json", pre_seq_len=8, prefix_projection=False)(folder)
     name = "transformer.prefix_encoder.embedding.weight"
     save_file({name: torch.full((8, 256), float("inf"))}, folder / "prefix_encoder.safetensors")
-    here.allow_weights()
+    sandbox.allow_weights()
     flags = "--model_path adapter --prompt a --max_new_tokens 1 --device cpu"
-    here.fails(
+    sandbox.fails(
         "predict.py", *flags.split(), says=rf"prefix_encoder\.safetensors: {name} holds values that are not finite"
     )

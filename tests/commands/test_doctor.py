@@ -14,7 +14,17 @@ import torch
 from packaging.requirements import Requirement
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from reference import GOLDEN_FOLDERS, ROOT
-from refusing import OUTPUT_LAYER, both, change_json, cut, drop, here, one_file, put, replaced  # noqa: F401, a fixture
+from refusing import (  # noqa: F401, a fixture
+    OUTPUT_LAYER,
+    both,
+    change_json,
+    cut,
+    drop,
+    one_file,
+    put,
+    replaced,
+    sandbox,
+)
 from safetensors.torch import load_file, save_file
 
 import doctor
@@ -57,9 +67,9 @@ def spoilt(lines, *says):
     return True
 
 
-def adapter(here, **run):
+def adapter(sandbox, **run):
     """An adapter as train.py saves it."""
-    path, mode = here.adapter(**run), MODES["glm3"]
+    path, mode = sandbox.adapter(**run), MODES["glm3"]
     model = get_peft_model(
         base_weights.empty_model(mode, read_config(str(GOLDEN_FOLDERS["glm3"]), mode)),
         LoraConfig(r=4, target_modules=["query_key_value"], task_type="CAUSAL_LM"),
@@ -84,8 +94,8 @@ def test_a_good_checkpoint(mode):
 
 
 @pytest.mark.parametrize("mode, spoil, says", SPOILT)
-def test_a_spoilt_checkpoint(here, mode, spoil, says):
-    folder = here.model(mode)
+def test_a_spoilt_checkpoint(sandbox, mode, spoil, says):
+    folder = sandbox.model(mode)
     spoil(folder)
     if spoil is NO_NAMES:
         lines = look(folder)
@@ -93,10 +103,10 @@ def test_a_spoilt_checkpoint(here, mode, spoil, says):
         assert text_of(look(folder, "glm3"), "loads").endswith("--mode glm3")
     else:
         assert spoilt(look(folder))
-    assert not (here.folder / "code-ran").exists()
+    assert not (sandbox.folder / "code-ran").exists()
 
 
-def test_what_is_said_of_a_spoilt_checkpoint(here):
+def test_what_is_said_of_a_spoilt_checkpoint(sandbox):
     for number, (spoil, *says) in enumerate(
         [
             (cut("pytorch_model-00001*"), "pytorch_model-00001-of-00002.bin: truncated", "download it again"),
@@ -106,21 +116,21 @@ def test_what_is_said_of_a_spoilt_checkpoint(here):
             (put("config.json", "{}"), "config.json: of no family known here"),
         ]
     ):
-        folder = here.model(name=f"model-{number}")
+        folder = sandbox.model(name=f"model-{number}")
         spoil(folder)
         assert spoilt(look(folder), *says)
-    assert spoilt(look(here.model(name="other"), mode="glm"), "--mode glm: ", "is of glm3")
+    assert spoilt(look(sandbox.model(name="other"), mode="glm"), "--mode glm: ", "is of glm3")
 
 
-def test_values_that_are_not_finite_show_with_full(here):
-    folder = here.model()
+def test_values_that_are_not_finite_show_with_full(sandbox):
+    folder = sandbox.model()
     one_file(replaced(lambda t: t.index_fill(0, torch.tensor([7]), float("nan"))))(folder)
     assert not bad(look(folder))
     assert spoilt(look(folder, full=True), f"{OUTPUT_LAYER} holds values that are not finite", "download it again")
 
 
-def test_an_adapter(here):
-    folder = adapter(here, step=7, versions={"torch": "1.0", "peft": machine.installed("peft")})
+def test_an_adapter(sandbox):
+    folder = adapter(sandbox, step=7, versions={"torch": "1.0", "peft": machine.installed("peft")})
     lines = look(folder, full=True)
     assert not bad(lines)
     assert "glm3: adapter weights on" in text_of(lines, "what") and "lora, step 7" in text_of(lines, "what")
@@ -139,8 +149,8 @@ def test_an_adapter(here):
     assert spoilt(look(folder), "THUDM/chatglm3-6b: cannot be fetched")
 
 
-def test_a_prefix_encoder(here):
-    folder = here.adapter(train_type="ptuning", weights="prefix")
+def test_a_prefix_encoder(sandbox):
+    folder = sandbox.adapter(train_type="ptuning", weights="prefix")
     put("config.json", PREFIX_CONFIG)(folder)
     config = read_config(str(folder), MODES["glm3"])
     wanted = base_weights.empty_model(MODES["glm3"], config).state_dict()
@@ -153,16 +163,16 @@ def test_a_prefix_encoder(here):
 
 
 @pytest.mark.parametrize("run, spoil, says, reads_weights", SPOILT_RUNS)
-def test_a_spoilt_run(here, run, spoil, says, reads_weights):
-    folder = here.adapter(**run)
+def test_a_spoilt_run(sandbox, run, spoil, says, reads_weights):
+    folder = sandbox.adapter(**run)
     spoil(folder)
     assert spoilt(look(folder))
 
 
-def test_lines_about_the_manifest(here):
-    scratch = here.model(name="scratch")
-    close_folder(str(scratch), str(here.folder / "model"))
-    folder = here.folder / "model"
+def test_lines_about_the_manifest(sandbox):
+    scratch = sandbox.model(name="scratch")
+    close_folder(str(scratch), str(sandbox.folder / "model"))
+    folder = sandbox.folder / "model"
     assert "sizes of" in text_of(look(folder), "manifest") and "SHA-256" in text_of(look(folder, full=True), "manifest")
     path = folder / "tokenizer_config.json"
     path.write_text(path.read_text().replace(":", " :", 1).replace("\n", "", 1))
@@ -173,11 +183,11 @@ def test_lines_about_the_manifest(here):
     assert spoilt(look(folder), "manifest.json: not a manifest")
 
 
-def test_a_training_output_folder(here):
-    out = here.folder / "out"
+def test_a_training_output_folder(sandbox):
+    out = sandbox.folder / "out"
     out.mkdir()
-    here.model(name="out/epoch-1-step-10")
-    cut("pytorch_model-00001*")(here.model(name="out/epoch-1-step-9"))
+    sandbox.model(name="out/epoch-1-step-10")
+    cut("pytorch_model-00001*")(sandbox.model(name="out/epoch-1-step-9"))
     for name, closes in (("state-step-8", True), ("state-step-9", False)):
         state = out / (name + ".new")
         state.mkdir()
@@ -187,7 +197,7 @@ def test_a_training_output_folder(here):
         put("state.json", json.dumps({"world_size": 2}))(state)
         close_folder(str(state), str(out / name)) if closes else state.rename(out / name)
     (out / "state-step-10.partial").mkdir()
-    cut("pytorch_model-00001*")(here.model(name="out/best"))
+    cut("pytorch_model-00001*")(sandbox.model(name="out/best"))
     (out / "best.replaced").mkdir()
     lines = look(out)
     marks = {name: mark for mark, name, _ in lines}
@@ -206,8 +216,8 @@ def test_a_training_output_folder(here):
     assert spoilt(look(out / "state-step-9"))
 
 
-def test_what_is_no_checkpoint(here):
-    (here.folder / "empty").mkdir()
+def test_what_is_no_checkpoint(sandbox):
+    (sandbox.folder / "empty").mkdir()
     for name, says in (
         ("nowhere", "no such folder"),
         ("THUDM/chatglm3-6b", "hub names are not fetched"),
@@ -217,8 +227,8 @@ def test_what_is_no_checkpoint(here):
         assert spoilt(look(name), name, says)
 
 
-def test_memory_to_predict(here, monkeypatch):
-    folder = here.model()
+def test_memory_to_predict(sandbox, monkeypatch):
+    folder = sandbox.model()
     for facts, says in (
         (machine.Facts(), "1.4 MB to predict in fp32"),
         (machine.Facts(gpus=[H100]), "698.5 KB to predict in bf16, and the tokens; 70.0 GB free"),
@@ -369,10 +379,10 @@ def test_lines_are_short_and_plain(capsys):
 # Rows.
 
 
-def answers_of(here, *answers):
+def answers_of(sandbox, *answers):
     """A file of rows with these answers."""
     lines = [json.dumps({"instruction": "问", "input": "", "output": text}, ensure_ascii=False) for text in answers]
-    return str(here.write("answers.json", "\n".join(lines)))
+    return str(sandbox.write("answers.json", "\n".join(lines)))
 
 
 def look_at_rows(mode, path):
@@ -381,12 +391,12 @@ def look_at_rows(mode, path):
     return list(doctor.row_lines(args.folders[0], args))
 
 
-def test_answers_that_a_tokenizer_changes(here):
+def test_answers_that_a_tokenizer_changes(sandbox):
     """Kind: a perfect model cannot write the reference, and nothing says so before the training."""
     path = answers_of(
-        here, "发动机组（汽油）", "很长的一句话在前面，这里有一个控制符\x02然后再说几句", "水泵漏水 \n", "水,泵"
+        sandbox, "发动机组（汽油）", "很长的一句话在前面，这里有一个控制符\x02然后再说几句", "水泵漏水 \n", "水,泵"
     )
-    folder = here.model("glm")
+    folder = sandbox.model("glm")
     drop("pytorch_model*")(folder)  # weights are not read
     lines = look_at_rows(folder, path)
     assert [(mark, name) for mark, name, _ in lines] == [("note", "answers"), ("note", "example"), ("note", "example")]
@@ -401,11 +411,11 @@ def test_answers_that_a_tokenizer_changes(here):
     assert look_at_rows(GOLDEN_FOLDERS["glm3"], path) == [
         ("ok", "answers", "4 rows: every answer comes back from the tokenizer as it is")
     ]
-    path = answers_of(here, "（甲）", "乙")
+    path = answers_of(sandbox, "（甲）", "乙")
     assert "as metrics compare texts, all of them are alike" in text_of(look_at_rows(folder, path), "answers")
 
 
-def test_rows_need_a_tokenizer(here, capsys):
+def test_rows_need_a_tokenizer(sandbox, capsys):
     for words, says in (
         (["--train_path", "rows.json"], "--train_path rows.json: needs the tokenizer of a checkpoint: name its folder"),
         ([str(GOLDEN_FOLDERS["glm"]), "--train_path", "no.json"], "--train_path no.json: no such file or folder"),
@@ -416,11 +426,11 @@ def test_rows_need_a_tokenizer(here, capsys):
             doctor.main(words)
         [line] = capsys.readouterr().err.splitlines()
         assert stop.value.code == 2 and says in line
-    (here.folder / "out").mkdir()
+    (sandbox.folder / "out").mkdir()
     args = flags_doctor.parse_doctor(["out", "--train_path", "rows.json"])
     with pytest.raises(ValueError, match="out: has no tokenizer: name a checkpoint"):
         list(doctor.row_lines("out", args))
-    put("rows.json", "{}")(here.folder)
+    put("rows.json", "{}")(sandbox.folder)
     with pytest.raises(ValueError, match="rows.json:1: no field 'instruction'"):
         look_at_rows(GOLDEN_FOLDERS["glm"], "rows.json")
 
@@ -441,10 +451,10 @@ def test_help_needs_no_torch():
     assert process.returncode == 0 and "--full" in process.stdout
 
 
-def test_the_command_reports_every_section(here):
-    cut("pytorch_model-00001*")(here.model())
+def test_the_command_reports_every_section(sandbox):
+    cut("pytorch_model-00001*")(sandbox.model())
     command = [sys.executable, str(ROOT / "doctor.py"), str(GOLDEN_FOLDERS["glm"]), "model"]
-    command += ["--train_path", answers_of(here, "（甲）")]
+    command += ["--train_path", answers_of(sandbox, "（甲）")]
     process = subprocess.run(command, capture_output=True, text=True)
     assert process.returncode == 1 and process.stderr == ""
     for title in ("versions", "machine", "GPUs", "compilers", "known to fail", "model", str(GOLDEN_FOLDERS["glm"])):

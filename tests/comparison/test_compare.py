@@ -55,7 +55,7 @@ draw_pictures = report.draw_pictures
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
+def workdir(tmp_path, monkeypatch):
     """A folder to start from, with rows and the file of a comparison; pictures are left out, they take a second."""
     monkeypatch.setattr(report, "draw_pictures", lambda results, folder: {})
     monkeypatch.chdir(tmp_path)
@@ -183,7 +183,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_the_file_gets_wrong_is_one_line(name, here, capsys):
+def test_what_the_file_gets_wrong_is_one_line(name, workdir, capsys):
     """Of the kind: a value, or the file itself, is wrong or asks for more than there is; within a short time."""
     changes, expected = BAD[name]
     started = time.monotonic()
@@ -196,7 +196,7 @@ def test_what_the_file_gets_wrong_is_one_line(name, here, capsys):
     assert not Path("output").exists()
 
 
-def test_flags_of_the_command_line_are_checked(here, capsys):
+def test_flags_of_the_command_line_are_checked(workdir, capsys):
     assert (
         "no such method: choose from all, lora, lora,learning_rate=0.003"
         in refused(["c.yaml", "--only", "x"], capsys)[0]
@@ -206,7 +206,7 @@ def test_flags_of_the_command_line_are_checked(here, capsys):
     assert "c.yaml is a file" in refused(["c.yaml", "--output_dir", "c.yaml/x"], capsys)[0]
 
 
-def test_a_grid_is_expanded(here):
+def test_a_grid_is_expanded(workdir):
     plan, problems = read_plan("c.yaml")
     assert not problems
     names = ["lora,learning_rate=1e-3", "lora,learning_rate=0.003", "all"]
@@ -216,7 +216,7 @@ def test_a_grid_is_expanded(here):
     assert [m.name for m in read_plan("c.yaml")[0].methods] == [f"m,learning_rate=0.1,lora_dim={n}" for n in (1, 2)]
 
 
-def test_anchors_and_merges_of_a_usual_size(here):
+def test_anchors_and_merges_of_a_usual_size(workdir):
     """What is bounded is still taken; a key of its own may replace one that is merged in, also where that is merged."""
     write_config(
         "a: [[{deep: &b {<<: &a {lora_dim: 2, max_len: 64}, max_len: 32}}]]\nb: {<<: *b}\nc: [*a, *a]\nd: 你　好\n"
@@ -289,7 +289,7 @@ class FakeCommands:
         output.write_text(json.dumps({"loss": 1.0, "score": 2.0, "difference": difference}))
 
 
-def test_a_whole_comparison(here, monkeypatch):
+def test_a_whole_comparison(workdir, monkeypatch):
     commands = FakeCommands()
     assert compare.main(["c.yaml"], run_words=commands) == 0
     assert len(commands.ran) == 3 + 6 * 4 and commands.ran[:3] == [
@@ -297,7 +297,7 @@ def test_a_whole_comparison(here, monkeypatch):
         ("score", "output/compare-c/base/predictions.jsonl"),
         ("forgetting", "output/compare-c/base/forgetting.json"),
     ]
-    assert not list(here.rglob("state-step-*"))
+    assert not list(workdir.rglob("state-step-*"))
     results = json.loads(Path("output/compare-c/report/results.json").read_text())
     by_name = {entry["name"]: entry for entry in results["methods"]}
     best = by_name["lora,learning_rate=0.003"]
@@ -317,7 +317,7 @@ def test_a_whole_comparison(here, monkeypatch):
     assert page.count("data:image/png") == 4 and "1 min 23 s" in page and "650.0 MB" in page and "1.48% of 2 M" in page
 
 
-def test_nothing_is_done_twice(here, capsys):
+def test_nothing_is_done_twice(workdir, capsys):
     assert compare.main(["c.yaml", "--only", "all"], run_words=FakeCommands()) == 0
     commands = FakeCommands()
     assert compare.main(["c.yaml", "--only", "all"], run_words=commands) == 0 and commands.ran == []
@@ -338,7 +338,7 @@ def test_nothing_is_done_twice(here, capsys):
     assert [entry["status"] for entry in results["methods"]] == ["not run"] * 3  # those figures are of other flags
 
 
-def test_figures_of_other_rows_are_not_shown(here):
+def test_figures_of_other_rows_are_not_shown(workdir):
     """Rows, base or DeepSpeed file with the same name and other contents: what came of them is not compared."""
     Path("test.jsonl").write_text(Path("rows.jsonl").read_text())
     Path("ds.json").write_text((ROOT / "configs" / "ds_zero2_no_offload.json").read_text())
@@ -360,7 +360,7 @@ def test_figures_of_other_rows_are_not_shown(here):
     assert statuses() == ["done", "not run", "not run", "not run"]
 
 
-def test_texts_are_folded_unless_the_file_says_no(here):
+def test_texts_are_folded_unless_the_file_says_no(workdir):
     """The figures of the report are scored as the command scores, with the same switch."""
 
     class Folding(FakeCommands):
@@ -378,7 +378,7 @@ def test_texts_are_folded_unless_the_file_says_no(here):
     assert "texts as they are (no_normalize)" in Path("output/compare-c/report/index.html").read_text()
 
 
-def test_answers_that_were_changed_since_are_not_shown(here, capsys):
+def test_answers_that_were_changed_since_are_not_shown(workdir, capsys):
     """Kind: a step counts as done though its result is not what it left."""
     assert compare.main(["c.yaml", "--only", "all"], run_words=FakeCommands()) == 0
     path = Path("output/compare-c/runs/all/seed-1/predictions.jsonl")
@@ -394,7 +394,7 @@ def test_answers_that_were_changed_since_are_not_shown(here, capsys):
     assert f"\n{path}: is not what this step wrote: it is made again\n" in capsys.readouterr().out
 
 
-def test_a_report_of_another_file_is_replaced_with_a_word_and_other_files_are_not(here, capsys):
+def test_a_report_of_another_file_is_replaced_with_a_word_and_other_files_are_not(workdir, capsys):
     """Kind: an output that another command, or other settings, wrote is replaced without a word."""
     assert compare.main(["c.yaml", "--only", "all"], run_words=FakeCommands()) == 0
     assert compare.main(["c.yaml", "--report_only"], run_words=None) == 0
@@ -418,12 +418,12 @@ def test_one_row_gives_no_interval():
     assert one["intervals"]["f1"] is None and figures.compared(one, other, "f1") == [100, None, None]
 
 
-def test_an_interrupted_comparison_goes_on(here):
+def test_an_interrupted_comparison_goes_on(workdir):
     leaves = FakeCommands(lambda script, output: 75 if output.endswith("lora,learning_rate=0.003/seed-1/train") else 0)
     with pytest.raises(SystemExit) as stop:
         compare.main(["c.yaml"], run_words=leaves)
     assert stop.value.code == 75
-    [state] = here.rglob("state-step-10")
+    [state] = workdir.rglob("state-step-10")
     commands = FakeCommands(lambda script, output: 0 if state.exists() or script != "train" else 1)
     compare.main(["c.yaml", "--only", "lora"], run_words=commands)
     assert commands.ran[0] == ("train", "output/compare-c/runs/lora,learning_rate=0.003/seed-1/train")
@@ -431,7 +431,7 @@ def test_an_interrupted_comparison_goes_on(here):
     assert not {output for _, output in commands.ran} & set(done[:-1])
 
 
-def test_a_run_that_fails_does_not_end_the_others(here, capsys):
+def test_a_run_that_fails_does_not_end_the_others(workdir, capsys):
     fails = FakeCommands(lambda script, output: 3 if script == "train" and "1e-3" in output else 0)
     assert compare.main(["c.yaml"], run_words=fails) == 1
     results = json.loads(Path("output/compare-c/report/results.json").read_text())
@@ -442,7 +442,7 @@ def test_a_run_that_fails_does_not_end_the_others(here, capsys):
     assert len(again.ran) == 2 * 4
 
 
-def test_layers_that_the_base_does_not_have(here, capsys):
+def test_layers_that_the_base_does_not_have(workdir, capsys):
     write_config(
         {**GOOD, "methods": [{"name": "f", "train_type": "freeze", "flags": {"freeze_module_name": "layers.99."}}]}
     )
@@ -450,7 +450,7 @@ def test_layers_that_the_base_does_not_have(here, capsys):
     assert "c.yaml: f: --freeze_module_name layers.99.: matches no weight" in line
 
 
-def test_the_base_is_made_where_it_is_absent(here, capsys):
+def test_the_base_is_made_where_it_is_absent(workdir, capsys):
     write_config({**GOOD, "base": "made", "base_command": "python make.py --output_dir made", **method()})
 
     class Makes(FakeCommands):
@@ -464,7 +464,7 @@ def test_the_base_is_made_where_it_is_absent(here, capsys):
     assert compare.main(["c.yaml"], run_words=None) == 0
 
 
-def test_differences_are_those_of_the_scores(here):
+def test_differences_are_those_of_the_scores(workdir):
     """With one seed, the interval is that of score.py; with several, runs that are alike change nothing."""
     compare.main(["c.yaml"], run_words=FakeCommands())
     results = json.loads(Path("output/compare-c/report/results.json").read_text())
@@ -735,7 +735,7 @@ def test_the_best_weights_are_compared(tmp_path):
     assert comparison_methods.checkpoint_of(str(tmp_path)) == str(tmp_path / "best")
 
 
-def test_a_methods_own_flag_goes_before_that_of_all(here):
+def test_a_methods_own_flag_goes_before_that_of_all(workdir):
     """The flags of a method, then those of all methods, then the defaults."""
     common = {**FLAGS, "lora_dim": 8, "num_train_epochs": 5, "save_total_limit": 3}
     own = method(flags={"lora_dim": 2}, grid={"num_train_epochs": [7]})
@@ -749,7 +749,7 @@ def test_a_methods_own_flag_goes_before_that_of_all(here):
     assert (args.lora_dim, args.num_train_epochs, args.seed, args.output_dir) == (2, 7, 5, "out")
 
 
-def test_two_names_that_differ_in_case_are_one_folder(here, capsys):
+def test_two_names_that_differ_in_case_are_one_folder(workdir, capsys):
     """On some file systems they would be."""
     twins = [{"name": "Lora", "train_type": "lora"}, {"name": "lorA", "train_type": "lora"}]
     write_config({**GOOD, "methods": twins})

@@ -11,31 +11,31 @@ import pytest
 from refusing import (
     FOLDERS,
     NO_CHANGE,
-    NO_CUDA_HERE,
+    NO_CUDA,
     ROOT,
     ROW,
     ROW_LINE,
-    NotNoticed,
+    WeightsReached,
     both,
     case,
     cut,
     drop,
-    here,  # noqa: F401, a fixture
     lines,
     put,
     row,
+    sandbox,  # noqa: F401, a fixture
 )
 
 from flags import train
 from rows import cache
 
 
-def test_good_input_is_not_refused(here):
+def test_good_input_is_not_refused(sandbox):
     """What the tables below change one thing of."""
-    with pytest.raises(NotNoticed):
-        here.train_fails()
-    with pytest.raises(NotNoticed):
-        here.fails("predict.py", "--model_path", FOLDERS["glm3"], "--prompt", "问", "--device", "cpu", says="")
+    with pytest.raises(WeightsReached):
+        sandbox.train_fails()
+    with pytest.raises(WeightsReached):
+        sandbox.fails("predict.py", "--model_path", FOLDERS["glm3"], "--prompt", "问", "--device", "cpu", says="")
 
 
 # ---------------------------------------------------------------- flags of train.py
@@ -59,9 +59,9 @@ RANGES = [  # flag, values, rule
 
 
 @pytest.mark.parametrize("flag, value, rule", [(f, v, rule) for f, values, rule in RANGES for v in values.split()])
-def test_numbers_out_of_range(here, flag, value, rule):
+def test_numbers_out_of_range(sandbox, flag, value, rule):
     shown = value if re.fullmatch(r"-?\d+", value) and flag not in FLOAT_FLAGS else repr(float(value))
-    here.train_fails(f"--{flag}={value}", says=rf"--{flag} {re.escape(shown)}: {rule}$")
+    sandbox.train_fails(f"--{flag}={value}", says=rf"--{flag} {re.escape(shown)}: {rule}$")
 
 
 FLOAT_FLAGS = {a.dest for a in train.train_parser()._actions if a.type is float}
@@ -155,48 +155,49 @@ TRAIN_FLAGS = [
     case("fp16-on-cpu", "--precision fp16",
          "--precision fp16: a CPU trains in fp32 or bf16 only: use --precision fp32"),
     case("no-cuda", "--device cuda", r"--device cuda: torch sees no CUDA device: check .* or use --device cpu",
-         skip=NO_CUDA_HERE),
+         skip=NO_CUDA),
 ]
 
 
 @pytest.mark.parametrize("flags, says, changes", [
     pytest.param(*(p.values if len(p.values) == 3 else (*p.values, {})), id=p.id, marks=p.marks) for p in TRAIN_FLAGS
 ])
-def test_flags_of_train(here, flags, says, changes):
-    here.train_fails(flags, says, **{k: v and v.format(**FOLDERS) for k, v in changes.items()})
+def test_flags_of_train(sandbox, flags, says, changes):
+    sandbox.train_fails(flags, says, **{k: v and v.format(**FOLDERS) for k, v in changes.items()})
 
 
-def test_an_instruction_column_can_hold_the_answer_of_another_question(here):
+def test_an_instruction_column_can_hold_the_answer_of_another_question(sandbox):
     """Where --prompt_column names the question, instruction and input are free."""
-    here.write("rows.json", json.dumps({"q": "问", "instruction": "答"}))
-    with pytest.raises(NotNoticed):
-        here.train_fails("--prompt_column q --response_column instruction")
+    sandbox.write("rows.json", json.dumps({"q": "问", "instruction": "答"}))
+    with pytest.raises(WeightsReached):
+        sandbox.train_fails("--prompt_column q --response_column instruction")
 
 
-def test_all_problems_at_once(here):
+def test_all_problems_at_once(sandbox):
     flags = "--max_grad_norm=-1 --lora_dim 0 --pre_seq_len 4 --train_path no.json --model_name_or_path nowhere"
-    code, lines = here.run("train.py", *here.fill(flags), "--output_dir", "rows.json", "--ds_file", "no.json")
+    code, lines = sandbox.run("train.py", *sandbox.fill(flags), "--output_dir", "rows.json", "--ds_file", "no.json")
     assert code == 2
     wanted = "--max_grad_norm --lora_dim --pre_seq_len --train_path --model_name_or_path --output_dir --ds_file".split()
     assert sorted(re.search(r"error: (--\w+)", line).group(1) for line in lines) == sorted(wanted)
 
 
-def test_more_ranks_than_rows(here, monkeypatch):
+def test_more_ranks_than_rows(sandbox, monkeypatch):
     for name, value in (("WORLD_SIZE", "5"), ("RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(cache, "cache_folder", lambda: str(here.cache.parent / "filled"))
-    here.train_fails(says="--train_path: 4 rows for 5 processes: give at least one row to each, or start fewer")
+    monkeypatch.setattr(cache, "cache_folder", lambda: str(sandbox.cache.parent / "filled"))
+    sandbox.train_fails(says="--train_path: 4 rows for 5 processes: give at least one row to each, or start fewer")
 
 
 @pytest.mark.parametrize("rank, local_rank", [(1, 1), (4, 0)])
-def test_other_ranks_let_the_first_one_speak(here, monkeypatch, rank, local_rank):
+def test_other_ranks_let_the_first_one_speak(sandbox, monkeypatch, rank, local_rank):
     """They wait for the launcher to end them, and name themselves if it is their own host that lacks something."""
     waited = []
     monkeypatch.setattr("time.sleep", waited.append)
     variables = {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": 8, "MASTER_ADDR": "127.0.0.1"}
     for name, value in variables.items():
         monkeypatch.setenv(name, str(value))
-    here.train_fails(train_path="no.json", says=rf"^train\.py: rank {rank}: error: --train_path no\.json: no such file")
+    says = rf"^train\.py: rank {rank}: error: --train_path no\.json: no such file"
+    sandbox.train_fails(train_path="no.json", says=says)
     assert waited and min(waited) >= 1
 
 
@@ -213,10 +214,10 @@ TRAIN_PATHS = [
 
 
 @pytest.mark.parametrize("paths, files, says", TRAIN_PATHS)
-def test_train_path(here, paths, files, says):
+def test_train_path(sandbox, paths, files, says):
     for name, content in files.items():
-        here.write(name, content)
-    here.train_fails(f"--train_path {paths}", says)
+        sandbox.write(name, content)
+    sandbox.train_fails(f"--train_path {paths}", says)
 
 
 ROWS = [
@@ -277,11 +278,11 @@ ROWS = [
 
 
 @pytest.mark.parametrize("content, says", ROWS)
-def test_bad_rows_are_refused(here, content, says):
-    here.train_fails("--train_path bad.json", says, **{"train_path": here.write("bad.json", content).name})
+def test_bad_rows_are_refused(sandbox, content, says):
+    sandbox.train_fails("--train_path bad.json", says, **{"train_path": sandbox.write("bad.json", content).name})
 
 
-def test_rows_that_may_not_be_read(here, monkeypatch):
+def test_rows_that_may_not_be_read(sandbox, monkeypatch):
     """Permissions do not stop the superuser, who may run the tests."""
     real_open = os.open
 
@@ -290,16 +291,16 @@ def test_rows_that_may_not_be_read(here, monkeypatch):
             raise PermissionError(13, "Permission denied", str(path))
         return real_open(path, *args, **kwargs)
 
-    here.write("secret.json", ROW_LINE)
+    sandbox.write("secret.json", ROW_LINE)
     monkeypatch.setattr("os.open", refuse)
     says = r"secret\.json: cannot be read \(Permission denied\): check its permissions"
-    here.train_fails("--train_path secret.json", says)
+    sandbox.train_fails("--train_path secret.json", says)
 
 
-def test_is_skip_that_leaves_nothing(here):
-    here.write("rows.json", row(instruction="水" * 100))
+def test_is_skip_that_leaves_nothing(sandbox):
+    sandbox.write("rows.json", row(instruction="水" * 100))
     says = r"rows\.json: --is_skip left no row of 1: raise --max_len or --max_src_len"
-    here.train_fails("--is_skip --max_len 32 --max_src_len 16", says)
+    sandbox.train_fails("--is_skip --max_len 32 --max_src_len 16", says)
 
 
 # ---------------------------------------------------------------- output folders
@@ -316,10 +317,10 @@ OUTPUTS = [
 
 
 @pytest.mark.parametrize("name, says", OUTPUTS)
-def test_output_folders(here, name, says):
-    here.model("glm3")
-    here.write("full/train_log.jsonl", "")
-    here.train_fails(model_name_or_path="model", output_dir=name, says=says)
+def test_output_folders(sandbox, name, says):
+    sandbox.model("glm3")
+    sandbox.write("full/train_log.jsonl", "")
+    sandbox.train_fails(model_name_or_path="model", output_dir=name, says=says)
 
 
 # ---------------------------------------------------------------- DeepSpeed files
@@ -366,7 +367,7 @@ DS_FILES = [
     case("two-precisions", ds(bf16={"enabled": True}, fp16={"enabled": True}), "",
          r"--ds_file ds\.json: bf16\.enabled and fp16\.enabled: choose one"),
     case("precision-auto", ds(fp16={"enabled": True}), "", "--precision fp16: a CPU trains in fp32 or bf16 only",
-         skip=NO_CUDA_HERE),
+         skip=NO_CUDA),
     case("precision-off", ds(bf16={"enabled": False}), "--precision bf16", r"--ds_file ds\.json: bf16\.enabled"),
     case("section-is-a-number", ds(zero_optimization=2), "", r"--ds_file ds\.json: .*zero_optimization"),
     case("section-is-null", ds(zero_optimization=None), "", r"--ds_file ds\.json: .*zero_optimization"),
@@ -378,14 +379,14 @@ DS_FILES = [
 
 
 @pytest.mark.parametrize("content, flags, says", DS_FILES)
-def test_deepspeed_files(here, content, flags, says):
-    here.write("ds.json", content)
-    here.train_fails(f"--ds_file ds.json {flags}", says)
+def test_deepspeed_files(sandbox, content, flags, says):
+    sandbox.write("ds.json", content)
+    sandbox.train_fails(f"--ds_file ds.json {flags}", says)
 
 
-def test_a_deepspeed_file_that_is_nowhere(here):
+def test_a_deepspeed_file_that_is_nowhere(sandbox):
     says = r"--ds_file no\.json: no such file here or in configs/: use one of ds_zero2_no_offload\.json, .* or give a"
-    here.train_fails("--ds_file no.json", says)
+    sandbox.train_fails("--ds_file no.json", says)
 
 
 # ---------------------------------------------------------------- predict.py
@@ -401,7 +402,7 @@ PREDICT = [
          "--model_path nowhere: no such folder: give a checkpoint folder or a hub name"),
     case("model-is-a-file", "--model_path rows.json --prompt a",
          r"--model_path rows\.json: is a file: name the checkpoint's folder"),
-    case("model-is-empty", "--model_path {here}/empty --prompt a", r"--model_path \S+/empty: no config\.json in it"),
+    case("model-is-empty", "--model_path {sandbox}/empty --prompt a", r"--model_path \S+/empty: no config\.json in it"),
     case("hub-unreachable", "--model_path no/where --prompt a",
          r"--model_path no/where: cannot be fetched from the hub"),
     case("wrong-mode", f"{PROMPT} --mode glm",
@@ -442,18 +443,18 @@ PREDICT = [
     case("repetition-penalty-0", f"{PROMPT} --repetition_penalty 0", "--repetition_penalty 0.0: must be above 0"),
     case("fp16-on-cpu", f"{PROMPT} --precision fp16", "--precision fp16: .*: use --precision fp32"),
     case("no-cuda", "--model_path {glm3} --device cuda --prompt a", "--device cuda: torch sees no CUDA device",
-         skip=NO_CUDA_HERE),
+         skip=NO_CUDA),
 ]
 
 
 @pytest.mark.parametrize("flags, says", PREDICT)
-def test_flags_of_predict(here, flags, says, monkeypatch):
+def test_flags_of_predict(sandbox, flags, says, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    (here.folder / "empty").mkdir()
-    here.write("bad.json", lines(ROW_LINE, '{"input": "a"}'))
-    here.write("old.jsonl", "")
-    here.write("predictions/glm3/rows.jsonl", "")
-    here.fails("predict.py", *here.fill(flags), says=says)
+    (sandbox.folder / "empty").mkdir()
+    sandbox.write("bad.json", lines(ROW_LINE, '{"input": "a"}'))
+    sandbox.write("old.jsonl", "")
+    sandbox.write("predictions/glm3/rows.jsonl", "")
+    sandbox.fails("predict.py", *sandbox.fill(flags), says=says)
 
 
 # ---------------------------------------------------------------- merge_lora.py
@@ -496,18 +497,18 @@ MERGE = [
     case("run-not-json", "--model_dir adapter", put("run.json", "{"), r"adapter/run\.json: cannot be read as JSON"),
     case("unknown-precision", "--model_dir adapter --precision int8", NO_CHANGE, "--precision: invalid choice: 'int8'"),
     case("no-cuda", "--model_dir adapter --device cuda", NO_CHANGE, "--device cuda: torch sees no CUDA device",
-         skip=NO_CUDA_HERE),
+         skip=NO_CUDA),
 ]
 
 
 @pytest.mark.parametrize("flags, spoil, says", MERGE)
-def test_flags_of_merge(here, flags, spoil, says):
-    spoil(here.adapter())
-    (here.folder / "old").mkdir()
-    put("prefix_encoder.safetensors", b"")(here.adapter("prefix", weights="prefix"))
-    here.adapter("whole", weights="whole")
-    NO_CHANGE(here.adapter("moved", base_model="/gone/base"))
-    here.fails("merge_lora.py", *here.fill(flags), says=says)
+def test_flags_of_merge(sandbox, flags, spoil, says):
+    spoil(sandbox.adapter())
+    (sandbox.folder / "old").mkdir()
+    put("prefix_encoder.safetensors", b"")(sandbox.adapter("prefix", weights="prefix"))
+    sandbox.adapter("whole", weights="whole")
+    NO_CHANGE(sandbox.adapter("moved", base_model="/gone/base"))
+    sandbox.fails("merge_lora.py", *sandbox.fill(flags), says=says)
 
 
 # ---------------------------------------------------------------- from outside
@@ -527,19 +528,20 @@ def check_process(done, folder, says):
     assert not (folder / "out").exists()
 
 
-def test_a_process_with_bad_flags(here):
-    done = run_process(here.folder, "train.py", "--train_path", "rows.json", "--lora", "8")
-    check_process(done, here.folder, "required: --model_name_or_path, --output_dir")
+def test_a_process_with_bad_flags(sandbox):
+    done = run_process(sandbox.folder, "train.py", "--train_path", "rows.json", "--lora", "8")
+    check_process(done, sandbox.folder, "required: --model_name_or_path, --output_dir")
     assert done.stdout == ""
 
 
-def test_a_process_with_a_truncated_shard(here):
-    cut("pytorch_model-00001*")(here.model("glm3"))
+def test_a_process_with_a_truncated_shard(sandbox):
+    cut("pytorch_model-00001*")(sandbox.model("glm3"))
     flags = "--train_path rows.json --model_name_or_path model --output_dir out --device cpu".split()
-    check_process(run_process(here.folder, "train.py", *flags), here.folder, r"00001-of-00002\.bin: truncated")
+    check_process(run_process(sandbox.folder, "train.py", *flags), sandbox.folder, r"00001-of-00002\.bin: truncated")
 
 
-def test_a_process_with_a_bad_row(here):
-    here.write("rows.json", lines(ROW_LINE, "{"))
-    flags = here.fill("--train_path rows.json --model_name_or_path {glm3} --output_dir out --device cpu")
-    check_process(run_process(here.folder, "train.py", *flags), here.folder, r"rows\.json:2: '\{': not a JSON object")
+def test_a_process_with_a_bad_row(sandbox):
+    sandbox.write("rows.json", lines(ROW_LINE, "{"))
+    flags = sandbox.fill("--train_path rows.json --model_name_or_path {glm3} --output_dir out --device cpu")
+    process = run_process(sandbox.folder, "train.py", *flags)
+    check_process(process, sandbox.folder, r"rows\.json:2: '\{': not a JSON object")

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from reference import ROOT
-from refusing import FOLDERS, ROW_LINE, case, here, put, row  # noqa: F401, a fixture
+from refusing import FOLDERS, ROW_LINE, case, put, row, sandbox  # noqa: F401, a fixture
 
 import forgetting
 import predict
@@ -23,9 +23,9 @@ from modes import MODES
 PROMPT = MODES["glm"].prompt  # reserves 3 tokens
 
 
-def with_run(here, name="model", mode="glm3", **flags):
+def with_run(sandbox, name="model", mode="glm3", **flags):
     """A whole checkpoint that a run with these flags saved."""
-    folder = here.model(mode, name)
+    folder = sandbox.model(mode, name)
     put("run.json", json.dumps({"mode": mode, "weights": "whole", "train_type": "all", "flags": flags}))(folder)
     return folder
 
@@ -35,9 +35,9 @@ def test_the_window_is_that_of_config_json(mode, window):
     assert read_config(str(FOLDERS[mode]), MODES[mode]).window == window
 
 
-def settled(here, given, max_new_tokens, window, **flags):
+def settled(sandbox, given, max_new_tokens, window, **flags):
     """(--max_src_len that holds, the lines that say why)."""
-    with_run(here, **flags)
+    with_run(sandbox, **flags)
     args = SimpleNamespace(model_path="model", max_src_len=given, max_new_tokens=max_new_tokens)
     notes = settle_lengths(args, SimpleNamespace(window=window), PROMPT)
     return args.max_src_len, notes
@@ -56,8 +56,8 @@ LENGTHS = [  # given, --max_new_tokens, window, flags of the run, --max_src_len 
 
 
 @pytest.mark.parametrize("given, max_new_tokens, window, flags, expected, says", LENGTHS)
-def test_which_length_holds(here, given, max_new_tokens, window, flags, expected, says):
-    found, notes = settled(here, given, max_new_tokens, window, **flags)
+def test_which_length_holds(sandbox, given, max_new_tokens, window, flags, expected, says):
+    found, notes = settled(sandbox, given, max_new_tokens, window, **flags)
     assert found == expected and len(notes) == len(says)
     assert all(note.startswith(text) for note, text in zip(notes, says))
 
@@ -71,63 +71,65 @@ BEYOND = [
 
 
 @pytest.mark.parametrize("given, max_new_tokens, says", BEYOND)
-def test_what_was_asked_for_and_does_not_fit_is_refused(here, given, max_new_tokens, says):
+def test_what_was_asked_for_and_does_not_fit_is_refused(sandbox, given, max_new_tokens, says):
     with pytest.raises(ValueError) as error:
-        settled(here, given, max_new_tokens, 2048)
+        settled(sandbox, given, max_new_tokens, 2048)
     assert says in str(error.value)
 
 
-def test_a_run_with_flags_that_cannot_be_is_refused(here):
+def test_a_run_with_flags_that_cannot_be_is_refused(sandbox):
     with pytest.raises(ValueError, match=r"run\.json: flags\.max_src_len is 'x': must be a whole number of at"):
-        settled(here, None, 1, 2048, max_src_len="x")
+        settled(sandbox, None, 1, 2048, max_src_len="x")
 
 
-def test_every_command_that_answers_keeps_to_the_window(here):
+def test_every_command_that_answers_keeps_to_the_window(sandbox):
     """predict.py, evaluation while training, and forgetting.py, which cuts no question."""
     says = r"--max_new_tokens 512: does not fit, with --max_src_len 1600 and 3 more tokens"
-    here.fails("predict.py", *here.fill("--model_path {glm} --prompt a --max_src_len 1600 --device cpu"), says=says)
+    sandbox.fails(
+        "predict.py", *sandbox.fill("--model_path {glm} --prompt a --max_src_len 1600 --device cpu"), says=says
+    )
     flags = "--model_name_or_path {glm2} --eval_path rows.json --eval_generate --eval_max_new_tokens 2000"
     says = r"--eval_max_new_tokens 2000: does not fit, with --max_src_len 256 .*--max_src_len 45 or --eval_max_\w+ 1789"
-    here.train_fails(flags, says)
+    sandbox.train_fails(flags, says)
     scored = {"category": "a", "check": "exact", "accept": []}
-    here.write("suite.json", "\n".join([row(**scored), row(input="水" * 2100, **scored)]))
+    sandbox.write("suite.json", "\n".join([row(**scored), row(input="水" * 2100, **scored)]))
     words = "--model_path {glm} --suite suite.json --output_path out.json --device cpu".split()
     with pytest.raises(ValueError, match=r"suite\.json:2: \d{4} tokens of the question and 64 of --max_new_tokens: "):
         forgetting.main([word.format(glm=FOLDERS["glm"]) for word in words])
 
 
-def answered(here, *words):
+def answered(sandbox, *words):
     """The output of predict.py on two rows of other fields, one of them long."""
-    here.allow_weights()
+    sandbox.allow_weights()
     rows = [{"q": "水" * 90, "a": "答"}, {"q": "问", "a": "答"}]
-    here.write("test.json", "\n".join(map(json.dumps, rows)))
+    sandbox.write("test.json", "\n".join(map(json.dumps, rows)))
     common = ["--model_path", "model", "--test_path", "test.json", "--max_new_tokens", "2", "--device", "cpu"]
     predict.main([*common, "--output_path", "out.jsonl", "--overwrite", *words])
-    return [json.loads(line) for line in (here.folder / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (sandbox.folder / "out.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_rows_are_read_and_cut_as_in_the_run_and_it_is_said(here):
+def test_rows_are_read_and_cut_as_in_the_run_and_it_is_said(sandbox):
     """The run's flags hold unless others are given, and how much was cut is told."""
-    with_run(here, max_src_len=20, prompt_column="q", response_column="a")
-    first, second = answered(here)
-    captured = here.capsys.readouterr()
+    with_run(sandbox, max_src_len=20, prompt_column="q", response_column="a")
+    first, second = answered(sandbox)
+    captured = sandbox.capsys.readouterr()
     for text in ("--prompt_column q,", "--response_column a,", "--max_src_len 20,"):
         assert f"{text} from run.json of the model" in captured.err
     num_cut = first["source_tokens_cut"]
     assert num_cut > 60 and first["output"] == "答" and "source_tokens_cut" not in second
     assert f"questions: cut 1 of 2 at --max_src_len 20: {num_cut} tokens lost, {num_cut} of the longest" in captured.out
-    assert "source_tokens_cut" not in answered(here, "--max_src_len", "200")[0]
-    assert "questions: none was cut at --max_src_len 200" in here.capsys.readouterr().out
+    assert "source_tokens_cut" not in answered(sandbox, "--max_src_len", "200")[0]
+    assert "questions: none was cut at --max_src_len 200" in sandbox.capsys.readouterr().out
     with pytest.raises(ValueError, match=r"test\.json:1: no field 'instruction'"):
-        answered(here, "--prompt_column", "")
+        answered(sandbox, "--prompt_column", "")
 
 
-def test_an_interrupted_run_is_gone_on_with_by_the_length_that_holds(here):
+def test_an_interrupted_run_is_gone_on_with_by_the_length_that_holds(sandbox):
     """Other values in run.json are other answers, though no flag was given."""
     rows = [{"query": "a", "answer": None}]
     keys = set()
     for number, length in enumerate((20, 40, 40)):
-        folder = with_run(here, f"{number}", max_src_len=length)
+        folder = with_run(sandbox, f"{number}", max_src_len=length)
         args = flags_predict.parse_predict(["--model_path", str(folder), "--prompt", "a"])
         settle_lengths(args, SimpleNamespace(window=2048), PROMPT)
         args.model_path = "model"
@@ -136,14 +138,14 @@ def test_an_interrupted_run_is_gone_on_with_by_the_length_that_holds(here):
     assert len(keys) == 2
 
 
-def test_what_a_conversation_leaves_out_is_said(here, monkeypatch):
+def test_what_a_conversation_leaves_out_is_said(sandbox, monkeypatch):
     """Oldest turns and the end of a question that find no room in the prompt."""
-    here.allow_weights()
+    sandbox.allow_weights()
     asked = iter(["水" * 10, "火" * 10, "土" * 90, "风", ""])
     monkeypatch.setattr(builtins, "input", lambda prompt: next(asked))
     words = ["--model_path", FOLDERS["glm3"], "--interactive", "--max_new_tokens", 4, "--max_src_len", 36]
     predict.main([str(word) for word in [*words, "--device", "cpu"]])
-    said = [line for line in here.capsys.readouterr().out.splitlines() if line.startswith("(no room")]
+    said = [line for line in sandbox.capsys.readouterr().out.splitlines() if line.startswith("(no room")]
     assert len(said) >= 2 and not any("of the question" in line for line in said[:-2])
     assert any(" 2 oldest turns and " in line and " tokens of the question)" in line for line in said), said
 

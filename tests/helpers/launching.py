@@ -18,7 +18,7 @@ def load_script(name):
     return module
 
 
-def hears_signals():
+def default_signals():
     """For `preexec_fn`: what the tests' own parent ignores (SIGINT in a shell's background, SIGHUP under nohup), a child
     would ignore, too."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -33,7 +33,7 @@ PARSERS = {
     "predict.py": predict.predict_parser,
     "merge_lora.py": merge_lora.merge_parser,
 }
-NO_CUDA_HERE = (torch.cuda.is_available(), "there is a CUDA device")
+NO_CUDA = (torch.cuda.is_available(), "there is a CUDA device")
 
 
 def case(name, *values, bug=None, skip=None):
@@ -43,7 +43,7 @@ def case(name, *values, bug=None, skip=None):
     return pytest.param(*values, id=name, marks=marks)
 
 
-class Here:
+class Sandbox:
     """A folder of one test, with the scripts run in it."""
 
     def __init__(self, folder, cache, capsys, monkeypatch):
@@ -113,8 +113,8 @@ class Here:
         assert re.search(says, lines[0]), f"{lines[0]!r} does not say {says!r}"
 
     def fill(self, text):
-        """A line of flags as words; {name} is a place here or a checkpoint, '' an empty word."""
-        places = {name: str(path) for name, path in FOLDERS.items()} | {"here": str(self.folder)}
+        """A line of flags as words; {name} is the sandbox or a checkpoint, '' an empty word."""
+        places = {name: str(path) for name, path in FOLDERS.items()} | {"sandbox": str(self.folder)}
         return [word.format(**places) if word != "''" else "" for word in text.split()]
 
     def train_fails(self, flags="", says="", **changes):
@@ -134,14 +134,14 @@ class Here:
 LOAD_BASE = base_weights.load_base
 
 
-class NotNoticed(Exception):
+class WeightsReached(Exception):
     """The weights would be read now."""
 
 
 @pytest.fixture
-def here(tmp_path, tmp_path_factory, monkeypatch, capsys):
+def sandbox(tmp_path, tmp_path_factory, monkeypatch, capsys):
     def too_late(*args, **kwargs):
-        raise NotNoticed
+        raise WeightsReached
 
     cache = tmp_path_factory.mktemp("cache") / "rows"
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
@@ -154,7 +154,7 @@ def here(tmp_path, tmp_path_factory, monkeypatch, capsys):
     monkeypatch.setattr(watchdog.Watch, "start", lambda *args: None)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: int(os.environ.get("RANK", "0")))
     environment = dict(os.environ)
-    yield Here(tmp_path, cache, capsys, monkeypatch)
+    yield Sandbox(tmp_path, cache, capsys, monkeypatch)
     os.environ.clear()
     os.environ.update(environment)
 

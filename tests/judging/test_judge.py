@@ -17,7 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from launching import hears_signals
+from launching import default_signals
 
 import judge
 from flags.judge import judge_parser
@@ -148,7 +148,7 @@ def answers(texts, output="参考", questions=range(16)):
 SIXTEEN = [("c 8", "b 6")] * 7 + [("c 5", "b 7")] * 3 + [("c 7", "b 7")] * 3 + [("c first", "b first")] * 3
 
 
-class Here:
+class JudgeSandbox:
     """A folder with two prediction files and a way to judge them."""
 
     def __init__(self, folder, capsys):
@@ -189,15 +189,15 @@ class Here:
 
 
 @pytest.fixture
-def here(tmp_path, capsys):
-    return Here(tmp_path, capsys)
+def sandbox(tmp_path, capsys):
+    return JudgeSandbox(tmp_path, capsys)
 
 
 @pytest.mark.parametrize("language", ["zh", "en"])
-def test_sixteen_questions(serve, here, language, monkeypatch):
-    here.rows(SIXTEEN)
+def test_sixteen_questions(serve, sandbox, language, monkeypatch):
+    sandbox.rows(SIXTEEN)
     server = serve(lambda request: completion(say(request["messages"][0]["content"], language)))
-    report, table = here.run(server.url, "--language", language)
+    report, table = sandbox.run(server.url, "--language", language)
     # By hand: 2 * (7 * 8 + 3 * 5 + 3 * 7) + 3 * (8 + 6) against 2 * (7 * 6 + 3 * 7 + 3 * 7) + 3 * (8 + 6).
     assert report["score_percent"] == pytest.approx(100 * 226 / 210)
     assert report["mean_scores"] == {"candidate": 226 / 32, "baseline": 210 / 32}
@@ -213,19 +213,19 @@ def test_sixteen_questions(serve, here, language, monkeypatch):
     for prompt in server.judged:
         assert words["criteria"] in prompt and prompt.endswith("\n" + words["last_line"])
         assert list(blocks_of(prompt)) == list(words["labels"].values())
-    for verdict in here.verdicts():
+    for verdict in sandbox.verdicts():
         assert verdict["reasons"] == "理由 reasons" and verdict["usage"]["prompt_tokens"] == 100
-    first, second = (v for v in here.verdicts() if v["index"] == 0)
+    first, second = (v for v in sandbox.verdicts() if v["index"] == 0)
     assert {first["order"], second["order"]} == set(judge_pairs.ORDERS)
     assert first["scores"] == second["scores"] == {"candidate": 8, "baseline": 6}
     # All is there: no request, and neither a key nor an endpoint is needed.
-    before = here.output.read_bytes()
+    before = sandbox.output.read_bytes()
     monkeypatch.delenv("OPENAI_API_KEY")
-    assert here.run(None, "--language", language) == (report, table)
-    judge.main(["--report_only", "--output_path", str(here.output)])
-    assert here.capsys.readouterr().out == table and here.report() == report
-    assert len(server.requests) == 32 and here.output.read_bytes() == before
-    assert not any(KEY.encode() in path.read_bytes() for path in here.output.parent.iterdir())
+    assert sandbox.run(None, "--language", language) == (report, table)
+    judge.main(["--report_only", "--output_path", str(sandbox.output)])
+    assert sandbox.capsys.readouterr().out == table and sandbox.report() == report
+    assert len(server.requests) == 32 and sandbox.output.read_bytes() == before
+    assert not any(KEY.encode() in path.read_bytes() for path in sandbox.output.parent.iterdir())
 
 
 @pytest.mark.parametrize("wins, total", [(7, 16), (0, 5), (5, 5), (1, 1), (450, 1000)])
@@ -241,8 +241,8 @@ def once_each(server):
     return len(server.judged) == 32 and set(server.judged.values()) == {1}
 
 
-def test_a_server_that_begins_to_refuse(serve, here):
-    here.rows(SIXTEEN)
+def test_a_server_that_begins_to_refuse(serve, sandbox):
+    sandbox.rows(SIXTEEN)
     server = serve()
 
     def answer(request):
@@ -251,17 +251,17 @@ def test_a_server_that_begins_to_refuse(serve, here):
         return refusal(503, "overloaded") if num_judged >= 14 else completion(say(request["messages"][0]["content"]))
 
     server.answer = answer
-    here.fails("answered 503 to", server.url, "--max_retries", "0")
+    sandbox.fails("answered 503 to", server.url, "--max_retries", "0")
     # Those under way when the first one failed are there as well.
-    assert len(here.verdicts()) == sum(server.judged.values()) >= 14
+    assert len(sandbox.verdicts()) == sum(server.judged.values()) >= 14
     server.answer = lambda request: completion(say(request["messages"][0]["content"]))
-    report, _ = here.run(server.url)
+    report, _ = sandbox.run(server.url)
     assert once_each(server) and report["wins"] == 7 and report["num_left_out"] == 0
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_run_that_is_stopped(serve, here, how):
-    here.rows(SIXTEEN)
+def test_a_run_that_is_stopped(serve, sandbox, how):
+    sandbox.rows(SIXTEEN)
     server, halfway, stopped = serve(), threading.Semaphore(16), threading.Event()
 
     def answer(request):
@@ -272,15 +272,15 @@ def test_a_run_that_is_stopped(serve, here, how):
 
     server.answer = answer
     process = subprocess.Popen(
-        [sys.executable, ROOT / "judge.py", *here.flags(server.url)],
+        [sys.executable, ROOT / "judge.py", *sandbox.flags(server.url)],
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=hears_signals,
+        preexec_fn=default_signals,
     )
     try:
         deadline = time.monotonic() + 300
         # 16 are written, and four more are under way.
-        while len(server.requests) < 20 or here.output.read_bytes().count(b"\n") < 16:
+        while len(server.requests) < 20 or sandbox.output.read_bytes().count(b"\n") < 16:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
         process.send_signal(how)
@@ -291,25 +291,25 @@ def test_a_run_that_is_stopped(serve, here, how):
     assert process.returncode == (130 if how == signal.SIGINT else -how)
     assert "Traceback" not in error
     assert (error.splitlines()[-1] == f"judge.py: stopped: {endpoint.GO_ON}") == (how == signal.SIGINT)
-    with open(here.output, "ab") as file:  # and it was writing
+    with open(sandbox.output, "ab") as file:  # and it was writing
         file.write(b'{"index": 3, "order": "basel')
     server.answer = lambda request: completion(say(request["messages"][0]["content"]))
-    report, _ = here.run(server.url)
-    assert once_each(server) and len(here.verdicts()) == 32 and report["wins"] == 7
+    report, _ = sandbox.run(server.url)
+    assert once_each(server) and len(sandbox.verdicts()) == 32 and report["wins"] == 7
 
 
-def test_temporary_refusals_are_tried_again(serve, here):
-    here.rows([("c 8", "b 6")])
+def test_temporary_refusals_are_tried_again(serve, sandbox):
+    sandbox.rows([("c 8", "b 6")])
     good = completion("评分：A=8 B=6")
     server = serve(faults=[refusal(429, Retry_After=1), good, refusal(500), None])
-    report, _ = here.run(server.url, "--concurrency", "1")
+    report, _ = sandbox.run(server.url, "--concurrency", "1")
     assert report["num_unparsed"] == 0 and len(server.requests) == 5 and sum(server.judged.values()) == 2
     waits = [later - earlier for earlier, later in zip(server.times, server.times[1:])]
     assert waits[0] >= 1 and waits[2] > 0.3 and waits[3] > 0.6  # as asked for; half a second, then twice as long
 
 
-def test_time_out(serve, here):
-    here.rows([("c 8", "b 6")])
+def test_time_out(serve, sandbox):
+    sandbox.rows([("c 8", "b 6")])
 
     def late(request):
         time.sleep(1.5)
@@ -317,16 +317,16 @@ def test_time_out(serve, here):
 
     server = serve(faults=[late])
     more = ("--concurrency", "1", "--timeout", "1")
-    here.fails("no answer within 1 s): is it up?", server.url, *more, "--max_retries", "0")
+    sandbox.fails("no answer within 1 s): is it up?", server.url, *more, "--max_retries", "0")
     server.faults = [late]
-    report, _ = here.run(server.url, *more)
+    report, _ = sandbox.run(server.url, *more)
     assert report["wins"] == 1
 
 
-def test_a_verdict_that_cannot_be_read_is_asked_for_again(serve, here):
-    here.rows([("c 8", "b 6")])
+def test_a_verdict_that_cannot_be_read_is_asked_for_again(serve, sandbox):
+    sandbox.rows([("c 8", "b 6")])
     server = serve(faults=[completion("好的。\n评分：A=11 B=6"), completion(None)])
-    report, _ = here.run(server.url, "--concurrency", "1")
+    report, _ = sandbox.run(server.url, "--concurrency", "1")
     assert report["wins"] == 1 and report["num_unparsed"] == 0
     assert report["tokens"] == {"prompt_tokens": 400, "completion_tokens": 80}
     first, second, third, _ = server.requests
@@ -336,26 +336,26 @@ def test_a_verdict_that_cannot_be_read_is_asked_for_again(serve, here):
     assert again["role"] == "user" and again["content"].endswith("评分：A=N B=N")
 
 
-def test_unparsed_verdicts_are_stored_and_counted(serve, here):
-    here.rows([("c 8", "b 6"), ("c 5", "b 7"), ("bad 1", "b 7")])
+def test_unparsed_verdicts_are_stored_and_counted(serve, sandbox):
+    sandbox.rows([("c 8", "b 6"), ("c 5", "b 7"), ("bad 1", "b 7")])
 
     def answer(request):
         prompt = request["messages"][0]["content"]
         return completion("A is better" if "bad" in prompt else say(prompt))
 
     server = serve(answer)
-    report, table = here.run(server.url)
+    report, table = sandbox.run(server.url)
     assert len(server.requests) == 4 + 2 * endpoint.ASKS
     assert (report["num_rows"], report["num_left_out"], report["num_unparsed"]) == (2, 1, 2)
     assert (report["wins"], report["losses"], report["score_percent"]) == (1, 1, 100)
     assert "unparsed: 2; rows left out: 1" in table
-    bad = [verdict for verdict in here.verdicts() if verdict["index"] == 2]
+    bad = [verdict for verdict in sandbox.verdicts() if verdict["index"] == 2]
     assert [(v["winner"], v["scores"], v["reasons"]) for v in bad] == [("unparsed", None, "A is better")] * 2
-    here.run(server.url)
+    sandbox.run(server.url)
     assert len(server.requests) == 4 + 2 * endpoint.ASKS
-    here.rows([("bad 1", "b 7")])
-    here.output.unlink()
-    report, table = here.run(server.url)
+    sandbox.rows([("bad 1", "b 7")])
+    sandbox.output.unlink()
+    report, table = sandbox.run(server.url)
     assert report["num_rows"] == 0 and "wins" not in report and "rows left out: 1" in table
 
 
@@ -420,16 +420,16 @@ def test_texts_stay_in_their_place():
         ((200, {}, {"choices": [{"message": {"content": 5}}]}), "is no chat completion"),
     ],
 )
-def test_permanent_refusals_end_the_run(serve, here, result, says):
-    here.rows(SIXTEEN)
+def test_permanent_refusals_end_the_run(serve, sandbox, result, says):
+    sandbox.rows(SIXTEEN)
     server = serve(lambda request: result)
-    here.fails(says.format(place=f"{here.folder / 'candidate.jsonl'}:1"), server.url, "--concurrency", "1")
-    assert len(server.requests) == 1 and here.verdicts() == []
+    sandbox.fails(says.format(place=f"{sandbox.folder / 'candidate.jsonl'}:1"), server.url, "--concurrency", "1")
+    assert len(server.requests) == 1 and sandbox.verdicts() == []
 
 
-def test_a_model_with_one_temperature(serve, here):
+def test_a_model_with_one_temperature(serve, sandbox):
     """Some refuse any temperature but their own: they are asked without one from then on."""
-    here.rows(SIXTEEN)
+    sandbox.rows(SIXTEEN)
 
     def answer(request):
         if "temperature" in request:
@@ -437,18 +437,18 @@ def test_a_model_with_one_temperature(serve, here):
         return completion(say(request["messages"][0]["content"]))
 
     server = serve(answer)
-    report, _ = here.run(server.url)
+    report, _ = sandbox.run(server.url)
     assert report["wins"] == 7 and once_each(server)
     assert 33 <= len(server.requests) <= 36  # those that were under way when the first was refused
 
 
-def test_a_server_that_is_gone_is_one_line(serve, here):
-    here.rows(SIXTEEN)
+def test_a_server_that_is_gone_is_one_line(serve, sandbox):
+    sandbox.rows(SIXTEEN)
     server = serve(faults=[None])
-    here.fails("cannot be reached (", server.url, "--max_retries", "0")
+    sandbox.fails("cannot be reached (", server.url, "--max_retries", "0")
     server.shutdown()
     server.server_close()
-    here.fails("is it up? run the same command again", server.url, "--max_retries", "0")
+    sandbox.fails("is it up? run the same command again", server.url, "--max_retries", "0")
 
 
 # An endpoint that means no good, or is broken: what it may cost is bounded, and what cannot be used is one line.
@@ -581,14 +581,14 @@ def test_a_connection_that_comes_too_late_ends_at_once():
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_a_redirect_is_not_followed(serve, here, status):
+def test_a_redirect_is_not_followed(serve, sandbox, status):
     """It would send the rows to whomever the server names."""
-    here.rows([("c 8", "b 6")])
+    sandbox.rows([("c 8", "b 6")])
     other = serve()
     server = serve(lambda request: (status, {"Location": f"{other.url}/chat/completions"}, {}))
     says = f"a redirect to 127.0.0.1, to which nothing is sent: if you trust it, give --base_url {other.url}"
-    here.fails(says, server.url)
-    assert other.requests == [] and here.verdicts() == []
+    sandbox.fails(says, server.url)
+    assert other.requests == [] and sandbox.verdicts() == []
 
 
 @pytest.mark.parametrize(
@@ -633,25 +633,25 @@ def test_how_an_answer_is_decoded_is_not_the_server_s_choice(serve):
     assert all(h["Accept-Encoding"] == "identity" and "Cookie" not in h for h in server.headers)
 
 
-def test_texts_that_are_strange_are_counted(serve, here):
+def test_texts_that_are_strange_are_counted(serve, sandbox):
     """Of the kind: a reply that no verdict can be read in. Halves of surrogate pairs can be sent back as well."""
-    here.rows([("c 8", "b 6")])
+    sandbox.rows([("c 8", "b 6")])
     long = "x" * 300_000 + "\n评分：A=8 B=6"
     server = serve(faults=[completion(text) for text in ("\0\ud800\x1b[2J", long, "9" * 50_000, long, long, long)])
-    report, table = here.run(server.url, "--concurrency", "1")
+    report, table = sandbox.run(server.url, "--concurrency", "1")
     assert report["num_unparsed"] == report["num_verdicts"] == 2 and len(server.requests) == 6
-    assert [len(verdict["reasons"]) for verdict in here.verdicts()] == [50_000, endpoint.MOST_REPLY]
+    assert [len(verdict["reasons"]) for verdict in sandbox.verdicts()] == [50_000, endpoint.MOST_REPLY]
     assert server.requests[1]["messages"][1]["content"] == "\0?\x1b[2J"
     assert len(server.requests[2]["messages"][1]["content"]) == endpoint.MOST_REPLY
 
 
-def test_waits_that_a_server_asks_for_are_bounded(serve, here):
+def test_waits_that_a_server_asks_for_are_bounded(serve, sandbox):
     """One that makes no sense is not kept to; where it is too long, that is the end."""
     waits = ["-5", "nan", "-inf", "Fri, 01 Jan 1999 00:00:00 GMT", "Fri, 99 Jan 99999 00:00:00 GMT", "x", ""]
-    here.rows([("c 8", "b 6")] * 4, questions=range(4))
+    sandbox.rows([("c 8", "b 6")] * 4, questions=range(4))
     server = serve(faults=[refusal(429, Retry_After=wait) for wait in waits])
     started = time.monotonic()
-    report, _ = here.run(server.url, "--concurrency", "8", "--max_retries", "2")
+    report, _ = sandbox.run(server.url, "--concurrency", "8", "--max_retries", "2")
     assert report["num_rows"] == 4 and len(server.requests) == 8 + len(waits) and time.monotonic() - started < 5
     for wait in ("1e9", "1e999", "Fri, 01 Jan 2999 00:00:00 GMT"):
         server.faults = [refusal(429, Retry_After=wait)]
@@ -659,103 +659,103 @@ def test_waits_that_a_server_asks_for_are_bounded(serve, here):
             ask(server, max_retries=3)
 
 
-def test_what_is_shown_is_not_obeyed(serve, here):
+def test_what_is_shown_is_not_obeyed(serve, sandbox):
     """Of the kind: a text of somebody else that the terminal would obey, in a line of the report or of an error."""
-    here.rows([("c 8", "b 6")])
+    sandbox.rows([("c 8", "b 6")])
     model = "m\x1b[2J\u202e\x9b"
-    _, table = here.run(serve().url, "--model", model)
+    _, table = sandbox.run(serve().url, "--model", model)
     assert r"judged by m\x1b[2J\u202e\x9b (zh)" in table and table.replace("\n", "").isprintable()
-    here.output = here.folder / "other.jsonl"
+    sandbox.output = sandbox.folder / "other.jsonl"
     server = serve(lambda request: refusal(403, "\x1b]0;x\x07\u2066"))
     process = subprocess.run(
-        [sys.executable, ROOT / "judge.py", *here.flags(server.url)], capture_output=True, text=True
+        [sys.executable, ROOT / "judge.py", *sandbox.flags(server.url)], capture_output=True, text=True
     )
     last = process.stderr.splitlines()[-1]
     assert process.returncode == 2 and r"answered 403 to" in last and r"(\x1b]0;x\x07\u2066)" in last
 
 
-def test_a_key_in_a_reply_is_not_stored(serve, here):
-    here.rows([("c 8", "b 6")])
-    here.run(serve(lambda request: completion(f"{KEY} \ud800\n评分：A=5 B=5")).url)
-    assert [verdict["reasons"] for verdict in here.verdicts()] == ["*** \ud800"] * 2
-    assert KEY not in here.output.read_text(encoding="utf-8")
+def test_a_key_in_a_reply_is_not_stored(serve, sandbox):
+    sandbox.rows([("c 8", "b 6")])
+    sandbox.run(serve(lambda request: completion(f"{KEY} \ud800\n评分：A=5 B=5")).url)
+    assert [verdict["reasons"] for verdict in sandbox.verdicts()] == ["*** \ud800"] * 2
+    assert KEY not in sandbox.output.read_text(encoding="utf-8")
 
 
-def test_where_the_endpoint_is_and_its_key(serve, here, monkeypatch):
-    here.rows([("c 8", "b 6")])
+def test_where_the_endpoint_is_and_its_key(serve, sandbox, monkeypatch):
+    sandbox.rows([("c 8", "b 6")])
     server = serve()
     monkeypatch.delenv("OPENAI_API_KEY")
-    here.fails("--api_key_env: OPENAI_API_KEY: is not set in the environment")
-    here.fails("--api_key_env: OTHER: is not set", server.url, "--api_key_env", "OTHER")
+    sandbox.fails("--api_key_env: OPENAI_API_KEY: is not set in the environment")
+    sandbox.fails("--api_key_env: OTHER: is not set", server.url, "--api_key_env", "OTHER")
     monkeypatch.setenv("OTHER", "schlüssel")
-    here.fails("--api_key_env: OTHER: holds characters that no key has", server.url, "--api_key_env", "OTHER")
+    sandbox.fails("--api_key_env: OTHER: holds characters that no key has", server.url, "--api_key_env", "OTHER")
     monkeypatch.setenv("OTHER", "other-key\n")
     monkeypatch.setenv("OPENAI_BASE_URL", server.url)
-    here.run(None, "--api_key_env", "OTHER")
-    here.output.unlink()
-    here.run(server.url)  # a server of one's own wants none
+    sandbox.run(None, "--api_key_env", "OTHER")
+    sandbox.output.unlink()
+    sandbox.run(server.url)  # a server of one's own wants none
     assert server.keys == {"Bearer other-key", "Bearer EMPTY"}
 
 
-def test_only_what_changed_is_asked(serve, here):
+def test_only_what_changed_is_asked(serve, sandbox):
     """Like rows are asked for once; going to and fro costs nothing, and the file alone tells the same."""
-    here.rows([("c 8", "b 6")] * 3, questions=(0, 0, 2))
+    sandbox.rows([("c 8", "b 6")] * 3, questions=(0, 0, 2))
     server = serve()
-    report, table = here.run(server.url)
-    assert len(server.requests) == 4 and len(here.verdicts()) == 6 and report["wins"] == 3
+    report, table = sandbox.run(server.url)
+    assert len(server.requests) == 4 and len(sandbox.verdicts()) == 6 and report["wins"] == 3
     assert report["tokens"]["prompt_tokens"] == 400
-    here.rows([("c 8", "b 6"), ("c 2", "b 6"), ("c 8", "b 6")], questions=(0, 0, 2))
-    changed, _ = here.run(server.url)
+    sandbox.rows([("c 8", "b 6"), ("c 2", "b 6"), ("c 8", "b 6")], questions=(0, 0, 2))
+    changed, _ = sandbox.run(server.url)
     assert len(server.requests) == 6 and (changed["wins"], changed["losses"]) == (2, 1)
-    here.rows([("c 8", "b 6")] * 3, questions=(0, 0, 2))
-    assert here.run(server.url) == (report, table)
-    judge.main(["--report_only", "--output_path", str(here.output)])
-    assert here.capsys.readouterr().out == table and len(server.requests) == 6
+    sandbox.rows([("c 8", "b 6")] * 3, questions=(0, 0, 2))
+    assert sandbox.run(server.url) == (report, table)
+    judge.main(["--report_only", "--output_path", str(sandbox.output)])
+    assert sandbox.capsys.readouterr().out == table and len(server.requests) == 6
 
 
-def test_model_language_and_criteria_are_part_of_the_question(serve, here):
-    here.rows([("c 8", "b 6")], output=None)
-    criteria = here.folder / "criteria.txt"
+def test_model_language_and_criteria_are_part_of_the_question(serve, sandbox):
+    sandbox.rows([("c 8", "b 6")], output=None)
+    criteria = sandbox.folder / "criteria.txt"
     criteria.write_text("\ufeff- 只看 {长度}\n", encoding="utf-8")
     server = serve()
-    here.run(server.url)
+    sandbox.run(server.url)
     for number, more in enumerate((("--language", "en"), ("--criteria", criteria), ("--model", "other")), start=2):
-        report, _ = here.run(server.url, *more)
+        report, _ = sandbox.run(server.url, *more)
         assert len(server.requests) == 2 * number and report["num_verdicts"] == 2
-        here.run(server.url, *more)
+        sandbox.run(server.url, *more)
         assert len(server.requests) == 2 * number
     assert "\n- 只看 {长度}\n" in server.requests[4]["messages"][0]["content"]
     assert "参考答案" not in blocks_of(server.requests[4]["messages"][0]["content"])
-    write(here.output, here.verdicts() + [{**here.verdicts()[0], "index": 1}])
-    here.fails("has verdicts of several judges", argv=["--report_only", "--output_path", str(here.output)])
-    report, _ = here.run(None, "--report_only", "--language", "en")
+    write(sandbox.output, sandbox.verdicts() + [{**sandbox.verdicts()[0], "index": 1}])
+    sandbox.fails("has verdicts of several judges", argv=["--report_only", "--output_path", str(sandbox.output)])
+    report, _ = sandbox.run(None, "--report_only", "--language", "en")
     assert report["language"] == "en" and report["wins"] == 1
 
 
-def test_limit_and_report_of_what_is_there(serve, here):
-    here.rows(SIXTEEN)
+def test_limit_and_report_of_what_is_there(serve, sandbox):
+    sandbox.rows(SIXTEEN)
     server = serve()
-    here.fails("has no verdict to report", server.url, "--report_only")
-    assert not here.output.parent.exists()
-    report, _ = here.run(server.url, "--limit", "8")
+    sandbox.fails("has no verdict to report", server.url, "--report_only")
+    assert not sandbox.output.parent.exists()
+    report, _ = sandbox.run(server.url, "--limit", "8")
     assert len(server.requests) == 16 and (report["wins"], report["losses"]) == (7, 1)
-    report, _ = here.run(None, "--report_only")
+    report, _ = sandbox.run(None, "--report_only")
     assert (report["num_rows"], report["num_left_out"], report["num_verdicts"]) == (8, 8, 16)
     assert len(server.requests) == 16
 
 
-def test_an_output_file_of_somebody_else_is_not_touched(here):
-    here.rows(SIXTEEN)
-    here.output.parent.mkdir()
+def test_an_output_file_of_somebody_else_is_not_touched(sandbox):
+    sandbox.rows(SIXTEEN)
+    sandbox.output.parent.mkdir()
     for content, says in (
         ('{"a": 1}\n', "verdicts.jsonl:1: {"),
         ("notes", 'verdicts.jsonl:1: "notes": is no verdict of judge.py: choose another'),
         ("notes\n", "not JSON"),
         ('{"index": 1}\n{"index": 2', "is no verdict"),
     ):
-        here.output.write_text(content)
-        here.fails(says, "http://127.0.0.1:9/v1")
-        assert here.output.read_text() == content
+        sandbox.output.write_text(content)
+        sandbox.fails(says, "http://127.0.0.1:9/v1")
+        assert sandbox.output.read_text() == content
 
 
 @pytest.mark.parametrize(
@@ -773,18 +773,18 @@ def test_an_output_file_of_somebody_else_is_not_touched(here):
         (lambda rows: [], "{base}: no rows"),
     ],
 )
-def test_files_that_do_not_match(here, change, says):
-    here.rows([("c 8", "b 6")] * 2)
-    write(here.folder / "baseline.jsonl", change(answers(["b 6"] * 2)))
-    here.fails(says.format(base=here.folder / "baseline.jsonl"), "http://127.0.0.1:9/v1")
-    assert not here.output.parent.exists()
+def test_files_that_do_not_match(sandbox, change, says):
+    sandbox.rows([("c 8", "b 6")] * 2)
+    write(sandbox.folder / "baseline.jsonl", change(answers(["b 6"] * 2)))
+    sandbox.fails(says.format(base=sandbox.folder / "baseline.jsonl"), "http://127.0.0.1:9/v1")
+    assert not sandbox.output.parent.exists()
 
 
-def test_rows_may_lack_index_and_reference_and_have_several_answers(serve, here):
-    write(here.folder / "candidate.jsonl", [{"query": "q", "predictions": ["c 8", "c 1"]}])
-    write(here.folder / "baseline.jsonl", [{"query": "q", "prediction": "b 6", "output": "r \ud800"}])
+def test_rows_may_lack_index_and_reference_and_have_several_answers(serve, sandbox):
+    write(sandbox.folder / "candidate.jsonl", [{"query": "q", "predictions": ["c 8", "c 1"]}])
+    write(sandbox.folder / "baseline.jsonl", [{"query": "q", "prediction": "b 6", "output": "r \ud800"}])
     server = serve()
-    report, _ = here.run(server.url)
+    report, _ = sandbox.run(server.url)
     assert report["wins"] == 1
     assert list(blocks_of(server.requests[0]["messages"][0]["content"]).values())[:2] == ["q", "r ?"]
 
@@ -809,25 +809,25 @@ def test_rows_may_lack_index_and_reference_and_have_several_answers(serve, here)
         (("--criteria", "{}/empty.txt"), "is empty: write one criterion on each line"),
     ],
 )
-def test_flags_that_make_no_sense(here, more, says):
-    here.rows(SIXTEEN)
-    (here.folder / "empty.txt").write_text(" \n")
-    more = [word.format(here.folder) for word in more]
-    here.fails(says.format(here.folder), "http://127.0.0.1:9/v1", *more)
-    assert not here.output.parent.exists()
+def test_flags_that_make_no_sense(sandbox, more, says):
+    sandbox.rows(SIXTEEN)
+    (sandbox.folder / "empty.txt").write_text(" \n")
+    more = [word.format(sandbox.folder) for word in more]
+    sandbox.fails(says.format(sandbox.folder), "http://127.0.0.1:9/v1", *more)
+    assert not sandbox.output.parent.exists()
 
 
-def test_flags_are_checked_at_once(here):
+def test_flags_are_checked_at_once(sandbox):
     with pytest.raises(SystemExit):
-        judge.main(["--output_path", str(here.folder), "--concurrency", "0"])
-    assert len(here.capsys.readouterr().err.splitlines()) == 5
+        judge.main(["--output_path", str(sandbox.folder), "--concurrency", "0"])
+    assert len(sandbox.capsys.readouterr().err.splitlines()) == 5
 
 
-def test_the_command_itself(serve, here):
+def test_the_command_itself(serve, sandbox):
     """Errors are one line with code 2; --help imports neither torch nor the client."""
-    here.rows(SIXTEEN[:2])
+    sandbox.rows(SIXTEEN[:2])
     server = serve(lambda request: refusal(401, KEY))
-    command = [sys.executable, str(ROOT / "judge.py"), *here.flags(server.url)]
+    command = [sys.executable, str(ROOT / "judge.py"), *sandbox.flags(server.url)]
     process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert process.returncode == 2 and process.stdout == ""
     assert process.stderr.splitlines()[-1].startswith("judge.py: error: --api_key_env: OPENAI_API_KEY: ")
@@ -861,7 +861,7 @@ def find_wrong(prompt, language="zh"):
     return f"理由 reasons\n{words[0]}{words[1].join(numbers) or words[2]}"
 
 
-class HereQuestions(Here):
+class QuestionsSandbox(JudgeSandbox):
     """A folder with questions for documents."""
 
     def flags(self, url=None, *more):
@@ -871,13 +871,13 @@ class HereQuestions(Here):
 
 @pytest.mark.parametrize("language", ["zh", "en"])
 def test_questions_for_documents(serve, tmp_path, capsys, language, monkeypatch):
-    here = HereQuestions(tmp_path, capsys)
+    sandbox = QuestionsSandbox(tmp_path, capsys)
     rows = [{"index": i, "query": f"文档 {i}", "predictions": texts} for i, texts in enumerate(QUESTIONS)]
-    write(here.folder / "questions.jsonl", [*rows, {"index": 9, "query": "文档", "prediction": "好吗？"}])
+    write(sandbox.folder / "questions.jsonl", [*rows, {"index": 9, "query": "文档", "prediction": "好吗？"}])
     server = serve(lambda request: completion(find_wrong(request["messages"][0]["content"], language)))
-    report, table = here.run(server.url, "--language", language)
+    report, table = sandbox.run(server.url, "--language", language)
     # By hand, faults: 2 wrong; 2 counted (an empty one is not wrong, too); 1 wrong and 3 counted; none.
-    wrong = {verdict["index"]: verdict["wrong"] for verdict in here.verdicts()}
+    wrong = {verdict["index"]: verdict["wrong"] for verdict in sandbox.verdicts()}
     assert wrong == {0: [2, 4], 1: [], 2: [3], 9: []}
     expected = {"num_rows": 4, "num_questions": 16, "num_left_out": 0, "num_unparsed": 0, "wrong_questions": 18.75}
     expected |= {"accuracy": (4.5 + 5 + 4.75 + 5) / 4, "diversity": (5 + 4.5 + 4.25 + 5) / 4, "language": language}
@@ -893,22 +893,24 @@ def test_questions_for_documents(serve, tmp_path, capsys, language, monkeypatch)
     assert list(blocks_of(server.requests[0]["messages"][0]["content"]))[0] == words["labels"][0]
     # All is there: nothing is asked, and the file alone tells the same.
     monkeypatch.delenv("OPENAI_API_KEY")
-    assert here.run(None, "--language", language) == (report, table)
-    judge.main(["--task", "questions", "--report_only", "--output_path", str(here.output)])
+    assert sandbox.run(None, "--language", language) == (report, table)
+    judge.main(["--task", "questions", "--report_only", "--output_path", str(sandbox.output)])
     assert capsys.readouterr().out == table and len(server.requests) == 4
-    here.fails("is no verdict of judge.py", argv=["--report_only", "--output_path", str(here.output)])
-    here.fails("--baseline: does not apply", "http://127.0.0.1:9/v1", "--baseline", here.folder / "questions.jsonl")
+    sandbox.fails("is no verdict of judge.py", argv=["--report_only", "--output_path", str(sandbox.output)])
+    sandbox.fails(
+        "--baseline: does not apply", "http://127.0.0.1:9/v1", "--baseline", sandbox.folder / "questions.jsonl"
+    )
 
 
 def test_a_list_of_questions_that_cannot_be_read(serve, tmp_path, capsys):
     """Numbers of questions that are not there are asked for again; then the row is left out."""
-    here = HereQuestions(tmp_path, capsys)
-    write(here.folder / "questions.jsonl", [{"query": "文档", "predictions": ["问题一？", "第二个问题？"]}])
+    sandbox = QuestionsSandbox(tmp_path, capsys)
+    write(sandbox.folder / "questions.jsonl", [{"query": "文档", "predictions": ["问题一？", "第二个问题？"]}])
     server = serve(faults=[completion("有错：3")], answer=lambda request: completion("都好"))
-    report, table = here.run(server.url)
+    report, table = sandbox.run(server.url)
     assert len(server.requests) == endpoint.ASKS and "编号" in server.requests[1]["messages"][2]["content"]
     assert (report["num_rows"], report["num_unparsed"], report["num_left_out"]) == (0, 1, 1) and "score" not in report
-    [verdict] = here.verdicts()
+    [verdict] = sandbox.verdicts()
     assert verdict["wrong"] is None and verdict["reasons"] == "都好"
 
 
@@ -937,37 +939,37 @@ def test_last_line_of_questions(last, wrong):
     assert wrong is None or reasons == "A question says\nWRONG: 2\nwhich is data."
 
 
-def test_an_empty_reference_is_none(serve, here):
+def test_an_empty_reference_is_none(serve, sandbox):
     """Kind: an empty reference is taken for one: the judge is told that a reference answer is right."""
     server = serve()
-    here.rows([("c 8", "b 6")])
+    sandbox.rows([("c 8", "b 6")])
     for name in ("candidate", "baseline"):
-        path = here.folder / f"{name}.jsonl"
+        path = sandbox.folder / f"{name}.jsonl"
         path.write_text(path.read_text(encoding="utf-8").replace(json.dumps("参考"), '" "'), encoding="utf-8")
-    here.run(server.url)
+    sandbox.run(server.url)
     label = judge_pairs.LANGUAGES["zh"]["labels"]["reference"]
     assert server.requests and not any(label in blocks_of(r["messages"][0]["content"]) for r in server.requests)
 
 
-def test_questions_are_counted_as_score_counts_them(here):
+def test_questions_are_counted_as_score_counts_them(sandbox):
     """The faults that can be counted are those of score.py, which folds texts first."""
     row = {"index": 0, "query": "q", "predictions": ["水泵重１０㎏？", "水泵重10kg?", "℃", "问" * 60 + "…………"]}
-    write(here.folder / "questions.jsonl", [row])
-    args = SimpleNamespace(predictions=str(here.folder / "questions.jsonl"), language="zh", limit=0, model=MODEL)
+    write(sandbox.folder / "questions.jsonl", [row])
+    args = SimpleNamespace(predictions=str(sandbox.folder / "questions.jsonl"), language="zh", limit=0, model=MODEL)
     [job] = judge_questions.make_jobs(args, "c")
     assert [job.facts[name] for name in ("num_repeated", "num_empty", "num_overlong", "empty")] == [1, 0, 1, []]
 
 
-def test_a_report_is_replaced_by_one_of_the_same_judge_or_with_a_word(serve, here):
+def test_a_report_is_replaced_by_one_of_the_same_judge_or_with_a_word(serve, sandbox):
     """Kind: an output that another command, or other settings, wrote is replaced without a word."""
     server = serve()
-    here.rows([("c 8", "b 6")])
-    assert "replaces" not in here.run(server.url)[1] + here.run(server.url)[1]
-    out = here.run(server.url, "--language", "en")[1]
+    sandbox.rows([("c 8", "b 6")])
+    assert "replaces" not in sandbox.run(server.url)[1] + sandbox.run(server.url)[1]
+    out = sandbox.run(server.url, "--language", "en")[1]
     assert f"it replaces the report on {MODEL} (zh, other criteria), which --report_only with the flags" in out
-    path = Path(f"{here.output}.report.json")
+    path = Path(f"{sandbox.output}.report.json")
     path.write_text("mine")
     num_requests = len(server.requests)
     says = "report.json: the report goes there, and it is no report of judge.py: choose another"
-    here.fails(says, server.url, "--criteria", str(here.folder / "candidate.jsonl"))
+    sandbox.fails(says, server.url, "--criteria", str(sandbox.folder / "candidate.jsonl"))
     assert path.read_text() == "mine" and len(server.requests) == num_requests  # before anything is asked

@@ -12,7 +12,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from launching import hears_signals
+from launching import default_signals
 from reference import ROOT, Golden
 
 import data_set
@@ -893,7 +893,7 @@ for number, _ in enumerate(encode_in_pool(itertools.repeat(batch), encoding, 2))
 def test_no_process_is_left_behind(glm3, number):
     command = [sys.executable, "-c", ENDLESS, glm3.folder]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, preexec_fn=hears_signals, **streams)
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, preexec_fn=default_signals, **streams)
     try:
         pids = [int(word) for word in process.stdout.readline().split()]
         assert 1 <= len(pids) <= 2
@@ -923,7 +923,7 @@ def is_running(pid):
 
 
 @pytest.fixture
-def fast_heart(monkeypatch):
+def fast_heartbeat(monkeypatch):
     for name, seconds in (("BEAT_SECONDS", 0.02), ("SILENT_SECONDS", 0.4), ("POLL_SECONDS", 0.01)):
         monkeypatch.setattr(rows_cache, name, seconds)
 
@@ -939,7 +939,9 @@ def folder_of(glm3, tokenizer3, path, cache):
 
 
 @pytest.mark.parametrize("is_stale", [False, True])
-def test_other_processes_wait_while_one_encodes(glm3, tokenizer3, rows_path3, cache, fast_heart, monkeypatch, is_stale):
+def test_other_processes_wait_while_one_encodes(
+    glm3, tokenizer3, rows_path3, cache, fast_heartbeat, monkeypatch, is_stale
+):
     """Longer than a silence may last; a file of a killed run changes nothing."""
     heart = f"{folder_of(glm3, tokenizer3, rows_path3, cache)}.encoding"
     if is_stale:
@@ -966,7 +968,7 @@ def test_rows_that_are_there_are_not_waited_for(glm3, tokenizer3, rows_path3, ca
 
 
 @pytest.mark.parametrize("is_stale", [False, True])
-def test_a_silent_process_is_noticed(glm3, tokenizer3, rows_path3, cache, fast_heart, is_stale):
+def test_a_silent_process_is_noticed(glm3, tokenizer3, rows_path3, cache, fast_heartbeat, is_stale):
     heart = f"{folder_of(glm3, tokenizer3, rows_path3, cache)}.encoding"
     if is_stale:
         open(heart, "w").close()
@@ -978,7 +980,9 @@ def test_a_silent_process_is_noticed(glm3, tokenizer3, rows_path3, cache, fast_h
     assert time.monotonic() - started > rows_cache.SILENT_SECONDS
 
 
-def test_a_bad_row_is_told_by_the_process_that_found_it(glm3, tokenizer3, rows_path3, cache, fast_heart, monkeypatch):
+def test_a_bad_row_is_told_by_the_process_that_found_it(
+    glm3, tokenizer3, rows_path3, cache, fast_heartbeat, monkeypatch
+):
     """The others say nothing until the launcher has had its time to end them."""
     with open(rows_path3, "a", encoding="utf-8") as file:
         file.write("{")
@@ -1000,7 +1004,7 @@ def test_a_bad_row_is_told_by_the_process_that_found_it(glm3, tokenizer3, rows_p
     assert ended[0] - failed > 0.9 * rows_cache.SILENT_SECONDS
 
 
-def test_a_run_that_ends_does_not_stop_the_heartbeat_of_another(tmp_path, fast_heart):
+def test_a_run_that_ends_does_not_stop_the_heartbeat_of_another(tmp_path, fast_heartbeat):
     path = tmp_path / "x.encoding"
     with rows_cache.heartbeat(str(path)):
         path.unlink()  # what the other run does at its end

@@ -8,7 +8,7 @@ import zipfile
 
 import pytest
 from reference import ROOT, Golden
-from refusing import FOLDERS, NotNoticed, here  # noqa: F401, a fixture
+from refusing import FOLDERS, WeightsReached, sandbox  # noqa: F401, a fixture
 
 from comparison import plan
 from data_set import describe_counts
@@ -234,20 +234,20 @@ def test_a_chat_is_refused_before_its_missing_columns_are(tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["train_path", "eval_path", "replay_path"])
-def test_every_flag_for_rows_refuses_such_a_field(here, flag):  # noqa: F811
-    here.write("chat.json", json.dumps({**ROW, "history": [["a", "b"]]}))
+def test_every_flag_for_rows_refuses_such_a_field(sandbox, flag):  # noqa: F811
+    sandbox.write("chat.json", json.dumps({**ROW, "history": [["a", "b"]]}))
     flags = f"--{flag} chat.json" + " --replay_ratio 0.5" * (flag == "replay_path")
-    code, lines = run_with_cache(here, flags)
+    code, lines = run_with_cache(sandbox, flags)
     assert code == 2 and len(lines) == 1
     assert "chat.json:1: field 'history' would be ignored: it holds earlier turns: put them into the ques" in lines[0]
 
 
-def run_with_cache(here, flags):  # noqa: F811
+def run_with_cache(sandbox, flags):  # noqa: F811
     """train.py, which may encode the good rows that come first."""
-    here.monkeypatch.setattr(rows_cache, "cache_folder", lambda: str(here.cache.parent / "filled"))
+    sandbox.monkeypatch.setattr(rows_cache, "cache_folder", lambda: str(sandbox.cache.parent / "filled"))
     path = [] if "--train_path" in flags else ["--train_path", "rows.json"]
     base = ["--model_name_or_path", FOLDERS["glm3"], "--output_dir", "out", "--device", "cpu"]
-    return here.run("train.py", *path, *base, *flags.split())
+    return sandbox.run("train.py", *path, *base, *flags.split())
 
 
 # ---------------------------------------------------------------- numbers, and what may be absent
@@ -394,8 +394,8 @@ def test_line_ends_do_not_matter_in_files_that_people_bring(tmp_path, name, cont
     assert all(value == found[0] for value in found)
 
 
-def test_good_rows_are_trained_with(here):  # noqa: F811
+def test_good_rows_are_trained_with(sandbox):  # noqa: F811
     """Numbers, no input, objects over lines: as far as weights are read."""
-    here.write("rows.json", json.dumps({"instruction": 1, "output": 2.0}, indent=1))
-    with pytest.raises(NotNoticed):
-        here.train_fails("--train_path rows.json")
+    sandbox.write("rows.json", json.dumps({"instruction": 1, "output": 2.0}, indent=1))
+    with pytest.raises(WeightsReached):
+        sandbox.train_fails("--train_path rows.json")

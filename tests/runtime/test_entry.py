@@ -14,9 +14,9 @@ import sys
 import time
 
 import pytest
-from launching import hears_signals
+from launching import default_signals
 from reference import GOLDEN, ROOT
-from refusing import here  # noqa: F401  a fixture
+from refusing import sandbox  # noqa: F401  a fixture
 
 from checkpoints.opening import no_checkpoint_problem
 from comparison import commands
@@ -123,7 +123,7 @@ def test_ctrl_c_is_one_line():
         code = f"from runtime import entry\nimport signal, sys, threading, time\nsys.argv = ['x.py']\n{code}"
         code = code.replace("entry.run", "threading.Thread(target=time.sleep, args=[600]).start()\nentry.run")
         words = [sys.executable, "-c", code]
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=180, preexec_fn=hears_signals)
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=180, preexec_fn=default_signals)
         assert (done.returncode, done.stderr) == (130, "\nx.py: stopped\n")
 
 
@@ -165,7 +165,7 @@ print("ready", flush=True); time.sleep(600)"""
 def press(words, number, **kwargs):
     """(exit code, lines on both streams) of a command that gets a signal when it has said that it is ready."""
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(words, preexec_fn=hears_signals, start_new_session=True, **streams, **kwargs)
+    process = subprocess.Popen(words, preexec_fn=default_signals, start_new_session=True, **streams, **kwargs)
     lines = [process.stdout.readline()]
     os.killpg(process.pid, number)  # as a terminal does
     rest, _ = process.communicate(timeout=180)
@@ -224,15 +224,15 @@ LEFT = [
 
 
 @pytest.mark.parametrize("variables, says", LEFT)
-def test_variables_of_a_launch_without_one(here, monkeypatch, variables, says):  # noqa: F811
+def test_variables_of_a_launch_without_one(sandbox, monkeypatch, variables, says):  # noqa: F811
     """The kind: WORLD_SIZE, RANK and LOCAL_RANK exported in a shell. A run of several processes says so at once;
     commands of one process do not mind."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert (ranks.world_size(), ranks.rank(), ranks.local_rank(), ranks.is_main()) == (1, 0, 0, True)
-    here.train_fails(says=says)
-    here.fails("predict.py", "--model_path", GOLDEN / "glm3", "--prompt", "问", says=says)
-    here.fails("merge_lora.py", "--model_dir", "nowhere", says="--model_dir nowhere: no such folder")
+    sandbox.train_fails(says=says)
+    sandbox.fails("predict.py", "--model_path", GOLDEN / "glm3", "--prompt", "问", says=says)
+    sandbox.fails("merge_lora.py", "--model_dir", "nowhere", says="--model_dir nowhere: no such folder")
 
 
 def test_variables_of_a_launch_are_read(monkeypatch):
@@ -295,13 +295,13 @@ def test_a_dot_or_a_slash_at_the_end_names_the_same_folder(monkeypatch, tmp_path
 
 
 @pytest.fixture
-def run_folder(here):  # noqa: F811
+def run_folder(sandbox):  # noqa: F811
     """out/ with checkpoints of a run, and a state."""
     for step in (9, 12):
-        here.write(f"out/state-step-{step}/state.json", "{}")
+        sandbox.write(f"out/state-step-{step}/state.json", "{}")
     for name in ("epoch-1-step-9", "epoch-2-step-10", "epoch-2-step-11", "epoch-3-step-12", "best"):
-        here.adapter(f"out/{name}")
-    return here
+        sandbox.adapter(f"out/{name}")
+    return sandbox
 
 
 NAMED = "name out/epoch-3-step-12 or out/epoch-2-step-11 or out/epoch-2-step-10 or out/best \\(1 more\\)$"
@@ -348,7 +348,7 @@ def converse(turns, **environment):
     """(exit code, screen) of a talk on a terminal. turns: (what is typed, what must be seen before the next)."""
     process, screen = pty.fork()
     if process == 0:
-        hears_signals()
+        default_signals()
         os.chdir(ROOT)
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG"))}
         os.execve(sys.executable, [sys.executable, "-c", STUB], {**kept, "TERM": "dumb", **environment})

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from reference import GOLDEN, ROOT
-from refusing import NotNoticed, here  # noqa: F401, a fixture
+from refusing import WeightsReached, sandbox  # noqa: F401, a fixture
 
 import doctor
 import predict
@@ -76,14 +76,14 @@ def test_names_of_files_and_labels(monkeypatch, tmp_path, hostile_answers):
     assert code == 0 and is_harmless(out, errors) and f"out{SPELLED}.jsonl" in out
 
 
-def test_the_first_row_of_a_training(here, tmp_path, monkeypatch):  # noqa: F811
-    here.write("rows.json", json.dumps({"instruction": HOSTILE, "input": "x", "output": HOSTILE}))
+def test_the_first_row_of_a_training(sandbox, tmp_path, monkeypatch):  # noqa: F811
+    sandbox.write("rows.json", json.dumps({"instruction": HOSTILE, "input": "x", "output": HOSTILE}))
     streams = [io.StringIO(), io.StringIO()]
     for place, stream in zip(("stdout", "stderr"), streams):
         monkeypatch.setattr(sys, place, stream)
     words = ["--train_path", "rows.json", "--model_name_or_path", GOLDEN / "glm3", "--output_dir", f"out{HOSTILE}"]
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words), "--device", "cpu"])
-    with pytest.raises(NotNoticed):
+    with pytest.raises(WeightsReached):
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
     said = [stream.getvalue() for stream in streams]
     assert "first row (" in said[0] and is_harmless(*said)

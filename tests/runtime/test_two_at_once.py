@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 from launching import load_script
 from reference import GOLDEN, ROOT
-from refusing import here  # noqa: F401  a fixture
+from refusing import sandbox  # noqa: F401  a fixture
 
 import compare
 import forgetting
@@ -157,16 +157,16 @@ COMMANDS = {  # (function, words, what it writes, is the lock inside it)
 
 
 @pytest.fixture
-def inputs(here):  # noqa: F811
+def inputs(sandbox):  # noqa: F811
     """A folder with what the commands read."""
-    here.adapter()
+    sandbox.adapter()
     for name, text in (
         ("c.yaml", CONFIG),
         ("p.jsonl", json.dumps(PREDICTION)),
         ("adapter/run.json", json.dumps(ADAPTER)),
     ):
-        here.write(name, text)
-    return here
+        sandbox.write(name, text)
+    return sandbox
 
 
 def test_every_command_leaves_another_alone(inputs, other, capsys):
@@ -195,22 +195,22 @@ def refused(inputs, main, words, path):
     assert inputs.files() == before and not holding.holds
 
 
-def test_a_second_training_into_one_folder_is_refused(here, other, monkeypatch):  # noqa: F811
+def test_a_second_training_into_one_folder_is_refused(sandbox, other, monkeypatch):  # noqa: F811
     """A new folder is made and locked before anything else, and looked at again under the lock."""
-    process = other("inside", here.folder / "out")
-    here.train_fails(says=rf"--output_dir out: another process writes into it \(process {process.pid} ")
+    process = other("inside", sandbox.folder / "out")
+    sandbox.train_fails(says=rf"--output_dir out: another process writes into it \(process {process.pid} ")
     monkeypatch.setattr(train, "HOLD_SECONDS", 0)
-    here.train_fails("--resume auto", says="--output_dir out: another process writes into it")
+    sandbox.train_fails("--resume auto", says="--output_dir out: another process writes into it")
     args = SimpleNamespace(output_dir="new", model_name_or_path="x", resume=None)
-    here.write("new/fingerprint.json", "{}")  # that of a run which was over before the lock was ours
+    sandbox.write("new/fingerprint.json", "{}")  # that of a run which was over before the lock was ours
     with pytest.raises(UserError, match="--output_dir new: is not empty: choose a new folder"):
         train.hold_output(args)
     holding.release_all()
-    assert names(here.folder / "new") == ["fingerprint.json"]
-    here.write("killed/.lock", "process 1 on x\n")
+    assert names(sandbox.folder / "new") == ["fingerprint.json"]
+    sandbox.write("killed/.lock", "process 1 on x\n")
     assert train.output_problems("killed", "x", None) == []
-    here.train_fails("--lora_dim 4096", output_dir="made/out", says="--lora_dim 4096: use at most")  # under the lock
-    assert not (here.folder / "made").exists()
+    sandbox.train_fails("--lora_dim 4096", output_dir="made/out", says="--lora_dim 4096: use at most")  # under the lock
+    assert not (sandbox.folder / "made").exists()
 
 
 # As many rows as there should be.

@@ -10,7 +10,7 @@ import pytest
 import torch
 from launching import check_done, free_port, run_command
 from reference import GOLDEN_FOLDERS, ROOT, Golden
-from refusing import change_json, drop, here  # noqa: F401, a fixture
+from refusing import change_json, drop, sandbox  # noqa: F401, a fixture
 from safetensors.torch import load_file, save_file
 
 from checkpoints.base_weights import load_base
@@ -134,10 +134,10 @@ def starts(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind, flags, says", REFUSED)
-def test_other_settings_are_refused(kind, flags, says, starts, here):
+def test_other_settings_are_refused(kind, flags, says, starts, sandbox):
     """Of the kind: flags that the weights have decided already. One line, before anything is read."""
     shutil.copytree(starts[kind], "start")
-    here.train_fails(flags, says, model_name_or_path="start")
+    sandbox.train_fails(flags, says, model_name_or_path="start")
 
 
 def test_flags_that_say_the_same_are_taken(starts, tmp_path):
@@ -155,25 +155,25 @@ BASES = [  # changes to run.json, what the line says
 
 
 @pytest.mark.parametrize("change, says", BASES)
-def test_a_base_that_is_not_that_of_the_training(change, says, starts, here):
+def test_a_base_that_is_not_that_of_the_training(change, says, starts, sandbox):
     """The fixes are those of train.py, which has no other flag for the base."""
     shutil.copytree(starts["lora"], "start")
-    change_json("run.json", **change)(here.folder / "start")
-    here.train_fails("", says, model_name_or_path="start")
+    change_json("run.json", **change)(sandbox.folder / "start")
+    sandbox.train_fails("", says, model_name_or_path="start")
 
 
-def test_an_adapter_of_peft_without_a_base(tmp_path, here):
-    adapted(Golden("glm3"), here.folder / "start", change={"base_model_name_or_path": None})
-    here.capsys.readouterr()
-    here.train_fails("", "is None: write its folder or hub name into that file", model_name_or_path="start")
+def test_an_adapter_of_peft_without_a_base(tmp_path, sandbox):
+    adapted(Golden("glm3"), sandbox.folder / "start", change={"base_model_name_or_path": None})
+    sandbox.capsys.readouterr()
+    sandbox.train_fails("", "is None: write its folder or hub name into that file", model_name_or_path="start")
 
 
-def test_merging_what_is_no_adapter(starts, here):
+def test_merging_what_is_no_adapter(starts, sandbox):
     shutil.copytree(starts["ptuning"], "start")
     says = r"start: holds a prefix encoder, which cannot be merged: use it as it is \(python predict.py --model_path start\)"
-    here.fails("merge_lora.py", "--model_dir", "start", says=says)
+    sandbox.fails("merge_lora.py", "--model_dir", "start", says=says)
     says = r"glm3: holds a whole model, which needs no merging: use it as it is \(python predict.py"
-    here.fails("merge_lora.py", "--model_dir", str(GOLDEN_FOLDERS["glm3"]), says=says)
+    sandbox.fails("merge_lora.py", "--model_dir", str(GOLDEN_FOLDERS["glm3"]), says=says)
 
 
 @pytest.mark.launch
