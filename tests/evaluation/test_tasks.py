@@ -10,6 +10,7 @@ import numpy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launching import load_script
 from reference import ROOT
 
 import score
@@ -205,9 +206,7 @@ def test_shares_of_faults_are_of_all_questions():
 
 
 def test_questions_about_different_facts_are_no_near_duplicates():
-    spec = importlib.util.spec_from_file_location("data_words", ROOT / "scripts" / "data_words.py")
-    words = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(words)
+    words = load_script("data_words")
     for kind in words.DOCUMENT_KINDS:
         slots = {name: options[0] for name, options in kind.items() if name not in ("texts", "questions")}
         questions = [question.format(**slots) for question in kind["questions"]]

@@ -1,6 +1,5 @@
 """The sample data: made the same way everywhere, true to its texts, and not solved by patterns."""
 
-import importlib.util
 import json
 import os
 import random
@@ -8,24 +7,16 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from launching import load_script
+from reference import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "data"
 NUM_ROWS = {"spo_0.json": 1440, "spo_1.json": 50, "d2q_0.json": 400, "d2q_1.json": 20,
             "adgen_0.json": 400, "adgen_1.json": 50, "cls_0.json": 400, "cls_1.json": 50}
 
-
-def load_make_data():
-    spec = importlib.util.spec_from_file_location("make_data", ROOT / "scripts" / "make_data.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-make_data = load_make_data()
+make_data = load_script("make_data")
 VOCABULARIES = (make_data.PARTS, make_data.FAULTS, make_data.SYSTEMS, make_data.SYMPTOMS,
                 make_data.TOOLS, make_data.PARAMETERS)
 

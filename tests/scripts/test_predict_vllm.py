@@ -1,6 +1,5 @@
 """scripts/predict_vllm.py and .sh against a stand-in that speaks vLLM's /v1/completions with token ids."""
 
-import importlib.util
 import json
 import os
 import re
@@ -13,16 +12,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from launching import free_port
+from launching import free_port, load_script
 from reference import GOLDEN_FOLDERS, ROOT, Golden
 
 import predict
 
 MODEL = str(GOLDEN_FOLDERS["glm3"])
 FLAGS = ("--max_new_tokens", "8", "--max_src_len", "64")
-spec = importlib.util.spec_from_file_location("predict_vllm", ROOT / "scripts" / "predict_vllm.py")
-predict_vllm = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(predict_vllm)
+predict_vllm = load_script("predict_vllm")
 
 
 class Server(ThreadingHTTPServer):

@@ -1,12 +1,12 @@
 """The quickstart's steps: run once, rerun after a break, and the base shared by all train types."""
 
-import importlib.util
 import json
 import shlex
 import sys
 from types import SimpleNamespace
 
 import pytest
+from launching import load_script
 from reference import ROOT
 
 import score
@@ -15,10 +15,7 @@ from runtime.folders import close_folder
 
 @pytest.fixture(scope="module")
 def quickstart():
-    spec = importlib.util.spec_from_file_location("quickstart", ROOT / "scripts" / "quickstart.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("quickstart")
 
 
 @pytest.fixture
