@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from doctor_lines import adapter, bad, look, spoilt, text_of
 from refusing import (
     FOLDERS,
     OUTPUT_LAYER,
@@ -27,7 +28,6 @@ from checkpoints.bases import base_fingerprint
 from evaluation import forgetting
 from modes import MODES
 from runtime.folders import file_entry
-from tests.commands.test_doctor import adapter, bad, look, spoilt, text_of
 from training import run_folder
 
 

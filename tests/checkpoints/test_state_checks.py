@@ -6,12 +6,12 @@ import json
 import os
 
 import pytest
+from made_states import STATE_FILES, make_state
 
 import utils
 from checkpoints import state_checks
 from runtime import folders
 from runtime.exits import UserError
-from tests.checkpoints.test_states import STATE_FILES, make_state
 from training import resuming, run_folder
 
 USUAL = {"count": 3, "mean": -1.0, "variance": 0.5}

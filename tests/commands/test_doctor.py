@@ -11,8 +11,9 @@ import time
 
 import pytest
 import torch
+from doctor_lines import adapter, bad, look, spoilt, text_of
+from made_states import STATE_FILES
 from packaging.requirements import Requirement
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from reference import GOLDEN_FOLDERS, ROOT
 from refusing import (  # noqa: F401, a fixture
     OUTPUT_LAYER,
@@ -37,48 +38,10 @@ from runtime.folders import close_folder
 from tests.checkpoints.test_bad_checkpoints import MODELS as SPOILT
 from tests.checkpoints.test_bad_checkpoints import NO_NAMES, PREFIX_CONFIG
 from tests.checkpoints.test_bad_checkpoints import SAVED as SPOILT_RUNS
-from tests.checkpoints.test_states import STATE_FILES
 
 H100 = machine.GPU("H", 80 * 10**9, 70 * 10**9, (9, 0))
 SMI = "NVIDIA-SMI 550.1  Driver Version: 550.1  CUDA Version: 12.4"
 ZEROS = "base_model.model.transformer.encoder.layers.0.self_attention.query_key_value.lora_A.weight"
-
-
-def look(path, mode=None, full=False, facts=None, base=None):
-    """The lines of a folder."""
-    args = argparse.Namespace(mode=mode, full=full, model_name_or_path=base)
-    return list(inspection.folder_lines(str(path), args, facts or machine.Facts()))
-
-
-def text_of(lines, name):
-    """The text of the line of this name."""
-    return next(text for _, line, text in lines if line == name)
-
-
-def bad(lines):
-    """Texts of what is BAD."""
-    return [text for mark, _, text in lines if mark == machine.BAD]
-
-
-def spoilt(lines, *says):
-    """Is something BAD, and told with these words?"""
-    assert bad(lines) and all(word in " ".join(bad(lines)) for word in says), lines
-    assert "loads" not in [name for _, name, _ in lines]
-    return True
-
-
-def adapter(sandbox, **run):
-    """An adapter as train.py saves it."""
-    path, mode = sandbox.adapter(**run), MODES["glm3"]
-    model = get_peft_model(
-        base_weights.empty_model(mode, read_config(str(GOLDEN_FOLDERS["glm3"]), mode)),
-        LoraConfig(r=4, target_modules=["query_key_value"], task_type="CAUSAL_LM"),
-    )
-    model.peft_config["default"].save_pretrained(path)
-    with machine.quiet():
-        state = {name: torch.zeros(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
-    save_file(state, path / "adapter_model.safetensors")
-    return path
 
 
 # Folders.

@@ -6,7 +6,8 @@ import json
 import pytest
 import torch
 from launching import check_done, free_port, run_command
-from reference import GOLDEN_FOLDERS, ROOT
+from predicting import answers, write_rows
+from reference import GOLDEN_FOLDERS
 
 import merge_lora
 import predict
@@ -14,18 +15,6 @@ from checkpoints.saving import describe_run, save_checkpoint
 from generation import answerer as generation_answerer
 from generation import prediction_file
 from train_types import TRAIN_TYPES
-
-
-def write_rows(path, num_rows=5):
-    rows = (ROOT / "data" / "spo_1.json").read_text(encoding="utf-8").splitlines()[:num_rows]
-    path.write_text("\n".join(rows), encoding="utf-8")
-    return str(path)
-
-
-def answers(model, test_path, output_path, *flags):
-    arguments = ["--model_path", str(model), "--test_path", test_path, "--output_path", str(output_path)]
-    predict.main([*arguments, "--max_new_tokens", "8", *flags])
-    return [json.loads(line) for line in output_path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture(scope="module")

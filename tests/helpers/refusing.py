@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_lines import PARSERS
 from safetensors.torch import save_file
 
 from checkpoints import base_weights, opening
-from flags import common, merge_lora, predict, train
+from flags import common
 from modes import MODES
 from rows import cache as row_cache
 from runtime import hosts, watchdog
@@ -28,11 +29,6 @@ FOLDERS = {mode.name: ROOT / "tests" / "golden" / mode.package for mode in MODES
 ROW = {"instruction": "问", "input": "", "output": "答"}
 ROW_LINE = json.dumps(ROW)
 OUTPUT_LAYER = "transformer.output_layer.weight"
-PARSERS = {
-    "train.py": train.train_parser,
-    "predict.py": predict.predict_parser,
-    "merge_lora.py": merge_lora.merge_parser,
-}
 NO_CUDA = (torch.cuda.is_available(), "there is a CUDA device")
 
 

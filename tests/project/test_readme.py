@@ -7,25 +7,16 @@ import shutil
 import subprocess
 
 import pytest
+from command_lines import PARSERS
 from launching import free_port
 from reference import GOLDEN_FOLDERS, ROOT
 
-from flags import compare, doctor, forgetting, judge, merge_lora, predict, score, train
+from flags import train
 from modes import MODES
 from train_types import TRAIN_TYPES
 from training.ds_config import read_ds_file
 
 READMES = ("README.md", "README_zh.md")
-PARSERS = {
-    "train.py": train.train_parser,
-    "predict.py": predict.predict_parser,
-    "merge_lora.py": merge_lora.merge_parser,
-    "score.py": score.score_parser,
-    "doctor.py": doctor.doctor_parser,
-    "compare.py": compare.compare_parser,
-    "forgetting.py": forgetting.forgetting_parser,
-    "judge.py": judge.judge_parser,
-}
 
 
 def commands(name):

@@ -6,7 +6,6 @@ import json
 import os
 import pty
 import re
-import runpy
 import select
 import signal
 import subprocess
@@ -14,6 +13,7 @@ import sys
 import time
 
 import pytest
+from command_lines import COMMANDS, NEEDED, PARSERS, run_on
 from launching import default_signals
 from reference import GOLDEN, ROOT
 from refusing import sandbox  # noqa: F401  a fixture
@@ -26,38 +26,12 @@ from flags.train import train_parser
 from generation.talk import talk
 from runtime import entry, ranks, watchdog
 from runtime.folders import last_named
-from tests.project.test_readme import PARSERS
 
-SCRIPTS = ("export_prefix", "make_base", "make_data", "mutate", "predict_vllm", "quickstart")
-COMMANDS = [*sorted(PARSERS), *(f"scripts/{name}.py" for name in SCRIPTS)]
-NEEDED = {  # words without which a command says nothing of another flag
-    "train.py": "--train_path x --model_name_or_path x --output_dir x",
-    "predict.py": "--model_path x --prompt x",
-    "merge_lora.py": "--model_dir x",
-    "score.py": "--predictions x",
-    "compare.py": "x",
-    "judge.py": "--output_path x",
-    "forgetting.py": "--model_path x --output_path x",
-    "scripts/export_prefix.py": "--model_dir x",
-    "scripts/make_base.py": "--output_dir x",
-    "scripts/predict_vllm.py": "--model_path x --test_path x",
-}
 STRANGE = "水温😀\udce6"  # neither ASCII nor GBK, and half a character
 ROW = {"instruction": "问😀", "input": "", "output": "答😀"}
 
 
 # What a terminal cannot show.
-
-
-def run_on(encoding, monkeypatch, script, *argv):
-    """(exit code, stdout, stderr) of a script in this process, on a terminal of this encoding."""
-    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict", write_through=True) for _ in range(2)]
-    monkeypatch.setattr(sys, "stdout", streams[0])
-    monkeypatch.setattr(sys, "stderr", streams[1])
-    monkeypatch.setattr(sys, "argv", [script, *map(str, argv)])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    return stop.value.code, *(stream.buffer.getvalue().decode(encoding) for stream in streams)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "gbk", "utf-8"])

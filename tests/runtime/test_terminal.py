@@ -7,6 +7,7 @@ import runpy
 import sys
 
 import pytest
+from command_lines import COMMANDS, NEEDED, run_on
 from reference import GOLDEN, ROOT
 from refusing import WeightsReached, sandbox  # noqa: F401, a fixture
 
@@ -16,7 +17,6 @@ import score
 from generation import answerer
 from runtime import entry, machine
 from runtime import streams as utils
-from tests.runtime.test_entry import COMMANDS, NEEDED, run_on
 
 # Clear the screen, the same with a C1 byte, a title, bell, delete, text that runs backwards, back to the line's begin.
 HOSTILE = "a\x1b[2Jb\x9b2J\x1b]0;t\x07\x7f\u202e\u2066\r"

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from launching import check_done, free_port, run_command
+from peft_adapters import CPU, adapted
 from reference import GOLDEN_FOLDERS, ROOT, Golden
-from refusing import change_json, drop, sandbox  # noqa: F401, a fixture
+from refusing import change_json, sandbox  # noqa: F401, a fixture
 from safetensors.torch import load_file, save_file
 
 from checkpoints.base_weights import load_base
@@ -19,7 +20,6 @@ from checkpoints.saving import describe_run, save_checkpoint
 from flags.train import parse_train
 from rows.batches import collate
 from rows.encoding import encode_row
-from tests.checkpoints.test_foreign import CPU, adapted
 from train_types import TRAIN_TYPES
 from training import resuming
 from training.going_on import check_start, open_start, put_start
