@@ -88,7 +88,7 @@ def test_a_stalled_step_is_reported_and_has_its_exit_code(pair, monkeypatch):
     with open(os.path.join(watch.output_dir, path)) as file:
         text = file.read()
     assert path == "stalled-rank-0.txt" and text.startswith("step 7, rows rows.json:4, rows.json:9; for 0 s")
-    assert "test_a_step_that_does_not_end" in text and text.count("hread 0x") > 1, "of every thread"
+    assert "test_a_stalled_step_is_reported" in text and text.count("hread 0x") > 1, "of every thread"
     assert watch.is_training
 
 
