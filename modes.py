@@ -1,51 +1,21 @@
-"""The table of `--mode`: one folder per model family. Adding a family is a folder and a line here."""
+"""The table of `--mode`: one folder per model family. Adding a family is a folder, and its name in FOLDERS."""
 
 import importlib
 import os
 import re
-from dataclasses import dataclass
 
+from modeling.family import Family
 from runtime.exits import UserError
 from runtime.plain_files import open_plain
 from utils import read_json
 
-
-@dataclass(frozen=True)
-class Mode:
-    """A family: where its code lives, and how its released config.json is recognised."""
-
-    name: str
-    package: str
-    required_keys: tuple  # keys that every config.json of the family has
-    released_name: str  # part of the released repository's name
-    vllm_values: dict | None  # config.json values that vLLM computes as released (others: otherwise); None: no network
-
-    @property
-    def config_class(self):
-        """The family's `ChatGLMConfig`."""
-        return importlib.import_module(f"{self.package}.configuration_chatglm").ChatGLMConfig
-
-    @property
-    def model_class(self):
-        """The family's `ChatGLMForConditionalGeneration`."""
-        return importlib.import_module(f"{self.package}.modeling_chatglm").ChatGLMForConditionalGeneration
-
-    @property
-    def tokenizer_class(self):
-        """The family's `ChatGLMTokenizer`."""
-        return importlib.import_module(f"{self.package}.tokenization_chatglm").ChatGLMTokenizer
-
-    @property
-    def prompt(self):
-        """The family's prompt functions: a module that imports nothing heavy."""
-        return importlib.import_module(f"{self.package}.prompt")
-
-
-MODES = {
-    "glm": Mode("glm", "glm1", ("inner_hidden_size", "max_sequence_length"), "chatglm-6b", None),
-    "glm2": Mode("glm2", "glm2", ("padded_vocab_size", "multi_query_group_num"), "chatglm2", {"rope_ratio": 1}),
-    "glm3": Mode("glm3", "glm3", ("padded_vocab_size", "multi_query_group_num"), "chatglm3", {}),
+FOLDERS = ("glm1", "glm2", "glm3")
+MODES: dict[str, Family] = {
+    family.name: family for family in (importlib.import_module(folder).FAMILY for folder in FOLDERS)
 }
+
+# The linear layers of any family that can get matrices, by the last part of their names.
+LORA_TARGETS = tuple(dict.fromkeys(target for mode in MODES.values() for target in mode.lora_targets))
 
 # Known by their model_type, to be refused by name: {model_type: what it is}.
 OTHER_FAMILIES = {
@@ -72,9 +42,11 @@ CHATGLM_VOCABULARY = 65024  # padded_vocab_size of ChatGLM2-6B and ChatGLM3-6B
 GLM4_VOCABULARY = 150000  # GLM-4 has 151552; its config.json has ChatGLM3's keys
 
 
-def other_family(folder, config):
+def other_family(folder: str, config: dict) -> str | None:
     """What a checkpoint is, in words, if it is of a family that is known and not supported; else None."""
     model_type = config.get("model_type")
+    if any(model_type in mode.model_types for mode in MODES.values()):
+        return None
     if isinstance(model_type, str) and model_type in OTHER_FAMILIES:
         return f"{OTHER_FAMILIES[model_type]} (model_type = {model_type})"
     vocabulary = config.get("padded_vocab_size")
@@ -90,7 +62,7 @@ def other_family(folder, config):
     return None
 
 
-def is_tiktoken(path):
+def is_tiktoken(path: str) -> bool:
     """Does a tokenizer file begin with a token in base64 and its rank, as tiktoken's do?"""
     try:
         with open_plain(path) as file:
@@ -99,7 +71,7 @@ def is_tiktoken(path):
         return False
 
 
-def possible_modes(folder):
+def possible_modes(folder: str) -> list[str]:
     """Names of the modes that a checkpoint folder can be, the likeliest alone where its files name it.
 
     ChatGLM2 and ChatGLM3 have the same weights and keys; then the released name inside the files decides, and without
@@ -108,11 +80,11 @@ def possible_modes(folder):
     config_path = os.path.join(folder, "config.json")
     config = read_json(config_path)
     if other := other_family(folder, config):
+        *titles, last = (mode.title for mode in MODES.values())
         raise UserError(
-            f"{config_path}: is of {other}, which is not supported by this toolkit: use ChatGLM-6B, ChatGLM2-6B or"
-            " ChatGLM3-6B"
+            f"{config_path}: is of {other}, which is not supported by this toolkit: use {', '.join(titles)} or {last}"
         )
-    by_keys = [name for name, mode in MODES.items() if all(key in config for key in mode.required_keys)]
+    by_keys = [name for name, mode in MODES.items() if mode.recognises(config)]
     run_path = os.path.join(folder, "run.json")
     if os.path.exists(run_path) and read_json(run_path).get("mode") in by_keys:
         return [read_json(run_path)["mode"]]

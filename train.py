@@ -74,7 +74,7 @@ def main(argv, watch):
     config = read_config(folder, mode, train_type.config_changes(args))
     check_limits(args, config, mode, train_type)
     names = check_weights(folder, mode, config, new_prefix=train_type.weights == "prefix")
-    if problems := train_type.problems(names, args):
+    if problems := train_type.problems(names, args, mode):
         fail(problems)
     check_start(start, config)
     tokenizer = read_tokenizer(folder, mode, config)
@@ -112,7 +112,7 @@ def main(argv, watch):
     check_config(ds_config, args.ds_file)
     zero3 = ds_config["zero_optimization"]["stage"] == 3
     model = load_base(folder, mode, config, dtype, device, ds_config, ATTENTION[args.attention])
-    model = put_start(model, start, args) if start else train_type.prepare(model, args)
+    model = put_start(model, start, args) if start else train_type.prepare(model, args, mode)
     if args.gradient_checkpointing:
         checkpoint_layers(model, args.gradient_checkpointing_interval)
     trained, total = count_parameters(model)
@@ -121,7 +121,7 @@ def main(argv, watch):
     on_main(lambda: require_space(args.output_dir, sum(sizes), "a checkpoint" + " and a state" * bool(sizes[1])))
 
     # Engine.
-    optimizer = build_optimizer(model, args, is_compiled)
+    optimizer = build_optimizer(model, args, mode.norms, is_compiled)
     scheduler = build_scheduler(optimizer, args, num_steps)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config)
     keep_going_at_low_scale(engine)
@@ -163,11 +163,12 @@ def main(argv, watch):
             watch.begin(step, rows, row_numbers)
             batch = collate([rows[n] for n in row_numbers], config.pad_token_id, args.packing)
             engine.set_gradient_accumulation_boundary(i == len(update.micro_batches) - 1)
-            # The sum over this batch's supervised tokens, divided by those of the whole update. Gradients are averaged
+            losses = engine(**to_device(batch, device)).token_losses  # of each supervised token, float32
+            # The objective: their sum, divided by the supervised tokens of the whole update. Gradients are averaged
             # over the ranks afterwards, hence the factor: any split gives the same gradient.
-            loss = engine(**to_device(batch, device), num_items_in_batch=update.num_labels / world).loss
+            loss = losses.sum() / (update.num_labels / world)
             engine.backward(loss, scale_wrt_gas=False)
-            update_loss += loss.detach() * (update.num_labels / world)
+            update_loss += losses.detach().sum()
         update_loss, num_asked = sum_over_ranks(update_loss, watch.asked is not None, group=group)
         if not math.isfinite(update_loss):
             watch.rest()

@@ -210,11 +210,13 @@ def measure(args):
     model = random_model(args.preset, mode, torch_dtype(precision), device, **train_type.config_changes(flags))
     config = model.config
     config._attn_implementation = args.attention
-    model = train_type.prepare(model, flags)
+    model = train_type.prepare(model, flags, mode)
     if args.gradient_checkpointing:
         checkpoint_layers(model, args.gradient_checkpointing_interval)
     ds_config = complete_config(read_ds_file(args.ds_file), flags, 1, precision)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=build_optimizer(model, flags), config=ds_config)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=build_optimizer(model, flags, mode.norms), config=ds_config
+    )
     engine.train()
 
     rows = make_rows(args, config)
@@ -236,7 +238,7 @@ def measure(args):
             if way == "plain":
                 loss = plain_loss(engine, batch, num_labels)
             else:
-                loss = engine(**batch, num_items_in_batch=num_labels).loss
+                loss = engine(**batch).token_losses.sum() / num_labels
             engine.backward(loss, scale_wrt_gas=False)
         engine.step()
         if device.type == "cuda":

@@ -8,9 +8,9 @@ import math
 import os
 import re
 
+from modes import LORA_TARGETS
 from runtime.exits import UserError
 from runtime.plain_files import shown
-from train_types import LORA_TARGETS
 from utils import read_json
 
 PREFIX_FILE = "prefix_encoder.safetensors"

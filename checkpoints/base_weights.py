@@ -95,9 +95,10 @@ def model_for(folder, mode, config, num_stored):
 
     Without the latter, making the layers one by one would never end.
     """
-    if isinstance(config.num_layers, int) and config.num_layers > num_stored:
+    key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    if isinstance(config.num_hidden_layers, int) and config.num_hidden_layers > num_stored:
         raise UserError(
-            f"{folder}/config.json: num_layers = {config.num_layers}, but only {num_stored} weights are stored:"
+            f"{folder}/config.json: {key} = {config.num_hidden_layers}, but only {num_stored} weights are stored:"
             " the files do not belong together"
         )
     try:
@@ -127,8 +128,8 @@ def load_base(folder, mode, config, dtype, device="cpu", ds_config=None, attn_im
     generation_config = read_generation_config(folder)
     is_split = ds_config is not None and ds_config.get("zero_optimization", {}).get("stage") == 3
     model = split_model(mode, config, ds_config) if is_split else allocated_model(mode, config, dtype, device)
-    if config.pre_seq_len:
-        new_prefix(model, is_split)  # what the files hold of it is put over this
+    if mode.prefix_encoder and config.pre_seq_len:
+        new_prefix(model.get_submodule(mode.prefix_encoder), is_split)  # what the files hold of it is put over this
 
     tied = set(model.all_tied_weights_keys)  # the stored copy is not read
     wanted = {name: p for name, p in model.named_parameters(remove_duplicate=False) if name not in tied}
@@ -152,8 +153,9 @@ def load_base(folder, mode, config, dtype, device="cpu", ds_config=None, attn_im
         raise UserError(f"{folder}: missing {missing}, unexpected {unexpected}, wrong {wrong}")
     if bad:
         raise not_finite(os.path.join(folder, file_of(folder, bad[0])), *bad, dtype)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        assert not tensor.is_meta and tensor.dtype == dtype, f"{name} is {tensor.dtype} on {tensor.device}, not {dtype}"
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == dtype, f"{name} is {parameter.dtype}, not {dtype}"
+    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
     if generation_config is not None:
         model.generation_config = generation_config
     return model.eval()
@@ -190,6 +192,10 @@ def allocated_model(mode, config, dtype, device):
         module_name, _, leaf = name.rpartition(".")
         memory = torch.empty_like(parameter, dtype=dtype, device=device)
         setattr(model.get_submodule(module_name), leaf, torch.nn.Parameter(memory))
+    for module in model.modules():  # what is in no file, such as rotary frequencies, the network makes itself
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device=device))
+            model._init_weights(module)
     model.tie_weights()
     return model
 
@@ -206,13 +212,12 @@ def split_model(mode, config, ds_config):
     return model
 
 
-def new_prefix(model, is_split):
-    """Give the prefix encoder new weights from torch's random generator.
+def new_prefix(prefix_encoder, is_split):
+    """Give a prefix encoder new weights from torch's random generator.
 
     Each rank draws its own (`set_seed`), and what counts is what rank 0 drew: GatheredParameters sends it round under
     ZeRO-3, and otherwise DeepSpeed's engine sends round rank 0's whole model when it starts (`_broadcast_model`).
     """
-    prefix_encoder = model.transformer.prefix_encoder
     together = nullcontext()
     if is_split:
         import deepspeed

@@ -16,7 +16,8 @@ from checkpoints.trained_weights import TRAINED_FILES, check_trained, prefix_set
 from checkpoints.weight_files import (
     weight_files,
 )
-from modes import MODES, Mode, possible_modes
+from modeling.family import Family
+from modes import MODES, possible_modes
 from runtime.exits import UserError
 from runtime.file_kinds import BROUGHT_ELSE, explain
 from runtime.folders import file_entry, last_named, numbered
@@ -117,7 +118,7 @@ def read_tokenizer(folder, mode, config):
             f"{folder}: {vocab_name} has {tokenizer.vocab_size} ids but the model only {config.vocab_size}:"
             " the files are of different releases"
         )
-    for name in ("bos_token_id", "eos_token_id", "gmask_token_id", "mask_token_id", "pad_token_id"):
+    for name in mode.special_ids:
         in_config, in_tokenizer = getattr(config, name, None), getattr(tokenizer, name, None)
         if None not in (in_config, in_tokenizer) and in_config != in_tokenizer:
             raise UserError(
@@ -142,7 +143,7 @@ class Opened:
     """
 
     folder: str
-    mode: Mode | None
+    mode: Family | None
     base_folder: str
     weights: str
     run: dict

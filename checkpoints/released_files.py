@@ -36,7 +36,7 @@ def save_config(config, folder, dtype):
     values = read_json(released) if os.path.isfile(released) else json.loads(config.to_json_string())
     values.pop("dtype", None)  # the name of torch_dtype since transformers 5, which takes both
     values["torch_dtype"] = str(dtype).removeprefix("torch.")
-    if config.pre_seq_len:
+    if getattr(config, "pre_seq_len", None):
         values |= {"pre_seq_len": config.pre_seq_len, "prefix_projection": config.prefix_projection}
     write_json(values, os.path.join(folder, "config.json"))
 

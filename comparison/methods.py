@@ -99,7 +99,7 @@ def model_problems(plan, methods):
     found = [length_problem(plan, "base", plan.train_flags, config, mode.prompt)]
     for method in methods:
         train_type = TRAIN_TYPES[method.train_type]
-        found += [f"{method.name}: {text}" for text in train_type.problems(names, train_args(plan, method)[0])]
+        found += [f"{method.name}: {text}" for text in train_type.problems(names, train_args(plan, method)[0], mode)]
         found.append(length_problem(plan, method.name, method.all, config, mode.prompt))
     return found
 

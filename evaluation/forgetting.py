@@ -61,20 +61,14 @@ def require_room(suite, tokenizer, prompt, config, args):
 
 
 def row_losses(model, batch):
-    """(cross entropy summed in float32, number of supervised tokens) of each row of a batch from `collate`.
-
-    The model's own forward gives the sum over the batch alone.
-    """
+    """(cross entropy summed in float32, number of supervised tokens) of each row of a batch from `collate`."""
     import torch
 
-    losses = []
     with torch.inference_mode():
-        hidden = model.transformer(input_ids=batch["input_ids"]).last_hidden_state  # B L H
-        for row_hidden, labels in zip(hidden, batch["labels"]):
-            is_asked = labels[1:] != -100  # the hidden state of a position predicts the token after it
-            targets = labels[1:][is_asked]
-            losses.append((model.get_output_embeddings()(row_hidden[:-1][is_asked], targets).item(), len(targets)))
-    return losses
+        losses = model(**batch).token_losses
+    row_of = batch["label_positions"] // batch["labels"].shape[1]
+    rows = [losses[row_of == n] for n in range(len(batch["labels"]))]
+    return [(row.sum().item(), row.numel()) for row in rows]
 
 
 def measure_answers(answer, suite, args):

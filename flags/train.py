@@ -1,5 +1,6 @@
 """Every flag of train.py, once, with the checks on their combinations."""
 
+import argparse
 import os
 
 from checkpoints.state_checks import STATE
@@ -258,8 +259,10 @@ def train_problems(args, typed):
     problems += collect(data_files, args.train_path, prefix="--train_path ")
     taken = take_over(args, typed)  # where it is an adapter or a prefix encoder
     problems += model_problems(args, "--model_name_or_path", args.model_name_or_path) if taken is None else taken
-    if args.mode is not None and min(args.max_len, args.max_src_len) >= 1:
-        problems += length_problems(args)
+    if args.mode is not None:
+        problems += family_problems(args)
+        if min(args.max_len, args.max_src_len) >= 1:
+            problems += length_problems(args)
     if is_main():  # it makes the folder, and may be ahead of the others
         problems += output_problems(args.output_dir, args.model_name_or_path, args.resume)
         if args.resume not in (None, "auto") and not os.path.isfile(os.path.join(args.resume, "state.json")):
@@ -311,6 +314,17 @@ def evaluation_problems(args, typed):
             for path in getattr(args, flag) or []
             if f"{os.path.realpath(path)}{os.sep}".startswith(GENERAL + os.sep)
         ]
+    return problems
+
+
+def family_problems(args: argparse.Namespace) -> list[str]:
+    """Flags that the model's family cannot obey."""
+    family, problems = MODES[args.mode], []
+    if reason := TRAIN_TYPES[args.train_type].unfit(family):
+        fitting = [name for name, train_type in TRAIN_TYPES.items() if not train_type.unfit(family)]
+        problems.append(f"--train_type {args.train_type}: {reason}: use {' or '.join(fitting)}")
+    if args.packing and not family.can_pack:
+        problems.append(f"--packing: {family.title} does not keep rows of one sequence apart here: remove it")
     return problems
 
 
@@ -381,7 +395,8 @@ def is_run_folder(folder):
 
 def check_folder(args, folder):
     """Check what a hub name left open until its config.json was there."""
-    if problems := folder_problems(args, "--model_name_or_path", folder) or length_problems(args):
+    folder_faults = folder_problems(args, "--model_name_or_path", folder)
+    if problems := folder_faults or family_problems(args) + length_problems(args):
         fail(problems)
 
 

@@ -1,1 +1,21 @@
 """ChatGLM-6B (`--mode glm`)."""
+
+from modeling.family import Family
+
+FAMILY = Family(
+    name="glm",
+    title="ChatGLM-6B",
+    package="glm1",
+    config="configuration_chatglm.ChatGLMConfig",
+    network="modeling_chatglm.ChatGLMForConditionalGeneration",
+    tokenizer="tokenization_chatglm.ChatGLMTokenizer",
+    required_keys=("inner_hidden_size", "max_sequence_length"),
+    model_types=(),
+    released_name="chatglm-6b",
+    layers="transformer.layers",
+    norms=("layernorm",),
+    lora_targets=("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+    special_ids=("bos_token_id", "eos_token_id", "gmask_token_id", "mask_token_id", "pad_token_id"),
+    batch_fields=("input_ids", "labels", "label_positions", "row_lengths"),
+    prefix_encoder="transformer.prefix_encoder",
+)

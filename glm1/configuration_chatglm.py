@@ -1,5 +1,7 @@
 """Configuration of ChatGLM-6B; keys and defaults are those of the released config.json (vocabulary of v1.1)."""
 
+from typing import Any
+
 from modeling.base_config import ChatGLMConfigBase
 from runtime.exits import UserError
 
@@ -8,6 +10,7 @@ class ChatGLMConfig(ChatGLMConfigBase):
     """Settings of ChatGLM-6B. `pre_seq_len` (tokens; None is off) and `prefix_projection` add a prefix encoder."""
 
     attribute_map = {"num_hidden_layers": "num_layers"}
+    window_key = "max_sequence_length"
     fixed_values = {"position_encoding_2d": True, "rope_ratio": 1, "hidden_dropout": 0.0, "attention_dropout": 0.0}
 
     num_layers: int = 28
@@ -26,7 +29,7 @@ class ChatGLMConfig(ChatGLMConfigBase):
     # Released config.json does not mention it: the output layer is the word embedding.
     tie_word_embeddings: bool = True
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.vocab_size == 150528:
             raise UserError(
@@ -41,6 +44,6 @@ class ChatGLMConfig(ChatGLMConfigBase):
             )
 
     @property
-    def head_dim(self):
+    def head_dim(self) -> int:
         """Size of one attention head."""
         return self.hidden_size // self.num_attention_heads

@@ -3,17 +3,21 @@
 Shapes: B batch, L tokens, H hidden size, N heads, D head size (H / N), V vocabulary, P prefix length.
 """
 
+from __future__ import annotations
+
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from glm1.configuration_chatglm import ChatGLMConfig
-from modeling.attention import PackedRows, attend, flex_mask, visible_mask
-from modeling.base_model import ChatGLMBackbone, ChatGLMCausalLM
+from modeling.attention import Mask, PackedRows, Pair, Rotary, attend, flex_mask, visible_mask
+from modeling.base_model import ChatGLMBackbone, ChatGLMCausalLM, LayerInputs
 from modeling.fused_ops import Rotation
 from modeling.loss import OutputLayer
 from modeling.prefix_encoder import PrefixEncoder
@@ -23,7 +27,7 @@ from runtime.exits import UserError
 RESIDUAL_FACTOR = math.sqrt(2 * 28)
 
 
-def rotary_angles(positions, rotary_size, dtype):
+def rotary_angles(positions: torch.Tensor, rotary_size: int, dtype: torch.dtype) -> Rotary:
     """cos and sin (B, 1, L, 2 rotary_size) for positions (B, 2, L), rounded to float16 at every step.
 
     The first half of the channels is for position row 0, the second for row 1.
@@ -38,7 +42,7 @@ def rotary_angles(positions, rotary_size, dtype):
     return angles.cos().half().to(dtype), angles.sin().half().to(dtype)
 
 
-def rotate(x, cos, sin):
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate x (B, N, L, D) by cos and sin (B, 1, L, D): within each half of the channels, first half with second."""
     result = x * cos
     (first, second), (new_first, new_second), (first_sin, second_sin) = (
@@ -52,7 +56,7 @@ def rotate(x, cos, sin):
 class Attention(nn.Module):
     """Multi-head attention; the fused projection is interleaved per head: (N, 3 D) -> q, k, v."""
 
-    def __init__(self, config, layer_idx):
+    def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -60,29 +64,37 @@ class Attention(nn.Module):
         self.head_size = config.head_dim
         self.num_key_value_groups = 1
         self.scaling = self.head_size**-0.5
+        self.attention_dropout = 0.0  # of every release
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states, mask, cos, sin, prefix_key, prefix_value, past_key_values=None):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        mask: Mask,
+        rotary: Rotary,
+        prefix: Pair | None = None,
+        past_key_values: Any = None,
+    ) -> torch.Tensor:
         batch, length, _ = hidden_states.shape
         fused = self.query_key_value(hidden_states).view(batch, length, self.num_heads, 3 * self.head_size)
         query, key, value = fused.transpose(1, 2).chunk(3, dim=-1)  # B N L D
-        query, key = (Rotation.apply(part, cos, sin, rotate) for part in (query, key))
+        query, key = (Rotation.apply(part, *rotary, rotate) for part in (query, key))
         value = value.contiguous()  # kept for the backward pass, a view would keep the whole projection
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        return self.dense(attend(self, query, key, value, mask, prefix_key, prefix_value))
+        return self.dense(attend(self, query, key, value, mask, prefix))
 
 
 class MLP(nn.Module):
     """Two linear layers with GELU (tanh approximation)."""
 
-    def __init__(self, config):
+    def __init__(self, config: Any) -> None:
         super().__init__()
         self.dense_h_to_4h = nn.Linear(config.hidden_size, config.inner_hidden_size)
         self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden_states), approximate="tanh"))
 
 
@@ -92,16 +104,25 @@ class GLMBlock(GradientCheckpointingLayer):
     The residual takes the normalised value, not x.
     """
 
-    def __init__(self, config, layer_idx):
+    def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__()
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.attention = Attention(config, layer_idx)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, hidden_states, mask, *rotary_and_prefix, past_key_values=None):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        mask: Mask,
+        rotary: Rotary,
+        prefix_key: torch.Tensor | None = None,
+        prefix_value: torch.Tensor | None = None,
+        past_key_values: Any = None,
+    ) -> torch.Tensor:
         normed = self.input_layernorm(hidden_states)
-        attended = self.attention(normed, mask, *rotary_and_prefix, past_key_values=past_key_values)
+        prefix = None if prefix_key is None else (prefix_key, prefix_value)
+        attended = self.attention(normed, mask, rotary, prefix, past_key_values=past_key_values)
         hidden_states = normed * RESIDUAL_FACTOR + attended
         normed = self.post_attention_layernorm(hidden_states)
         return normed * RESIDUAL_FACTOR + self.mlp(normed)
@@ -114,7 +135,7 @@ class ChatGLMModel(ChatGLMBackbone):
     _no_split_modules = ["GLMBlock"]
     norm_last_hidden_state = True
 
-    def __init__(self, config):
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(GLMBlock(config, i) for i in range(config.num_layers))
@@ -122,23 +143,17 @@ class ChatGLMModel(ChatGLMBackbone):
         self.prefix_encoder = None
         if config.pre_seq_len:
             self.prefix_encoder = PrefixEncoder(
-                config.pre_seq_len,
-                config.num_layers,
-                config.num_attention_heads,
-                config.head_dim,
-                projection=config.prefix_projection,
-                embedding_size=config.hidden_size,
-                hidden_size=config.hidden_size,
+                config, config.num_attention_heads, config.head_dim, embedding_size=config.hidden_size
             )
         self.post_init()
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module:
         return self.word_embeddings
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: Any) -> None:
         self.word_embeddings = value
 
-    def prompt_layout(self, input_ids, attention_mask):
+    def prompt_layout(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         """Per row (B,): index of the first `<sop>` (without one all is context), index of its mask, left padding.
 
         The mask is `[gMASK]`, or `[MASK]` where there is no gMASK.
@@ -146,7 +161,7 @@ class ChatGLMModel(ChatGLMBackbone):
         length = input_ids.shape[1]
         index = torch.arange(length, device=input_ids.device)
 
-        def first(token_id, default):
+        def first(token_id: int, default: torch.Tensor) -> torch.Tensor:
             found = torch.where(input_ids == token_id, index, length).amin(dim=1)
             return torch.where(found < length, found, default)
 
@@ -157,7 +172,9 @@ class ChatGLMModel(ChatGLMBackbone):
             padding = (attention_mask[:, :length].long().cumsum(dim=1) == 0).sum(dim=1)
         return context, mask, padding
 
-    def position_rows(self, layout, start, stop, device):
+    def position_rows(
+        self, layout: tuple[torch.Tensor, ...], start: int, stop: int, device: torch.device
+    ) -> torch.Tensor:
         """Positions (B, 2, stop - start) of the tokens start..stop.
 
         Row 0: 0, 1, ... before `<sop>`, the index of the mask from there on; row 1: 0 before `<sop>`, then
@@ -171,14 +188,14 @@ class ChatGLMModel(ChatGLMBackbone):
 
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        row_lengths=None,
-        output_hidden_states=False,
-    ):
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        row_lengths: list[int] | None = None,
+        output_hidden_states: bool = False,
+    ) -> BaseModelOutputWithPast:
         """input_ids (B, L); position_ids (B, 2, L) or None; a cache remembers the rows' prompt layout.
 
         row_lengths: rows packed into one sequence, each with its own `[gMASK]` and `<sop>`.
@@ -205,7 +222,7 @@ class ChatGLMModel(ChatGLMBackbone):
 
         prefix = self.prefix_keys_values(batch, past_key_values, hidden_states.dtype)
         num_prefix = 0 if prefix is None else prefix.shape[3]
-        mask = None
+        mask: Mask = None
         if self.uses_flex(attention_mask, past_key_values):
             mask = flex_mask(batch, length, row_lengths, layout[0], num_prefix, input_ids.device)
         elif row_lengths is not None:
@@ -215,16 +232,8 @@ class ChatGLMModel(ChatGLMBackbone):
         elif attention_mask is not None or length > 1:
             mask = visible_mask(length, num_past, num_prefix, attention_mask, layout[0], input_ids.device)
         rotary = rotary_angles(position_ids, self.config.head_dim // 2, hidden_states.dtype)
-        return self.run_layers(
-            self.layers,
-            self.final_layernorm,
-            hidden_states,
-            mask,
-            rotary,
-            prefix,
-            past_key_values,
-            output_hidden_states,
-        )
+        inputs = LayerInputs(mask, rotary, prefix, past_key_values)
+        return self.run_layers(self.layers, self.final_layernorm, hidden_states, inputs, output_hidden_states)
 
 
 class ChatGLMForConditionalGeneration(ChatGLMCausalLM):
@@ -234,20 +243,20 @@ class ChatGLMForConditionalGeneration(ChatGLMCausalLM):
     _no_split_modules = ["GLMBlock"]
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
 
-    def __init__(self, config):
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.transformer = ChatGLMModel(config)
         self.lm_head = OutputLayer(config.hidden_size, config.vocab_size)
         self.post_init()
 
-    def get_output_embeddings(self):
+    def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def set_output_embeddings(self, value):
+    def set_output_embeddings(self, value: Any) -> None:
         self.lm_head = value
 
-    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids: Any, **kwargs: Any) -> dict:
         """The stock positions are one row of plain counts; ours follow from the prompt, so they are dropped."""
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
         inputs.pop("position_ids", None)
         return inputs

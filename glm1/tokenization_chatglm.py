@@ -1,7 +1,12 @@
 """Tokenizer of ChatGLM-6B (`ice_text.model`): white space has its own pieces, special ids are appended."""
 
+from __future__ import annotations
+
 import re
 import unicodedata
+from typing import Any
+
+import sentencepiece
 
 from modeling.tokenizer import SentencePieceTokenizer
 from runtime.exits import UserError
@@ -24,16 +29,16 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
 
     def __init__(
         self,
-        vocab_file,
-        bos_token="<sop>",
-        eos_token="<eop>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        gmask_token="[gMASK]",
-        mask_token="[MASK]",
-        num_image_tokens=0,
-        **kwargs,
-    ):
+        vocab_file: str,
+        bos_token: str = "<sop>",
+        eos_token: str = "<eop>",
+        pad_token: str = "<pad>",
+        unk_token: str = "<unk>",
+        gmask_token: str = "[gMASK]",
+        mask_token: str = "[MASK]",
+        num_image_tokens: int = 0,
+        **kwargs: Any,
+    ) -> None:
         if num_image_tokens:
             raise UserError(
                 f"tokenizer_config.json: num_image_tokens = {num_image_tokens}: this is the v1.0 vocabulary of"
@@ -51,23 +56,25 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
             **kwargs,
         )
 
-    def is_control_piece(self, token_id):
+    def is_control_piece(self, token_id: int) -> bool:
         """Also markers that a file keeps as ordinary pieces, and the pieces that stand for white space."""
         piece = self.sp_model.id_to_piece(token_id)
         return super().is_control_piece(token_id) or bool(MARKERS.fullmatch(piece) or piece in WHITE_SPACE)
 
-    def normalise(self, text):
+    def normalise(self, text: str) -> str:
         return unicodedata.normalize("NFKC", text.translate(DROPPED))
 
-    def encode_plain(self, text, reader):
+    def encode_plain(self, text: str, reader: sentencepiece.SentencePieceProcessor) -> list[int]:
         """Newline to `<n>`, tab to `<|tab|>`, runs of 2 to 80 spaces to `<|blank_k|>`, the longest first."""
         text = text.replace("\n", "<n>").replace("\t", "<|tab|>")
         return super().encode_plain(BLANKS.sub(lambda run: f"<|blank_{len(run.group())}|>", text), reader)
 
-    def piece_text(self, piece):
+    def piece_text(self, piece: str) -> str:
         return WHITE_SPACE.get(piece, piece)
 
-    def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None):
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
         """ids + [gMASK] <sop> (+ second ids + <eop>)."""
         ids = token_ids_0 + [self.get_command("[gMASK]"), self.get_command("<sop>")]
         return ids if token_ids_1 is None else ids + token_ids_1 + [self.get_command("<eop>")]

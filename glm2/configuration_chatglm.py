@@ -1,5 +1,7 @@
 """Configuration of ChatGLM2-6B; keys and defaults are those of the released config.json."""
 
+from typing import Any
+
 from modeling.base_config import ChatGLMConfigBase
 from runtime.exits import UserError
 
@@ -8,6 +10,7 @@ class ChatGLMConfig(ChatGLMConfigBase):
     """Settings of ChatGLM2-6B. `pre_seq_len` (tokens; None is off) and `prefix_projection` add a prefix encoder."""
 
     attribute_map = {"num_hidden_layers": "num_layers", "vocab_size": "padded_vocab_size", "head_dim": "kv_channels"}
+    window_key = "seq_length"
     fixed_values = {
         "rmsnorm": True,
         "post_layer_norm": True,
@@ -44,7 +47,7 @@ class ChatGLMConfig(ChatGLMConfigBase):
     eos_token_id: int = 2
     pad_token_id: int = 0
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
@@ -53,16 +56,16 @@ class ChatGLMConfig(ChatGLMConfigBase):
             )
 
     @property
-    def rotary_base(self):
+    def rotary_base(self) -> float:
         """Base of the rotary frequencies; `rope_ratio` does not change it (released modeling_chatglm.py)."""
         return 10000.0
 
     @property
-    def position_divisor(self):
+    def position_divisor(self) -> float:
         """What positions are divided by: ChatGLM2-6B-32k has a rope_ratio of 16."""
         return self.rope_ratio
 
     @property
-    def num_key_value_heads(self):
+    def num_key_value_heads(self) -> int:
         """Key/value heads G: shared by num_attention_heads / G query heads each."""
         return self.multi_query_group_num if self.multi_query_attention else self.num_attention_heads

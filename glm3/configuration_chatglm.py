@@ -9,11 +9,11 @@ class ChatGLMConfig(ChatGLM2Config):
     seq_length: int = 8192
 
     @property
-    def rotary_base(self):
+    def rotary_base(self) -> float:
         """Base of the rotary frequencies, multiplied by `rope_ratio`, unlike glm2's (released modeling_chatglm.py)."""
         return 10000.0 * self.rope_ratio
 
     @property
-    def position_divisor(self):
+    def position_divisor(self) -> float:
         """Positions are taken as they are."""
         return 1.0

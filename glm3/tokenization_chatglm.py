@@ -1,5 +1,7 @@
 """Tokenizer of ChatGLM3-6B: glm2's, with the tokens of the four roles."""
 
+from __future__ import annotations
+
 from glm2.tokenization_chatglm import ChatGLMTokenizer as ChatGLM2Tokenizer
 
 

@@ -10,7 +10,10 @@ A mask is one of
 - a `BlockMask`: any of these for flex attention, which leaves out blocks that nobody sees (`flex_mask`).
 """
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,17 +24,31 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 class PackedRows(NamedTuple):
     """Rows that share a sequence: their numbers of tokens in order, and the mask of each (None: causal)."""
 
-    lengths: list
-    masks: list
+    lengths: list[int]
+    masks: Sequence[torch.Tensor | None]
 
 
-def causal_mask(num_queries, num_keys, device):
+Mask = torch.Tensor | PackedRows | BlockMask | None
+Rotary = tuple[torch.Tensor, torch.Tensor]  # cos and sin
+Pair = tuple[torch.Tensor, torch.Tensor]  # key and value
+
+
+def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor:
     """bool (1, 1, Q, K): the last query sees all keys, each earlier one a key less."""
     mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
     return mask.tril(diagonal=num_keys - num_queries)[None, None]
 
 
-def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+def eager_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention written out: the reference that the kernels are compared with.
 
     query (B, N, Q, D), key and value (B, G, K, D), attention_mask bool (B, 1, Q, K), True where visible, or None.
@@ -49,24 +66,29 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
     return torch.matmul(probs, value).transpose(1, 2), probs
 
 
-def attend(module, query, key, value, mask, prefix_key=None, prefix_value=None, dropout=0.0):
+def attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: Mask,
+    prefix: Pair | None = None,
+) -> torch.Tensor:
     """Attention of new tokens (query (B, N, Q, D)) over prefix and other keys ((B, G, K, D)): (B, Q, N * D).
 
-    The prefix (B, G, P, D), or (rows, G, P, D) where rows are packed, is visible to every token.
+    prefix: key and value (B, G, P, D), or (rows, G, P, D) where rows are packed, which every token sees; None: none.
+    The module has `attention_dropout`, `scaling`, `num_key_value_groups` and the model's `config`.
     """
     if isinstance(mask, PackedRows):
-        rows = zip(*(tensor.split(mask.lengths, dim=2) for tensor in (query, key, value)), mask.masks)
-        prefixes = [(None, None)] * len(mask.lengths)
-        if prefix_key is not None:
-            prefixes = zip(prefix_key.split(1), prefix_value.split(1))
-        outputs = [attend(module, *row, *prefix, dropout=dropout) for row, prefix in zip(rows, prefixes)]
+        rows: Any = zip(*(tensor.split(mask.lengths, dim=2) for tensor in (query, key, value)), mask.masks, strict=True)
+        prefixes: Any = [None] * len(mask.lengths) if prefix is None else zip(*(part.split(1) for part in prefix))
+        outputs = [attend(module, q, k, v, m, each) for (q, k, v, m), each in zip(rows, prefixes, strict=True)]
         return torch.cat(outputs, dim=1)
 
-    if prefix_key is not None:
-        if prefix_key.shape[0] != key.shape[0]:  # packed rows in one call: the prefixes of all rows stand in front
-            prefix_key, prefix_value = (p.transpose(0, 1).flatten(1, 2)[None] for p in (prefix_key, prefix_value))
-        key = torch.cat((prefix_key, key), dim=2)
-        value = torch.cat((prefix_value, value), dim=2)
+    if prefix is not None:
+        if prefix[0].shape[0] != key.shape[0]:  # packed rows in one call: the prefixes of all rows stand in front
+            prefix = prefix[0].transpose(0, 1).flatten(1, 2)[None], prefix[1].transpose(0, 1).flatten(1, 2)[None]
+        key, value = torch.cat((prefix[0], key), dim=2), torch.cat((prefix[1], value), dim=2)
     num_queries = query.shape[2]
     if mask is None and 1 < num_queries < key.shape[2]:
         # Kernels align the causal rule at the first query and key. Empty queries in front move ours to the end,
@@ -76,13 +98,19 @@ def attend(module, query, key, value, mask, prefix_key=None, prefix_value=None, 
     if name == "flex_attention" and not isinstance(mask, BlockMask):
         name = "sdpa"  # generation, with its cache
     function = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
-    output, _ = function(
-        module, query, key, value, mask, dropout=dropout if module.training else 0.0, scaling=module.scaling
-    )
+    dropout = module.attention_dropout if module.training else 0.0
+    output, _ = function(module, query, key, value, mask, dropout=dropout, scaling=module.scaling)
     return output[:, -num_queries:].flatten(2)
 
 
-def visible_mask(num_queries, num_past, num_prefix, attention_mask, context_length, device):
+def visible_mask(
+    num_queries: int,
+    num_past: int,
+    num_prefix: int,
+    attention_mask: torch.Tensor | None,
+    context_length: torch.Tensor | None,
+    device: torch.device,
+) -> torch.Tensor:
     """Which keys a query may see, bool (B or 1, 1, Q, prefix + past + Q), True where visible.
 
     attention_mask: (B, past + Q), 0 on padding, or None; a ready (B, 1, Q, past + Q) bool mask is taken as it is.
@@ -102,11 +130,18 @@ def visible_mask(num_queries, num_past, num_prefix, attention_mask, context_leng
     return F.pad(visible, (num_prefix, 0), value=True)
 
 
-def flex_mask(batch_size, length, row_lengths, context_length, num_prefix, device):
+def flex_mask(
+    batch_size: int,
+    length: int,
+    row_lengths: list[int] | None,
+    context_length: torch.Tensor | None,
+    num_prefix: int,
+    device: torch.device,
+) -> BlockMask:
     """The mask of a training batch for flex attention; arguments as above, row_lengths of packed rows or None."""
     if row_lengths is None:
 
-        def visible(batch, head, query, key):
+        def visible(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
             place = key - num_prefix  # below 0 in the prefix
             seen = place <= query
             return seen if context_length is None else seen | (place < context_length[batch])
@@ -121,7 +156,7 @@ def flex_mask(batch_size, length, row_lengths, context_length, num_prefix, devic
         key_place = F.pad(place, (num_prefix * len(row_lengths), 0), value=-1)
         row, place, key_row, key_place = (tensor.to(device) for tensor in (row, place, key_row, key_place))
 
-        def visible(batch, head, query, key):
+        def visible(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
             seen = key_place[key] <= place[query]
             if context_length is not None:
                 seen = seen | (key_place[key] < context_length[row[query]])

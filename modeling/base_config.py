@@ -1,6 +1,7 @@
 """What the families' configurations check and save alike."""
 
 import re
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -22,22 +23,20 @@ CODE_KEYS = tuple(  # the library fetches and runs code that these name
 )
 
 
-class ChatGLMConfigBase(PreTrainedConfig):
+class ReleasedConfig(PreTrainedConfig):
     """Settings of a released config.json; values that would mean another network are refused, not ignored."""
 
-    model_type = "chatglm"
     keys_to_ignore_at_inference = ["past_key_values"]
     # The only values that released checkpoints use and this code computes: {name: value}.
-    fixed_values = {}
+    fixed_values = dict[str, Any]()
     # Of other families and libraries: no release has these keys, and they ask for another network or quantised weights.
-    absent_keys = ("rope_scaling", "rope_theta", "rope_parameters", "partial_rotary_factor", "quantization_config")
+    absent_keys = tuple[str, ...](("quantization_config",))
+    window_key = "max_position_embeddings"  # its value: tokens of a text at most
 
-    pre_seq_len: int | None = None
-    prefix_projection: bool = False
     use_cache: bool = True
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs):
+    def from_dict(cls, config_dict: dict, **kwargs: Any) -> "ReleasedConfig":
         """The configuration of a config.json. Only keys that mean something here reach the library."""
         for name in CODE_KEYS:
             value = config_dict.get(name)
@@ -59,25 +58,25 @@ class ChatGLMConfigBase(PreTrainedConfig):
         return super().from_dict(known, **kwargs)
 
     @classmethod
-    def declared(cls):
+    def declared(cls) -> list[str]:
         """Names of the families' own settings."""
-        families = [family for family in cls.__mro__ if issubclass(family, ChatGLMConfigBase)]
+        families = [c for c in cls.__mro__ if issubclass(c, PreTrainedConfig) and c is not PreTrainedConfig]
         return [name for family in families for name in vars(family).get("__annotations__", {})]
 
     @classmethod
-    def known_keys(cls):
+    def known_keys(cls) -> set[str]:
         """Keys of a config.json that are obeyed, or refused where their value is not the released one."""
         ids = [f"{name}_token_id" for name in ("bos", "eos", "pad", "mask", "gmask")]
         others = (*cls.attribute_map, *cls.fixed_values, *cls.absent_keys, "quantization_bit", "torch_dtype", "dtype")
         return {*cls.declared(), *ids, *others}
 
     @classmethod
-    def unused_keys(cls, config_dict):
+    def unused_keys(cls, config_dict: dict) -> list[str]:
         """Keys of a config.json that say something, and not to this code."""
         known = {*cls.known_keys(), *FREE_KEYS}
         return [name for name, value in config_dict.items() if name not in known and value is not None]
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         for name in self.absent_keys:
             if kwargs.get(name) is not None:
                 value = shown(kwargs[name])
@@ -85,9 +84,6 @@ class ChatGLMConfigBase(PreTrainedConfig):
         super().__post_init__(**kwargs)
         for name in self.declared():
             self.check_value(name, getattr(type(self), name, None))
-        length = self.pre_seq_len
-        if length is not None and (type(length) is not int or not 0 <= length <= MOST):
-            raise UserError(f"config.json: pre_seq_len = {shown(length)}: must be a whole number of tokens")
         for name, value in self.fixed_values.items():
             if getattr(self, name, value) != value:
                 found = shown(getattr(self, name))
@@ -99,19 +95,19 @@ class ChatGLMConfigBase(PreTrainedConfig):
             )
 
     @property
-    def window(self):
+    def window(self) -> int:
         """Tokens of a text at most, question and answer: what the model was made for."""
-        return getattr(self, "max_sequence_length", None) or self.seq_length
+        return getattr(self, self.window_key)
 
     @property
-    def network_numbers(self):
+    def network_numbers(self) -> dict[str, float]:
         """{name: value} of the released numbers that decide what the network computes from its weights."""
         released = {name for name in self.declared() if type(getattr(type(self), name, None)) in (bool, int, float)}
-        free = ("max_sequence_length", "seq_length", "use_cache", "prefix_projection")
+        free = (self.window_key, "use_cache", "prefix_projection")
         kept = [name for name in released if name not in free and not name.endswith("_token_id")]
         return {name: float(getattr(self, name)) for name in kept}
 
-    def check_value(self, name, default):
+    def check_value(self, name: str, default: Any) -> None:
         """UserError for a value of another kind than the release has: an id, a size, a share, or true and false."""
         value = getattr(self, name)
         if type(default) not in (int, float, bool):
@@ -132,9 +128,26 @@ class ChatGLMConfigBase(PreTrainedConfig):
         if not is_good:
             raise UserError(f"config.json: {name} = {shown(value)}: must be {rule}, {default} in the release")
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         """The released key `torch_dtype` beside `dtype`, so that older code reads the right precision."""
         output = super().to_dict()
         if output.get("dtype") is not None:
             output["torch_dtype"] = output["dtype"]
         return output
+
+
+class ChatGLMConfigBase(ReleasedConfig):
+    """Settings that the three ChatGLMs have alike. `pre_seq_len` (tokens; None is off) and `prefix_projection` add a
+    prefix encoder."""
+
+    model_type = "chatglm"
+    absent_keys = ("rope_scaling", "rope_theta", "rope_parameters", "partial_rotary_factor", "quantization_config")
+
+    pre_seq_len: int | None = None
+    prefix_projection: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        length = self.pre_seq_len
+        if length is not None and (type(length) is not int or not 0 <= length <= MOST):
+            raise UserError(f"config.json: pre_seq_len = {shown(length)}: must be a whole number of tokens")

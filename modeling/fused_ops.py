@@ -1,11 +1,16 @@
 """Steps of a layer that keep as little as they can for the backward pass."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 
-def rms_norm(hidden, weight, eps):
+def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Root-mean-square norm of the last dimension, worked out in float32 (Zhang and Sennrich 2019)."""
     if hidden.device.type == "cpu":
         return RMSNormOnCPU.apply(hidden, weight, eps)
@@ -16,7 +21,7 @@ class RMSNormOnCPU(torch.autograd.Function):
     """What a GPU's kernel does: keeps the input and a number for each row. (..., H), weight (H,)."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, eps):
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         square = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=dtype).square_()
         scale = square.div_(hidden.shape[-1]).add_(eps).rsqrt_()
@@ -24,7 +29,7 @@ class RMSNormOnCPU(torch.autograd.Function):
         return (hidden * scale).mul_(weight).to(hidden.dtype)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         hidden, weight, scale = ctx.saved_tensors
         dtype, weight_grad = hidden.dtype, None
         hidden, grad = hidden.to(scale.dtype), grad.to(scale.dtype)
@@ -43,13 +48,13 @@ class SwiGLU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden):
+    def forward(ctx: Any, hidden: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(hidden)
         gate, up = hidden.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         (hidden,) = ctx.saved_tensors
         gate, up = hidden.chunk(2, dim=-1)
         result = torch.empty_like(hidden)
@@ -63,13 +68,13 @@ class Rotation(torch.autograd.Function):
     """A rotation of x by `rotate(x, cos, sin)`, whose gradient is the rotation back: nothing of x is kept."""
 
     @staticmethod
-    def forward(ctx, x, cos, sin, rotate):
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotate: Callable) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.rotate = rotate
         return rotate(x, cos, sin)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         cos, sin = ctx.saved_tensors
         return ctx.rotate(grad, cos, -sin), None, None, None
 
@@ -77,7 +82,7 @@ class Rotation(torch.autograd.Function):
 class SeededDropout(nn.Dropout):
     """Dropout that keeps the seed of its mask, not the mask."""
 
-    def forward(self, hidden):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         if not self.training or self.p == 0.0:
             return hidden
         # Drawn on the CPU: the seed is a number here, and a GPU is not waited for.
@@ -89,16 +94,16 @@ class MaskFromSeed(torch.autograd.Function):
     """Times 0 with probability p, else times 1 / (1 - p); the mask is drawn again in the backward pass."""
 
     @staticmethod
-    def forward(ctx, hidden, p, seed):
+    def forward(ctx: Any, hidden: torch.Tensor, p: float, seed: int) -> torch.Tensor:
         ctx.p, ctx.seed = p, seed
         return MaskFromSeed.times_mask(hidden, p, seed)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         return MaskFromSeed.times_mask(grad, ctx.p, ctx.seed), None, None
 
     @staticmethod
-    def times_mask(tensor, p, seed):
+    def times_mask(tensor: torch.Tensor, p: float, seed: int) -> torch.Tensor:
         generator = torch.Generator(tensor.device).manual_seed(seed)
         # One draw makes four numbers of 16 bits (p is right to 2**-17): drawing is what dropout costs on a CPU.
         bits = torch.empty(-(-tensor.numel() // 4), dtype=torch.int64, device=tensor.device)

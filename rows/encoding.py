@@ -9,7 +9,7 @@ import threading
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from modes import Mode
+from modeling.family import Family
 from rows.checks import Columns, Notes
 from rows.reading import Part, check_items, read_file
 from runtime.exits import UserError
@@ -74,7 +74,7 @@ class Encoding:
 
     columns: Columns
     tokenizer: object
-    mode: Mode
+    mode: Family
     max_len: int
     max_src_len: int
     is_skip: bool

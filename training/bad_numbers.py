@@ -97,7 +97,7 @@ def first_bad_module(model, batch):
     handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
     try:
         with torch.no_grad():
-            loss = model(**batch, num_items_in_batch=1).loss.item()
+            loss = model(**batch).token_losses.sum().item()
     finally:
         for handle in handles:
             handle.remove()

@@ -116,7 +116,7 @@ def evaluation_loss(engine, rows, batch_size, pad_token_id, device, group):
         for i in range(num_batches):
             numbers = mine[i * batch_size : (i + 1) * batch_size]
             batch = to_device(collate([rows[n] for n in numbers], pad_token_id), device)
-            loss_sum += engine(**batch, num_items_in_batch=1).loss.double()
+            loss_sum += engine(**batch).token_losses.double().sum()
             num_labels += int(rows.num_labels[numbers].sum())
     engine.train()
     loss_sum, num_labels = sum_over_ranks(loss_sum, num_labels, group=group)

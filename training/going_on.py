@@ -8,10 +8,11 @@ from checkpoints.bases import OTHER_BASE_FIX
 from checkpoints.foreign import NO_BASE_FIX, has, holds_adapter
 from checkpoints.opening import BASE_FIX, RUN_FILE, check_opened, open_checkpoint, read_run
 from checkpoints.trained_weights import TRAINED_FILES, fill, settings_of, trained_shapes
+from modes import LORA_TARGETS
 from runtime.exits import UserError
 from runtime.folders import file_entry
 from runtime.plain_files import shown
-from train_types import LORA_TARGETS, TRAIN_TYPES, add_lora, split_names
+from train_types import TRAIN_TYPES, add_lora, split_names
 from utils import read_json
 
 NAMES = {"adapter": "an adapter", "prefix": "a prefix encoder"}
@@ -147,7 +148,7 @@ def put_start(model, start, args):
         changes = {"inference_mode": False, "lora_dropout": args.lora_dropout}
         model = add_lora(model, settings_of(start, trained_shapes(start), **changes))
     else:
-        model = TRAIN_TYPES[args.train_type].prepare(model, args)
+        model = TRAIN_TYPES[args.train_type].prepare(model, args, start.mode)
     fill(model, start)
     return model
 

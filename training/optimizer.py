@@ -8,13 +8,13 @@ from runtime.exits import UserError
 ADAM = {"betas": [0.9, 0.95], "eps": 1e-8}  # what no flag changes
 
 
-def parameter_groups(model, weight_decay):
-    """Trained parameters in two groups: decayed, and (norms, biases) not."""
+def parameter_groups(model, weight_decay, norms):
+    """Trained parameters in two groups: decayed, and (norms, biases) not. norms: parts of the names of norms."""
     decayed, plain = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             # By name: ZeRO-3 flattens what it holds, so the dimension does not tell.
-            is_plain = name.endswith(".bias") or "layernorm" in name
+            is_plain = name.endswith(".bias") or any(part in name for part in norms)
             (plain if is_plain else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
@@ -50,9 +50,9 @@ def choose_adam(wanted, offload, device):
     return False, "torch AdamW"
 
 
-def build_optimizer(model, args, is_compiled=False):
+def build_optimizer(model, args, norms, is_compiled=False):
     """AdamW over the trained weights: torch's, or DeepSpeed's compiled one for the CPU."""
-    groups = parameter_groups(model, args.weight_decay)
+    groups = parameter_groups(model, args.weight_decay, norms)
     if is_compiled:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 

@@ -56,7 +56,7 @@ def test_useful_work_is_counted(mode):
     ):
         model = random_model("tiny", mode, torch.float32, "cpu").train()
         if trains != "all":
-            model = TRAIN_TYPES["freeze"].prepare(model, SimpleNamespace(freeze_module_name=trains))
+            model = TRAIN_TYPES["freeze"].prepare(model, SimpleNamespace(freeze_module_name=trains), mode)
         assert step.useful_flops(model, batch, rows, config) == pytest.approx(wanted, rel=0.02)
 
 

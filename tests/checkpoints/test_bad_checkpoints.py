@@ -423,8 +423,8 @@ def test_layers_2_is_not_layers_27(pattern):
         f"--train_path x --model_name_or_path x --output_dir x --freeze_module_name {pattern}".split()
     )
     names = [name for name, _ in model.named_parameters()]
-    assert train_types.freeze_problems(names, args) == []
-    train_types.freeze_prepare(model, args)
+    assert train_types.freeze_problems(names, args, mode) == []
+    train_types.freeze_prepare(model, args, mode)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {name for name in names if name.startswith("transformer.layers.2.")}
     assert {name for name in names if ".layers.27." in name}

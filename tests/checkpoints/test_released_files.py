@@ -56,7 +56,7 @@ def saved(golden, tmp_path_factory):
         args = SimpleNamespace(mode=golden.mode.name, train_type=train_type, model_name_or_path=str(base), **flags)
         config = golden.mode.config_class.from_pretrained(base, **(prefix if train_type == "ptuning" else {}))
         model = base_weights.load_base(str(base), golden.mode, config, torch.float32)
-        model = TRAIN_TYPES[train_type].prepare(model, args)
+        model = TRAIN_TYPES[train_type].prepare(model, args, golden.mode)
         tokenizer = golden.mode.tokenizer_class.from_pretrained(base)
         run = describe_run(args, str(base), "fp32", epoch=1, step=1)
         folders[train_type] = place / train_type

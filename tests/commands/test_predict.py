@@ -32,7 +32,7 @@ def adapter(golden, tmp_path_factory):
         lora_dropout=0.0,
         lora_module_name="query_key_value,dense_4h_to_h",
     )
-    model = TRAIN_TYPES["lora"].prepare(golden.model(), args)
+    model = TRAIN_TYPES["lora"].prepare(golden.model(), args, golden.mode)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)

@@ -70,7 +70,7 @@ def test_a_glm_block_with_zero_weights_scales_its_norms(num_layers):
             torch.nn.init.zeros_(parameter)
     hidden = torch.randn(1, 3, 16, dtype=torch.float64)
     ones = torch.ones(1, 1, 3, 8, dtype=torch.float64)
-    out = block(hidden, None, ones, 0 * ones, None, None)
+    out = block(hidden, None, (ones, 0 * ones))
 
     def norm(x):
         return (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()

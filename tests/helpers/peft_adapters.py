@@ -4,7 +4,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from refusing import change_json
 
-from train_types import LORA_TARGETS
+from modes import LORA_TARGETS
 
 CPU = torch.device("cpu")
 LAST = "layers.1.mlp.dense_4h_to_h"

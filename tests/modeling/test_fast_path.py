@@ -46,15 +46,16 @@ def build(mode_name, kind):
     torch.manual_seed(1)
     if kind.startswith("prefix"):
         model = golden.prefix_model(kind)
-        model = TRAIN_TYPES["ptuning"].prepare(model, None)
+        model = TRAIN_TYPES["ptuning"].prepare(model, None, golden.mode)
     elif kind == "lora":
-        model = TRAIN_TYPES["lora"].prepare(golden.model(), LORA)
+        model = TRAIN_TYPES["lora"].prepare(golden.model(), LORA, golden.mode)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.05)
     elif kind == "freeze":
         last = golden.config().num_layers - 1
-        model = TRAIN_TYPES["freeze"].prepare(golden.model(), SimpleNamespace(freeze_module_name=f"layers.{last}."))
+        args = SimpleNamespace(freeze_module_name=f"layers.{last}.")
+        model = TRAIN_TYPES["freeze"].prepare(golden.model(), args, golden.mode)
     else:
         model = golden.model()
     for module in model.modules():
@@ -137,7 +138,7 @@ def test_loss_under_outer_scaling(scale, trains, monkeypatch):
     results = []
     for make_loss in (
         lambda h, w: torch.nn.functional.cross_entropy(h @ w.T, targets, reduction="sum"),
-        lambda h, w: loss_module.LinearCrossEntropy.apply(h, w, targets, True),
+        lambda h, w: loss_module.LinearCrossEntropy.apply(h, w, targets, True).sum(),
     ):
         for num_rows in (1000, 5):
             monkeypatch.setattr(loss_module, "MAX_LOGITS_BYTES", num_rows * 50 * 4)
@@ -170,7 +171,7 @@ def test_loss_in_16_bits_is_float32(dtype):
     values = []
     for kind in (torch.float32, dtype):
         h, w = hidden.to(dtype).to(kind).requires_grad_(), weight.to(dtype).to(kind).requires_grad_()
-        loss = loss_module.LinearCrossEntropy.apply(h, w, targets, True)
+        loss = loss_module.LinearCrossEntropy.apply(h, w, targets, True).sum()
         assert loss.dtype == torch.float32
         (loss / 600).backward()
         values.append((loss.detach(), h.grad.float(), w.grad.float()))
@@ -339,7 +340,7 @@ def test_flags_of_lora_reach_the_layers(mode_name):
     """Kind: a flag that every fixture leaves at its default. Rank, alpha / rank, and the dropout of each layer."""
     flags = dict(lora_dim=4, lora_alpha=10, lora_dropout=0.25, lora_module_name="query_key_value,dense_4h_to_h")
     golden = Golden(mode_name)
-    model = TRAIN_TYPES["lora"].prepare(golden.model(), SimpleNamespace(**flags))
+    model = TRAIN_TYPES["lora"].prepare(golden.model(), SimpleNamespace(**flags), golden.mode)
     from peft.tuners.lora import LoraLayer
 
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
@@ -374,7 +375,8 @@ def test_a_new_prefix_has_the_bounds_of_linear_layers():
     from modeling.prefix_encoder import PrefixEncoder
 
     torch.manual_seed(0)
-    encoder = PrefixEncoder(64, 2, 2, 8, True, embedding_size=64, hidden_size=400)
+    sizes = dict(pre_seq_len=64, num_hidden_layers=2, prefix_projection=True, hidden_size=400)
+    encoder = PrefixEncoder(SimpleNamespace(**sizes), num_heads=2, head_size=8, embedding_size=64)
     encoder.reset_parameters()
     for layer, inputs in ((encoder.trans[0], 64), (encoder.trans[2], 400)):
         for parameter in (layer.weight, layer.bias):
@@ -418,7 +420,7 @@ def test_the_gradient_of_many_float16_rows_does_not_overflow():
     """600 rows that all want the same token: their sum is beyond 65504, the mean is not."""
     hidden = torch.full((600, 4), 200.0, dtype=torch.float16)
     weight = torch.zeros(3, 4, dtype=torch.float16, requires_grad=True)
-    loss = loss_module.LinearCrossEntropy.apply(hidden, weight, torch.zeros(600, dtype=torch.long), True)
+    loss = loss_module.LinearCrossEntropy.apply(hidden, weight, torch.zeros(600, dtype=torch.long), True).sum()
     (loss / 600).backward()
     assert loss.item() == pytest.approx(600 * 1.0986123, rel=1e-5)  # log 3
     wanted = torch.tensor([-400 / 3, 200 / 3, 200 / 3])[:, None].expand(3, 4)
@@ -433,10 +435,53 @@ def test_targets_are_the_next_tokens():
     torch.manual_seed(0)
     hidden = torch.randn(2, 4, 2)
     rows = layer(hidden[0, [0, 2]])
-    wanted = torch.nn.functional.cross_entropy(rows, torch.tensor([3, 5]), reduction="sum")
-    for num_items, count in ((None, 2), (10, 10)):
-        found = loss_module.labelled_loss(hidden, labels, layer, num_items)
-        assert found.item() == pytest.approx(wanted.item() / count, rel=1e-6)
+    wanted = torch.nn.functional.cross_entropy(rows, torch.tensor([3, 5]), reduction="none")
+    for positions in (None, torch.tensor([0, 2])):
+        torch.testing.assert_close(loss_module.token_losses(hidden, labels, layer, positions), wanted)
+
+
+OBJECTIVES = {  # of the losses of the tokens
+    "sum": lambda losses: losses.sum() / 7,
+    "expanded by hand": lambda losses: (losses * torch.ones(()).expand(len(losses))).sum(),
+    "weighted": lambda losses: (losses * torch.linspace(0, 2, len(losses), dtype=losses.dtype)).sum(),
+    "focal": lambda losses: ((1 - (-losses).exp()) ** 2 * losses).mean(),
+    "one token": lambda losses: losses[3],
+    "of some": lambda losses: losses[losses > 2].sum(),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("num_rows", [1000, 5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_any_objective_of_the_token_losses_has_its_gradient(name, num_rows, dtype, monkeypatch):
+    """Against torch's own operators in float64: losses, and the gradients of hidden states and of the weight."""
+    monkeypatch.setattr(loss_module, "MAX_LOGITS_BYTES", num_rows * 50 * 4)
+    torch.manual_seed(0)
+    hidden, weight, targets = (
+        torch.randn(23, 16).to(dtype),
+        (torch.randn(50, 16) / 4).to(dtype),
+        torch.randint(50, (23,)),
+    )
+    h, w = (tensor.double().requires_grad_() for tensor in (hidden, weight))
+    wanted = torch.nn.functional.cross_entropy(h @ w.T, targets, reduction="none")
+    OBJECTIVES[name](wanted).backward()
+    layer = loss_module.OutputLayer(16, 50).to(dtype)
+    layer.weight.data = weight
+    hidden.requires_grad_()
+    losses = layer(hidden, targets)
+    assert losses.dtype == torch.promote_types(dtype, torch.float32) and losses.shape == (23,)
+    OBJECTIVES[name](losses).backward()
+    bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for found, exact in ((losses, wanted), (hidden.grad, h.grad), (layer.weight.grad, w.grad)):
+        assert (found.double() - exact).norm() <= bound * exact.norm()
+
+
+def test_no_token_has_no_loss_and_no_gradient():
+    layer, hidden = loss_module.OutputLayer(4, 9), torch.zeros(0, 4, requires_grad=True)
+    losses = layer(hidden, torch.zeros(0, dtype=torch.long))
+    assert losses.shape == (0,) and losses.sum() == 0
+    (losses.sum() / 3).backward()
+    assert hidden.grad.shape == (0, 4) and not layer.weight.grad.any()
 
 
 def test_every_layer_is_recomputed_unless_an_interval_is_given():
@@ -448,7 +493,9 @@ def test_every_layer_is_recomputed_unless_an_interval_is_given():
 
 def test_layers_above_trained_embeddings_are_recomputed():
     """Where the embeddings alone train, gradients flow through every layer."""
-    model = TRAIN_TYPES["freeze"].prepare(Golden("glm3").model(), SimpleNamespace(freeze_module_name="embedding."))
+    args = SimpleNamespace(freeze_module_name="embedding.")
+    golden = Golden("glm3")
+    model = TRAIN_TYPES["freeze"].prepare(golden.model(), args, golden.mode)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == [
         "transformer.embedding.word_embeddings.weight"
     ]

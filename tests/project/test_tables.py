@@ -7,24 +7,52 @@ import torch
 from reference import GOLDEN_FOLDERS, ROOT
 
 from flags.train import train_parser
+from modeling.base_config import ReleasedConfig
+from modeling.base_model import LabelledLM
+from modeling.prefix_encoder import PrefixEncoder
 from modes import MODES, possible_modes
 from tests.commands import test_launch
 from train_types import TRAIN_TYPES, count_parameters, matches
+from training.optimizer import parameter_groups
 
 
 @pytest.mark.parametrize("name", MODES)
-def test_mode_is_finished(name):
-    mode = MODES[name]
-    assert name == mode.name and name in GOLDEN_FOLDERS
+def test_family_is_finished(name):
+    family = MODES[name]
+    assert name == family.name and family.title and name in GOLDEN_FOLDERS
     for required in ("config_class", "model_class", "tokenizer_class"):
-        assert getattr(mode, required).__module__.startswith(mode.package + ".")
-    assert all(hasattr(mode.config_class, key) for key in mode.vllm_values or {})
-    prompt = mode.prompt
+        assert getattr(family, required).__module__.startswith(family.package + ".")
+    assert issubclass(family.config_class, ReleasedConfig) and issubclass(family.model_class, LabelledLM)
+    assert all(hasattr(family.config_class, key) for key in family.vllm_values or {})
+    prompt = family.prompt
     assert prompt.RESERVED >= 3 and prompt.SUPERVISED_PROMPT_IDS in (0, 1)
     for function in ("encode_prompt", "encode_answer", "stop_ids", "clean_response"):
         assert inspect.getdoc(getattr(prompt, function))
     assert possible_modes(str(GOLDEN_FOLDERS[name])) == [name]
     assert any(case[0] == name for case in test_launch.CASES)
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_names_of_a_family_are_those_of_its_network(name):
+    """Layers, norms, linear layers, the prefix encoder, the fields of a batch, ids of its configuration."""
+    family = MODES[name]
+    changes = {"pre_seq_len": 2} if family.prefix_encoder else {}
+    config = family.config_class.from_pretrained(GOLDEN_FOLDERS[name], **changes)
+    with torch.device("meta"):
+        model = family.model_class(config)
+    layers = model.get_submodule(family.layers)
+    assert len(layers) == config.num_hidden_layers
+    linear = {name.split(".")[-1] for name, module in layers.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert set(family.lora_targets) == linear
+    norms = [name for name, module in model.named_modules() if type(module).__name__.endswith("Norm")]
+    assert norms and all(any(part in name for part in family.norms) for name in norms)
+    decayed, _ = parameter_groups(model, 0.1, family.norms)
+    assert all(parameter.dim() == 2 for parameter in decayed["params"])
+    if family.prefix_encoder:
+        assert isinstance(model.get_submodule(family.prefix_encoder), PrefixEncoder)
+    assert set(family.batch_fields) <= set(inspect.signature(type(model).forward).parameters)
+    assert [] != [name for name in family.special_ids if getattr(config, name, None) is not None]
+    assert config.window == getattr(config, config.window_key) > 0
 
 
 @pytest.mark.parametrize("name", TRAIN_TYPES)
@@ -41,8 +69,8 @@ def test_train_type_is_finished(name, mode_name):
     config = mode.config_class.from_pretrained(GOLDEN_FOLDERS[mode_name], **train_type.config_changes(args))
     with torch.device("meta"):
         model = mode.model_class(config)
-        assert train_type.problems([n for n, _ in model.named_parameters()], args) == []
-        model = train_type.prepare(model, args)
+        assert train_type.problems([n for n, _ in model.named_parameters()], args, mode) == []
+        model = train_type.prepare(model, args, mode)
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     expected = {
         "freeze": lambda n: ".layers.1." in n,

@@ -35,7 +35,7 @@ def saved(folder, train_type="lora", mode="glm3"):
     args = SimpleNamespace(mode=mode, train_type=train_type, model_name_or_path=golden.folder, **flags)
     torch.manual_seed(0)
     model = golden.model(**(PREFIX if train_type == "ptuning" else {}))
-    model = TRAIN_TYPES[train_type].prepare(model, args)
+    model = TRAIN_TYPES[train_type].prepare(model, args, golden.mode)
     for name, parameter in model.named_parameters():
         if "lora_B" in name or "prefix_encoder" in name:
             torch.nn.init.normal_(parameter, std=0.5)

@@ -10,6 +10,8 @@ import torch
 from training.ds_config import complete_config, conflicts, offloads, read_ds_file, wanted_precision
 from training.optimizer import build_optimizer, build_scheduler, choose_adam, learning_rate_factor, parameter_groups
 
+NORMS = ("layernorm",)
+
 
 def flags(**changes):
     values = {
@@ -50,7 +52,7 @@ def test_learning_rate(kind):
 def test_scheduler_sets_every_update(kind, rest):
     """Kind: a test that compares with the function under test. A quarter of ten updates warms up three, not two."""
     args = flags(warmup_ratio=0.25, lr_scheduler_type=kind)
-    optimizer = build_optimizer(torch.nn.Linear(2, 2), args)
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), args, NORMS)
     scheduler = build_scheduler(optimizer, args, num_steps=10)
     rates = []
     for _ in range(10):
@@ -68,14 +70,14 @@ def test_the_end_of_the_learning_rate():
 
 def test_what_no_flag_changes_reaches_adamw(monkeypatch):
     """Kind: constants that a test takes from the file under test, or from the golden files."""
-    [group] = build_optimizer(torch.nn.Linear(2, 2, bias=False), flags(weight_decay=0.3)).param_groups
+    [group] = build_optimizer(torch.nn.Linear(2, 2, bias=False), flags(weight_decay=0.3), NORMS).param_groups
     found = [group[name] for name in ("lr", "betas", "eps", "weight_decay", "fused", "amsgrad", "maximize")]
     assert found == [1e-3, (0.9, 0.95), 1e-8, 0.3, True, False, False]
     import deepspeed.ops.adam
 
     asked = {}
     monkeypatch.setattr(deepspeed.ops.adam, "DeepSpeedCPUAdam", lambda groups, **given: asked.update(given) or groups)
-    [group] = build_optimizer(torch.nn.Linear(2, 2, bias=False), flags(), is_compiled=True)
+    [group] = build_optimizer(torch.nn.Linear(2, 2, bias=False), flags(), NORMS, is_compiled=True)
     assert asked == {"lr": 1e-3, "adamw_mode": True, "betas": [0.9, 0.95], "eps": 1e-8}
     assert group["weight_decay"] == 0.1
 
@@ -84,7 +86,7 @@ def test_one_adamw_update_by_hand():
     """Decoupled decay, then a step of the learning rate in the direction of the gradient's sign."""
     model = torch.nn.Sequential(torch.nn.Linear(2, 1))
     torch.nn.init.constant_(model[0].weight, 2.0), torch.nn.init.constant_(model[0].bias, 2.0)
-    optimizer = build_optimizer(model, flags(learning_rate=0.5, weight_decay=0.1))
+    optimizer = build_optimizer(model, flags(learning_rate=0.5, weight_decay=0.1), NORMS)
     model(torch.tensor([[3.0, -4.0]])).sum().backward()
     optimizer.step()
     # 2 x (1 - 0.5 x 0.1) -+ 0.5 for the weight, 2 - 0.5 for the bias, which is not decayed
@@ -93,7 +95,7 @@ def test_one_adamw_update_by_hand():
 
 def test_weight_decay_spares_norms_and_biases(golden):
     model = golden.model()
-    decayed, plain = parameter_groups(model, 0.1)
+    decayed, plain = parameter_groups(model, 0.1, golden.mode.norms)
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     assert all(parameter.dim() == 2 for parameter in decayed["params"])
     assert all(parameter.dim() == 1 for parameter in plain["params"])

@@ -25,7 +25,7 @@ def lora():
     """(model, tokenizer, args) of glm3 with LoRA."""
     golden = Golden("glm3")
     args = SimpleNamespace(mode="glm3", train_type="lora", model_name_or_path=golden.folder, **FLAGS)
-    return TRAIN_TYPES["lora"].prepare(golden.model(), args), golden.tokenizer(), args
+    return TRAIN_TYPES["lora"].prepare(golden.model(), args, golden.mode), golden.tokenizer(), args
 
 
 def save(lora, folder):
@@ -164,7 +164,7 @@ def test_whole_weights_come_back(tmp_path):
 
     golden = Golden("glm3")
     args = SimpleNamespace(mode="glm3", train_type="all", model_name_or_path=golden.folder)
-    model = TRAIN_TYPES["all"].prepare(golden.model(), args)
+    model = TRAIN_TYPES["all"].prepare(golden.model(), args, golden.mode)
     with torch.no_grad():
         for number, parameter in enumerate(model.parameters()):
             parameter.add_(0.01 * number)
