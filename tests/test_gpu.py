@@ -4,16 +4,16 @@ import json
 
 import pytest
 import torch
-from conftest import GOLDEN_FOLDERS, ROOT
 from launching import check_done, free_port, run_command
+from reference import GOLDEN_FOLDERS, ROOT
 from safetensors.torch import load_file
-from test_fast_path import build, check_same, gradients, rows_of
 
 from benchmarks.plain import pad, plain_loss, plain_settings
 from checkpoints.base_weights import load_base
 from checkpoints.weight_files import stored_tensors
 from modes import MODES
 from rows.batches import collate, to_device
+from tests.modeling.test_fast_path import build, check_same, gradients, rows_of
 
 pytestmark = [
     pytest.mark.gpu,

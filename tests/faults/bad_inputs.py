@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 
 import torch  # noqa: E402, the path comes first
 from refusing import (  # noqa: E402
@@ -656,20 +656,20 @@ def files_in(folder):
 
 def problems_of(bad, folder):
     """Run one line of the table in an empty folder; a list of what is not as it should be."""
-    here = folder / f"case-{bad.id}" / "here"
-    here.mkdir(parents=True)
-    put("rows.json", ROW_LINE)(here)
-    bad.prepare(here)
+    place = folder / f"case-{bad.id}" / "here"
+    place.mkdir(parents=True)
+    put("rows.json", ROW_LINE)(place)
+    bad.prepare(place)
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"HF_DATASETS_CACHE": str(here.parent / "cache"), "HF_HUB_CACHE": str(here.parent / "hub")}
+    environment |= {"HF_DATASETS_CACHE": str(place.parent / "cache"), "HF_HUB_CACHE": str(place.parent / "hub")}
     environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "LC_ALL": "C.UTF-8"}
     script, *words = shlex.split(bad.command.format(**{name: shlex.quote(str(path)) for name, path in FOLDERS.items()}))
     limited = ["bash", "-c", f'ulimit -v {MEMORY_LIMIT}; exec "$@"', "bash", *(plain_user() or [])]
-    before = files_in(here)
+    before = files_in(place)
     try:
         done = subprocess.run(
             [*limited, sys.executable, str(ROOT / script), *words],
-            cwd=here,
+            cwd=place,
             env=environment,
             capture_output=True,
             stdin=subprocess.DEVNULL,
@@ -690,10 +690,10 @@ def problems_of(bad, folder):
         problems.append("stderr holds control characters")
     if "Traceback" in output + errors:
         problems.append("a traceback")
-    if files_in(here) != before:
-        changed = sorted(dict(files_in(here).items() ^ before.items()))
-        problems.append(f"written: {', '.join(os.path.relpath(path, here) for path in changed[:5])}")
-    if marker(here).exists():
+    if files_in(place) != before:
+        changed = sorted(dict(files_in(place).items() ^ before.items()))
+        problems.append(f"written: {', '.join(os.path.relpath(path, place) for path in changed[:5])}")
+    if marker(place).exists():
         problems.append("code in a file was run")
     return [*problems, f"stderr: {errors[-2000:].strip()}"] if problems else []
 

@@ -14,9 +14,9 @@ import time
 import psutil
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 
-from launching import free_port, hears_signals  # noqa: E402
+from launching import default_signals, free_port  # noqa: E402
 
 SCRIPT = ROOT / "tests" / "faults" / "faulty_train.py"
 TYPES = {
@@ -56,7 +56,7 @@ class Run:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
-            preexec_fn=hears_signals,
+            preexec_fn=default_signals,
         )
         self.started = time.monotonic()
         threading.Thread(target=self.read, daemon=True).start()

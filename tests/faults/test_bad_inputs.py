@@ -27,7 +27,7 @@ def test_bad_input(name, tmp_path):
 
 
 @pytest.mark.parametrize("protocol", [None, 2, 4])
-def test_the_attacks_are_real(protocol, tmp_path):
+def test_an_attack_runs_code_where_it_is_read_without_care(protocol, tmp_path):
     """Read without care, the file makes what the runner looks for."""
     folder = tmp_path / "case-attack" / "here"
     folder.mkdir(parents=True)
@@ -50,7 +50,7 @@ def test_what_is_written_is_seen(tmp_path):
     assert "written: a.scores.json" in problems
 
 
-def test_the_counts(tmp_path, capsys):
+def test_counts_of_the_runner(tmp_path, capsys):
     assert bad_inputs.main(["--only", "^(two|seven)-bad-flags$", "--json", str(tmp_path / "counts.json")]) == 0
     counts = json.loads((tmp_path / "counts.json").read_text())
     assert counts == {"total": 2, "as_documented": 2, "failed": [], "seconds": counts["seconds"]}

@@ -12,8 +12,8 @@ import time
 
 import psutil
 import pytest
-from conftest import ROOT
 from harness import TYPES, Run, last_weights, log_of, prepare
+from reference import ROOT
 
 from runtime.folders import is_whole, verify
 
@@ -58,7 +58,7 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path):
     assert len(list((folder / "out").glob("state-*"))) == len(list((folder / "out").glob("epoch-*"))) == 2
 
 
-def test_asked_to_leave(tmp_path):
+def test_signals_save_a_state_and_exit_with_75(tmp_path):
     """Ctrl-C to scripts/job.sh: the step ends, a state is saved, exit code 75, and nothing reads like a failure; then
     on one process, converted, and SIGTERM."""
     folder = prepare(tmp_path)
@@ -199,7 +199,7 @@ def train_alone(folder, flags, code=0, fault=""):
     return process.stdout + process.stderr
 
 
-def test_a_screen_that_takes_nothing(tmp_path):
+def test_a_full_log_disk_or_a_closed_pipe_does_not_end_training(tmp_path):
     """The disk that the log is sent to is full, or the reader of the pipe has gone: the run does not mind."""
     folder = prepare(tmp_path)
     command = f"{sys.executable} {ROOT}/train.py --train_path rows.json --model_name_or_path {ROOT}/tests/golden/glm3"

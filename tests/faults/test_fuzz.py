@@ -20,7 +20,7 @@ def quiet(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", fuzz.TARGETS)
-def test_some_files_of_each_kind(quiet, name):
+def test_made_files_are_accepted_or_refused(quiet, name):
     """Everything but success and a UserError is a fault of the reading code."""
     for chosen, content in fuzz.seeds_of(name).items():
         assert fuzz.read_input(name, chosen, content, quiet) == ("accepted", "")
@@ -79,7 +79,7 @@ def test_what_goes_wrong_is_a_problem(monkeypatch, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {f"{kind}-{n}-a-a.json" for kind in kinds[:6] for n in (0, 1)}
 
 
-def test_a_change_is_a_change():
+def test_most_made_files_differ_and_many_are_json():
     """Nearly all files differ from the one that they are made from, and many are still JSON."""
     content, rng = json.dumps(fuzz.ADAPTER).encode(), random.Random(1)
     made = [fuzz.json_file(json.loads(content), rng) for _ in range(300)]

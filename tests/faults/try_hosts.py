@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 
-from harness import hears_signals, last_weights, log_of
+from harness import default_signals, last_weights, log_of
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 SWITCH = "trial-switch"
@@ -98,7 +98,7 @@ class Host:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=hears_signals,
+                preexec_fn=default_signals,
             )
 
     @property
