@@ -29,7 +29,7 @@ from evaluation.forgetting import (
 )
 from evaluation.general_suite import suite_hash
 from flags.forgetting import output_problems, parse_args
-from generation.answerer import Answerer
+from generation.answerer import Answerer, DecodingSettings
 from runtime.exits import UserError
 from runtime.holding import holding, require_there
 from utils import choose_device, choose_precision, prepare_environment, torch_dtype
@@ -72,7 +72,8 @@ def measure(args, suite, before):
     rows = measure_losses(model, tokenizer, opened.mode.prompt, suite, args)
     require_there(args.output_path)
     if not args.no_generate:
-        answers = measure_answers(Answerer(model, tokenizer, opened.mode.prompt, args), suite, args)
+        answer = Answerer(model, tokenizer, opened.mode.prompt, DecodingSettings(args.max_new_tokens))
+        answers = measure_answers(answer, suite, args)
         rows = [{**row, **answer} for row, answer in zip(rows, answers)]
     result |= {**summary(rows), "before": None, "difference": None, "verdict": None}
     if before:

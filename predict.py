@@ -18,7 +18,7 @@ import time
 
 from checkpoints.opening import load_opened, open_checkpoint
 from flags.predict import output_file_problems, parse_predict
-from generation.answerer import Answerer, make_batches
+from generation.answerer import Answerer, DecodingSettings, make_batches
 from generation.lengths import settle_columns, settle_lengths
 from generation.prediction_file import (
     describe_answers,
@@ -58,10 +58,12 @@ def main(argv):
     if world_size() > 1:
         start_distributed(device)
     set_seed(args.seed)
-    alone = holding(args.output_path, check=lambda: output_file_problems(args))
+    alone = holding(
+        args.output_path, check=lambda: output_file_problems(args.output_path, args.test_path, args.overwrite)
+    )
     with alone if args.test_path else contextlib.nullcontext():
         model, tokenizer = load_opened(opened, torch_dtype(precision), device, args.allow_other_base)
-        answer = Answerer(model, tokenizer, opened.mode.prompt, args)
+        answer = Answerer(model, tokenizer, opened.mode.prompt, DecodingSettings.from_flags(args))
         for note in notes:
             print_rank_0(note, file=sys.stderr)  # on stdout an answer stands alone
 

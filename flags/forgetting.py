@@ -1,7 +1,5 @@
 """The flags of forgetting.py, with their checks."""
 
-import argparse
-
 from evaluation.forgetting import read_before
 from evaluation.general_suite import GENERAL, read_suite
 from flags.common import (
@@ -44,7 +42,6 @@ def forgetting_parser():
         help="tokens of a batch at most: rows x its longest row, answer included; one row is always taken; 0: off",
     )
     add_device_flags(parser)
-    parser.set_defaults(max_src_len=None, num_return_sequences=1, num_beams=1, do_sample=False, repetition_penalty=1.0)
     return parser
 
 
@@ -73,4 +70,4 @@ def parse_args(argv):
 def output_problems(args):
     """Is --output_path a file that may be written?"""
     inputs = [path for path in (args.before, args.suite) if path]
-    return output_file_problems(argparse.Namespace(**vars(args), test_path=inputs))
+    return output_file_problems(args.output_path, inputs, args.overwrite)

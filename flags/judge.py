@@ -48,6 +48,12 @@ def judge_parser():
         help="UTF-8 text file with the criteria; left out: accuracy, completeness, clarity and format; of questions:"
         " answerable, right, clear and harmless",
     )
+    add_endpoint_flags(parser)
+    return parser
+
+
+def add_endpoint_flags(parser: OneLineParser) -> None:
+    """How the endpoint is asked."""
     parser.add_argument("--concurrency", type=int, default=4, help="requests under way at a time")
     parser.add_argument(
         "--timeout",
@@ -70,7 +76,6 @@ def judge_parser():
         help="ask nothing, report what is in --output_path: of the rows, model and criteria given, or, without"
         " --predictions, --baseline and --model, of the whole file",
     )
-    return parser
 
 
 def parse(argv: list[str]):

@@ -118,7 +118,7 @@ def parse_predict(argv):
             stem = os.path.splitext(os.path.basename(os.path.normpath(args.test_path[0])))[0]
             args.output_path = os.path.join("predictions", model_label(args.model_path), f"{stem}.jsonl")
         if is_main():
-            problems += output_file_problems(args)
+            problems += output_file_problems(args.output_path, args.test_path, args.overwrite)
     else:
         problems += [
             f"--{name}: belongs to --test_path: remove it"
@@ -133,16 +133,13 @@ def parse_predict(argv):
     return args
 
 
-def output_file_problems(args):
-    """Is --output_path a file that may be written?"""
-    path = args.output_path
+def output_file_problems(path: str, inputs: list[str], overwrite: bool) -> list[str]:
+    """Is --output_path a file that may be written, and none of the inputs?"""
     if os.path.isdir(path):
         return [f"--output_path {path}: is a folder: name a file"]
-    if any(
-        os.path.exists(path) and os.path.samefile(path, source) for source in args.test_path if os.path.exists(source)
-    ):
+    if any(os.path.exists(path) and os.path.samefile(path, source) for source in inputs if os.path.exists(source)):
         return [f"--output_path {path}: is the input: choose another file"]
-    if os.path.exists(path) and not args.overwrite:
+    if os.path.exists(path) and not overwrite:
         return [f"--output_path {path}: exists: choose another or add --overwrite"]
     problem = place_problem("--output_path", path)
     return [problem] if problem else []

@@ -36,9 +36,21 @@ HOLD_SECONDS = 30  # of --output_dir with --resume: the processes of a killed ru
 BEST_METRICS = ("loss", "rougeL", "bleu4", "f1", "accuracy")  # of --metric_for_best_model
 
 
-def train_parser():
+def train_parser() -> OneLineParser:
     """Flags of train.py. The seed's names and meanings."""
     parser = OneLineParser(prog="train.py", description="Fine-tune ChatGLM-6B, ChatGLM2-6B or ChatGLM3-6B.")
+    add_data_flags(parser)
+    add_model_flags(parser)
+    training = parser.add_argument_group("training")
+    add_update_flags(training)
+    add_run_flags(training)
+    add_evaluation_flags(parser)
+    add_train_type_flags(parser)
+    return parser
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """The rows, and how they are fitted in."""
     data = parser.add_argument_group("data")
     data.add_argument(
         "--train_path",
@@ -72,6 +84,9 @@ def train_parser():
     data.add_argument("--num_proc", type=int, default=0, help="processes that encode rows; 0: all cores of this host")
     add_row_flags(data)
 
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """What is trained."""
     model = parser.add_argument_group("model")
     model.add_argument(
         "--model_name_or_path",
@@ -83,7 +98,9 @@ def train_parser():
     model.add_argument("--mode", choices=MODES, help="model family; left out: read from the checkpoint's config.json")
     model.add_argument("--train_type", choices=TRAIN_TYPES, default="lora", help="what trains")
 
-    training = parser.add_argument_group("training")
+
+def add_update_flags(training: argparse._ArgumentGroup) -> None:
+    """What decides the updates."""
     training.add_argument(
         "--output_dir",
         type=expanded_path,
@@ -133,6 +150,10 @@ def train_parser():
         default="ds_zero2_no_offload.json",
         help="DeepSpeed JSON: a path or a name in configs/",
     )
+
+
+def add_run_flags(training: argparse._ArgumentGroup) -> None:
+    """What a run shows, keeps and waits for."""
     training.add_argument("--show_loss_step", type=int, default=10, help="updates between log lines")
     training.add_argument(
         "--save_model_step", type=int, default=0, help="updates between checkpoints; 0: each epoch's end only"
@@ -170,6 +191,9 @@ def train_parser():
     )
     add_device_flags(training)
 
+
+def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
+    """Held-out rows, and what is chosen by them."""
     evaluation = parser.add_argument_group("evaluation while training")
     held_out = evaluation.add_mutually_exclusive_group()
     held_out.add_argument("--eval_path", type=expanded_path, nargs="+", help="held-out rows; left out: no evaluation")
@@ -202,6 +226,9 @@ def train_parser():
         help="evaluations in a row without a better value after which the run ends; 0: off",
     )
 
+
+def add_train_type_flags(parser: argparse.ArgumentParser) -> None:
+    """What belongs to one train type alone, as its entry in TRAIN_TYPES says."""
     freeze = parser.add_argument_group("--train_type freeze")
     freeze.add_argument(
         "--freeze_module_name", default="layers.27.", help="dotted parts of the weights that train, by comma"
@@ -220,7 +247,6 @@ def train_parser():
     lora.add_argument("--lora_alpha", type=float, default=30, help="the delta is scaled by lora_alpha / lora_dim")
     lora.add_argument("--lora_dropout", type=float, default=0.1, help="dropout before the matrices; 0: off")
     lora.add_argument("--lora_module_name", default="query_key_value", help="linear layers that get matrices, by comma")
-    return parser
 
 
 def parse_train(argv):

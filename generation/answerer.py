@@ -1,37 +1,72 @@
 """Answers to rows: batches of prompts in, texts out."""
 
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from modeling.family import Prompt
+    from modeling.tokenizer import SentencePieceTokenizer
+
+
+@dataclass(frozen=True)
+class DecodingSettings:
+    """How questions are answered; the fields are the flags of the same names. The usual values: one greedy answer."""
+
+    max_new_tokens: int  # of an answer at most
+    max_src_len: int | None = None  # tokens of a question, the rest is cut; None: nothing is
+    num_return_sequences: int = 1
+    num_beams: int = 1
+    repetition_penalty: float = 1.0  # 1: off
+    do_sample: bool = False
+    temperature: float = 0.8  # this and what follows: with do_sample
+    top_p: float = 0.8
+    top_k: int = 0  # 0: all
+
+    @classmethod
+    def from_flags(cls, args: argparse.Namespace) -> DecodingSettings:
+        """Those of a command's flags."""
+        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
+
+    def for_generate(self, stop_ids: list[int], pad_token_id: int) -> dict[str, Any]:
+        """The settings of transformers' `generate`."""
+        names = ["max_new_tokens", "num_return_sequences", "num_beams", "do_sample", "repetition_penalty"]
+        names += ["temperature", "top_p", "top_k"] if self.do_sample else []
+        ids = {"eos_token_id": stop_ids, "pad_token_id": pad_token_id}
+        return {**{name: getattr(self, name) for name in names}, **ids}
+
 
 class Answerer:
-    """A model with its prompt and decoding flags; called with a batch of encoded prompts, it answers them.
+    """A model with its prompt and decoding settings; called with a batch of encoded prompts, it answers them.
 
     A batch gives the same greedy answers as its rows alone: prompts are padded on the left and hidden. is_split: the
     weights are split over the ranks (ZeRO-3), which therefore generate in step until the last one is done.
     """
 
-    def __init__(self, model, tokenizer, prompt, args, is_split=False):
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: SentencePieceTokenizer,
+        prompt: Prompt,
+        settings: DecodingSettings,
+        is_split: bool = False,
+    ) -> None:
         self.model = model
         self.is_split = is_split
         self.tokenizer = tokenizer
         self.prompt = prompt
-        self.max_src_len = args.max_src_len
-        self.num_return_sequences = args.num_return_sequences
-        self.settings = {
-            "max_new_tokens": args.max_new_tokens,
-            "num_return_sequences": args.num_return_sequences,
-            "num_beams": args.num_beams,
-            "do_sample": args.do_sample,
-            "repetition_penalty": args.repetition_penalty,
-            "eos_token_id": prompt.stop_ids(tokenizer),
-            "pad_token_id": tokenizer.pad_token_id,
-        }
-        if args.do_sample:
-            self.settings |= {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
+        self.max_src_len = settings.max_src_len
+        self.num_return_sequences = settings.num_return_sequences
+        self.settings = settings.for_generate(prompt.stop_ids(tokenizer), tokenizer.pad_token_id)
 
-    def prompt_ids(self, query, history=()):
+    def prompt_ids(self, query: str, history: Sequence = ()) -> tuple[list[int], int]:
         """(ids, number of source ids that were cut)."""
         return self.prompt.encode_prompt(self.tokenizer, query, history, max_src_len=self.max_src_len)
 
-    def __call__(self, encoded):
+    def __call__(self, encoded: list[tuple[list[int], int]]) -> list[dict]:
         """For each of `prompt_ids`: {"predictions": texts, "stopped": bools, "source_cut": ids cut away}."""
         import torch
         from transformers import GenerationConfig
@@ -70,13 +105,13 @@ class Answerer:
         ]
 
 
-def make_batches(sizes, batch_size, batch_tokens):
+def make_batches(sizes: dict[int, int], batch_size: int, batch_tokens: int) -> list[list[int]]:
     """Lists of row numbers, the longest rows first, so that a lack of memory shows at once.
 
     sizes: tokens of each row, answers included, by its number. A batch has at most `batch_size` rows and, with each
     counted as its longest, `batch_tokens` tokens (0: off); one row is always taken.
     """
-    batches = []
+    batches: list[list[int]] = []
     room = 0  # rows that the last batch may still take
     for number in sorted(sizes, key=lambda number: (sizes[number], number), reverse=True):
         if room < 1:

@@ -98,7 +98,7 @@ def parse(argv):
     if args.output_path is None:
         stem = os.path.splitext(os.path.basename(os.path.normpath(args.test_path[0])))[0]
         args.output_path = os.path.join("predictions", model_label(args.model_path), f"{stem}.jsonl")
-    problems += output_file_problems(args)
+    problems += output_file_problems(args.output_path, args.test_path, args.overwrite)
     problems += folder_problems(args)
     if problems:
         fail(problems, flags.prog)
@@ -170,7 +170,9 @@ def main(argv):
         return
     print(*notes, sep="\n", end="\n" * bool(notes), flush=True)
     started = time.monotonic()
-    with holding(args.output_path, check=lambda: output_file_problems(args)):
+    with holding(
+        args.output_path, check=lambda: output_file_problems(args.output_path, args.test_path, args.overwrite)
+    ):
         lines = answer_rows(Client(args.url, tokenizer, opened.mode.prompt, args), rows, args.num_requests)
         require_there(args.output_path)
         write_whole(args.output_path, lines)

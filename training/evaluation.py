@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import sys
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from data_set import texts_of
@@ -79,17 +78,10 @@ class Evaluation:
         """The greedy answer to each of the texts, in their order, on every rank. Collective."""
         import torch.distributed as dist
 
-        from generation.answerer import Answerer
+        from generation.answerer import Answerer, DecodingSettings
 
         rank, world = dist.get_rank(), world_size()
-        settings = SimpleNamespace(
-            max_src_len=self.args.max_src_len,
-            max_new_tokens=self.args.eval_max_new_tokens,
-            num_return_sequences=1,
-            num_beams=1,
-            do_sample=False,
-            repetition_penalty=1.0,
-        )
+        settings = DecodingSettings(self.args.eval_max_new_tokens, self.args.max_src_len)
         is_split = engine.zero_optimization_stage() == 3
         answer = Answerer(engine.module, self.base.tokenizer, self.base.mode.prompt, settings, is_split)
         order = sorted(range(len(self.texts)), key=lambda n: (len(self.texts[n]["query"]), n), reverse=True)

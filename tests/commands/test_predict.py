@@ -195,7 +195,8 @@ def answerer(model, *flags):
     mode = MODES["glm3"]
     tokenizer = mode.tokenizer_class.from_pretrained(GOLDEN_FOLDERS["glm3"])
     args = predict_parser().parse_args(["--model_path", "x", "--prompt", "x", "--max_src_len", "64", *flags])
-    return generation_answerer.Answerer(model, tokenizer, mode.prompt, args)
+    settings = generation_answerer.DecodingSettings.from_flags(args)
+    return generation_answerer.Answerer(model, tokenizer, mode.prompt, settings)
 
 
 def test_where_an_answer_ends():
