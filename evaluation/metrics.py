@@ -1,16 +1,16 @@
 """The metrics of score.py: what a row gives, what the rows give together, and the sentence that says how.
 
 A row becomes a dict of numbers (`score_row`). A metric is a formula on the sums of these numbers over rows, so the
-value of all rows, of some of them and of a thousand resamples (bootstrap.py) come from the same lines. The text
+value of all rows, of some of them and of a thousand resamples (intervals.py) come from the same lines. The text
 libraries and numpy are imported once a row is scored.
 """
 
 import importlib.metadata
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from evaluation.row_scores import (
     FOLDING,
@@ -35,7 +35,7 @@ def share_of(column: str, whole: str) -> Callable:
     return lambda sums: share(sums[column], sums[whole])
 
 
-def macro_f1(sums):
+def macro_f1(sums: dict) -> Any:
     """The mean F1 of the labels that occur in references."""
     references, predictions, hits = (sums[f"label_{name}"] for name in ("references", "predictions", "hits"))
     occurs = references > 0
@@ -169,7 +169,7 @@ METRICS = {
 }
 
 
-def definitions(names=NO_TASK.metrics, normalize: bool = True) -> dict[str, str]:
+def definitions(names: Iterable[str] = NO_TASK.metrics, normalize: bool = True) -> dict[str, str]:
     """Say for each metric exactly how it is computed, with the installed library versions."""
     rouge, jieba, nltk = (importlib.metadata.version(name) for name in ("rouge-chinese", "jieba", "nltk"))
     parts = {
@@ -195,13 +195,7 @@ def definitions(names=NO_TASK.metrics, normalize: bool = True) -> dict[str, str]
     return {name: f"{METRICS[name].definition.format(**parts)} {FOLDING[normalize]}" for name in names}
 
 
-# ---------------------------------------------------------------- a row
-
-
-# ---------------------------------------------------------------- rows together
-
-
-class Columns(NamedTuple):
+class ScoreArrays(NamedTuple):
     """Scored rows as arrays over the N rows.
 
     numbers: {name: array}. labels: those of the references. The codes are places in it; a prediction that is no label
@@ -210,8 +204,8 @@ class Columns(NamedTuple):
 
     numbers: dict
     labels: list
-    reference_codes: object
-    predicted_codes: object
+    reference_codes: Any
+    predicted_codes: Any
 
 
 def labels_of(rows: list[dict]) -> list[str]:
@@ -220,7 +214,7 @@ def labels_of(rows: list[dict]) -> list[str]:
     return sorted(counts, key=lambda label: (-counts[label], label))
 
 
-def columns_of(rows: list[dict]) -> Columns:
+def score_arrays(rows: list[dict]) -> ScoreArrays:
     """Arrays of the numbers and labels of rows from `score_row`."""
     import numpy
 
@@ -228,48 +222,49 @@ def columns_of(rows: list[dict]) -> Columns:
     numbers = {name: numpy.array([row[name] or 0.0 for row in rows], dtype=float) for name in names}
     numbers["num_rows"] = numpy.ones(len(rows))
     if "label" not in rows[0]:
-        return Columns(numbers, [], None, None)
+        return ScoreArrays(numbers, [], None, None)
     labels = labels_of(rows)
-    places = {label: place for place, label in enumerate(labels)}
+    places: dict[str | None, int] = {label: place for place, label in enumerate(labels)}
     reference_codes = numpy.array([places[row["label"]] for row in rows])
     # No prediction is the empty label, even where a reference is empty: it is never right.
     known = (places.get(row["predicted_label"] or None, len(labels)) for row in rows)
-    return Columns(numbers, labels, reference_codes, numpy.array(list(known)))
+    return ScoreArrays(numbers, labels, reference_codes, numpy.array(list(known)))
 
 
-def sums_of(columns: Columns, weights=None) -> dict:
-    """{column: sum over rows}, with one sum for each row of `weights` [B, N], or with each row counted once.
+def sums_of(arrays: ScoreArrays, counts: Any = None) -> dict:
+    """{column: sum over rows}, with one sum for each row of `counts` [B, N], how often each row occurs, or with each row
+    counted once.
 
     Sums of labels have a second axis, the labels.
     """
     import numpy
 
-    if weights is None:
+    if counts is None:
         # fsum: the order of the rows does not change the last digit.
-        sums = {name: numpy.array([math.fsum(values)]) for name, values in columns.numbers.items()}
-        weights = numpy.ones((1, len(columns.numbers["num_rows"])))
+        sums = {name: numpy.array([math.fsum(values)]) for name, values in arrays.numbers.items()}
+        counts = numpy.ones((1, len(arrays.numbers["num_rows"])))
     else:
-        table = weights @ numpy.stack(list(columns.numbers.values()), axis=1)  # [B, columns]
-        sums = dict(zip(columns.numbers, table.T))
-    if columns.labels:
-        hits = columns.reference_codes == columns.predicted_codes
-        sums["label_references"] = count_codes(columns.reference_codes, weights, len(columns.labels))
-        sums["label_predictions"] = count_codes(columns.predicted_codes, weights, len(columns.labels))
-        sums["label_hits"] = count_codes(columns.reference_codes, weights * hits, len(columns.labels))
+        table = counts @ numpy.stack(list(arrays.numbers.values()), axis=1)  # [B, columns]
+        sums = dict(zip(arrays.numbers, table.T, strict=True))
+    if arrays.labels:
+        hits = arrays.reference_codes == arrays.predicted_codes
+        sums["label_references"] = count_codes(arrays.reference_codes, counts, len(arrays.labels))
+        sums["label_predictions"] = count_codes(arrays.predicted_codes, counts, len(arrays.labels))
+        sums["label_hits"] = count_codes(arrays.reference_codes, counts * hits, len(arrays.labels))
     return sums
 
 
-def count_codes(codes, weights, num_labels: int):
-    """The weight [B, labels] of each code below `num_labels`, where `codes` [N] has one more."""
+def count_codes(codes: Any, counts: Any, num_labels: int) -> Any:
+    """How many rows [B, labels] have each code below `num_labels`, where `codes` [N] has one more."""
     import numpy
 
     width = num_labels + 1
-    cells = codes + width * numpy.arange(len(weights))[:, None]  # [B, N]
-    counts = numpy.bincount(cells.ravel(), weights.ravel(), minlength=width * len(weights))
-    return counts.reshape(len(weights), width)[:, :num_labels]
+    cells = codes + width * numpy.arange(len(counts))[:, None]  # [B, N]
+    found = numpy.bincount(cells.ravel(), counts.ravel(), minlength=width * len(counts))
+    return found.reshape(len(counts), width)[:, :num_labels]
 
 
-def values_of(sums: dict, names) -> dict:
+def values_of(sums: dict, names: Iterable[str]) -> dict:
     """{metric: array of its values}, NaN where the metric has none."""
     import numpy
 
@@ -286,7 +281,7 @@ def metrics_of(rows: list[dict], task: str | None = None) -> dict[str, float | N
     names = find_task(task).metrics
     if not rows:
         return dict.fromkeys(names)
-    values = values_of(sums_of(columns_of(rows)), names)
+    values = values_of(sums_of(score_arrays(rows)), names)
     return {name: None if numpy.isnan(value[0]) else value[0].item() for name, value in values.items()}
 
 
@@ -318,5 +313,8 @@ def score_rows(predictions: list, references: list[str], task: str | None = None
         )
     names = find_task(task).metrics
     answers = ([prediction] if isinstance(prediction, str) else prediction for prediction in predictions)
-    rows = [score_row(list(texts), reference, names, normalize) for texts, reference in zip(answers, references)]
+    rows = [
+        score_row(list(texts), reference, names, normalize)
+        for texts, reference in zip(answers, references, strict=True)
+    ]
     return {**metrics_of(rows, task), "rows": rows}

@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from runtime.exits import UserError
 
@@ -16,17 +16,17 @@ class Predictions(NamedTuple):
     line_numbers: list[int]
 
     @property
-    def predictions(self):
+    def predictions(self) -> list[str]:
         """The first answer of each row."""
         return [answers[0] for answers in self.answers]
 
     @property
-    def empty_references(self):
+    def empty_references(self) -> list[int]:
         """Lines of the rows that have nothing to compare with."""
-        return [number for number, text in zip(self.line_numbers, self.references) if not text.strip()]
+        return [number for number, text in zip(self.line_numbers, self.references, strict=True) if not text.strip()]
 
     @property
-    def num_extra(self):
+    def num_extra(self) -> int:
         """Number of answers after the first ones."""
         return sum(map(len, self.answers)) - len(self.answers)
 
@@ -36,15 +36,15 @@ def problem(where: str, value: str, rule: str, fix: str) -> UserError:
     return UserError(f"{where}: {value}: {rule}: {fix}")
 
 
-def quote(value, limit: int = 60) -> str:
+def quote(value: object, limit: int = 60) -> str:
     """A value as it would stand in JSON, on one line and cut to `limit` characters."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= limit else text[:limit] + "..."
 
 
-def describe(value) -> str:
+def describe(value: object) -> str:
     """What a JSON value is, with the value itself where it is short and cannot be nested."""
-    kinds = {dict: "an object", list: "a list", str: "the string "}
+    kinds: dict[type, str] = {dict: "an object", list: "a list", str: "the string "}
     kind = kinds.get(type(value), "")
     return kind if isinstance(value, (dict, list)) else kind + quote(value)
 
@@ -63,7 +63,7 @@ def parse_row(where: str, line: bytes) -> dict:
     return row
 
 
-def require_column(where: str, row: dict, column: str, flag: str):
+def require_column(where: str, row: dict, column: str, flag: str) -> Any:
     """The value of a column that must be there."""
     if column not in row:
         keys = quote(list(row), limit=200) if row else "no columns"
@@ -112,7 +112,7 @@ def read_predictions(
     return rows
 
 
-def write_reports(reports: dict[Path, dict]):
+def write_reports(reports: dict[Path, dict]) -> None:
     """Write the JSON files: all of them beside their places first, then each moved in one step."""
     # Short names, because a long one with anything added could be too long.
     staged = {path: path.with_name(f".scores.{os.getpid()}.{i}.tmp") for i, path in enumerate(reports)}

@@ -6,13 +6,13 @@ LANGUAGES = ("en", "zh")
 class Words:
     """Says a text in a language. The English text is the key; {names} in it are filled in."""
 
-    def __init__(self, language="en"):
+    def __init__(self, language: str = "en") -> None:
         self.language = language
 
-    def __call__(self, text, **values):
+    def __call__(self, text: str, **values: object) -> str:
         return (ZH[text] if self.language == "zh" else text).format(**values)
 
-    def title(self, metric, english):
+    def title(self, metric: str, english: str) -> str:
         """What a metric is."""
         return TITLES_ZH[metric] if self.language == "zh" else english
 

@@ -414,7 +414,7 @@ def test_nothing_follows_from_one_row():
     rows = metrics.score_rows([["a_b_c"], [""]], ["a_b_c", "a_b_c"], "extraction")["rows"]
     one, other = ({"runs": [{"status": "done", "rows": [row]}]} for row in rows)
     for entry in (one, other):
-        figures.summarize(entry, find_task("extraction"))
+        figures.add_means(entry, find_task("extraction"))
     assert one["intervals"]["f1"] is None and figures.compared(one, other, "f1") == [100, None, None]
 
 
@@ -484,7 +484,7 @@ def test_seeds_are_averaged_within_each_resample():
     both = {"runs": [{"status": "done", "rows": part} for part in rows]}
     one = {"runs": both["runs"][:1]}
     for method in (both, one):
-        figures.summarize(method, find_task("extraction"))
+        figures.add_means(method, find_task("extraction"))
     assert both["metrics"]["f1"] == 50 and both["intervals"]["f1"] == pytest.approx([50, 50]) and both["spread"] == 0
     assert one["intervals"]["f1"] == intervals(rows[0], ["f1"])["f1"] and one["spread"] is None
     change = figures.compared(both, one, "f1")
@@ -641,7 +641,7 @@ def test_nothing_in_a_text_is_obeyed(written, tmp_path, monkeypatch):
 def test_what_a_command_line_shows_is_not_obeyed(tmp_path, capsys):
     """Names and paths on the terminal; and a command that does not exist ends with a line, as a shell's does."""
     runner = steps.Steps(tmp_path)
-    with pytest.raises(steps.StepFailed) as stop:
+    with pytest.raises(steps.StepError) as stop:
         runner.run("n\x1b[2J", "'no\x1b[2J\u202e' command", [], tmp_path / "x")
     shown = capsys.readouterr()
     assert stop.value.code == 127 and "no\\x1b[2J\\u202e: cannot be started (No such file" in shown.err
@@ -649,12 +649,12 @@ def test_what_a_command_line_shows_is_not_obeyed(tmp_path, capsys):
 
 
 def test_the_verdict():
-    lines = report_text.verdict(RESULTS)
+    lines = report_text.verdict_lines(RESULTS)
     assert lines[0] == "Best: 法, f1 81.75 [76.75, 86.75] on 50 test rows."
     assert "cannot be told apart from all: more test rows" in lines[2]
     assert lines[3] == "Of these, all takes the least memory (400.0 MB)."  # the time of one is not known
     assert lines[-1] == "Without figures: late."
-    assert report_text.verdict({**RESULTS, "methods": []}) == ["No method has been trained and scored yet."]
+    assert report_text.verdict_lines({**RESULTS, "methods": []}) == ["No method has been trained and scored yet."]
 
 
 def test_markdown_is_not_broken_by_answers(written):
@@ -766,7 +766,7 @@ def test_how_far_seeds_differ():
         rows = metrics.score_rows(answers, reference, "extraction")["rows"]
         runs.append({"status": "done", "rows": rows, "done": {"seconds": right}, "checkpoint_bytes": 3 * right})
     found = {"runs": runs}
-    figures.summarize(found, find_task("extraction"))
+    figures.add_means(found, find_task("extraction"))
     assert found["metrics"]["f1"] == pytest.approx(30) and found["spread"] == pytest.approx(700**0.5)
     assert [run["metrics"]["f1"] for run in runs] == pytest.approx([10, 20, 60])
     assert (found["seconds"], found["checkpoint_bytes"], found["num_rows"]) == (3, 9, 10)
@@ -774,13 +774,13 @@ def test_how_far_seeds_differ():
     low, high = found["intervals"]["f1"]
     assert low < 30 < high
     two = {"runs": [{**run, "rows": run["rows"][:2]} for run in runs]}
-    figures.summarize(two, find_task("extraction"))
+    figures.add_means(two, find_task("extraction"))
     assert two["intervals"]["f1"] == [pytest.approx(2 * 100 / 3), 100], "right, half right, right: two rows have ends"
     one = {"runs": runs[:1]}
-    figures.summarize(one, find_task("extraction"))
+    figures.add_means(one, find_task("extraction"))
     assert one["spread"] is None
     unfinished = {"runs": [runs[0], {"status": "failed with exit code 3"}]}
-    figures.summarize(unfinished, find_task("extraction"))
+    figures.add_means(unfinished, find_task("extraction"))
     assert unfinished["status"] == "failed with exit code 3" and "metrics" not in unfinished
 
 
@@ -791,20 +791,20 @@ def test_how_far_seeds_differ():
 def test_what_is_called_forgetting(change, is_forgotten):
     """A loss on general questions that rose by more than the noise; one that fell is none."""
     methods = [entry("m", 50.0, to_best=None, forgetting={"loss": change, "score": None})]
-    text = " ".join(report_text.verdict({**RESULTS, "methods": methods}))
+    text = " ".join(report_text.verdict_lines({**RESULTS, "methods": methods}))
     assert ("Forgetting: the loss on general questions rose by more than the noise with m." in text) == is_forgotten
 
 
 def test_the_verdict_in_words():
     """The best first; what the noise does not tell apart is said, and what of it costs least."""
-    text = " ".join(report_text.verdict(RESULTS))
+    text = " ".join(report_text.verdict_lines(RESULTS))
     assert "Best: 法, f1 81.75 [76.75, 86.75] on 50 test rows." in text
     assert "The base model has 11.25; the difference is +60.00 [+50.00, +70.00]." in text
     assert "With these 50 rows it cannot be told apart from all:" in text and "freeze:" not in text
     assert "all takes the least memory (400.0 MB)" in text and "trains fastest" not in text
     assert "Without figures: late." in text
     clear = {**RESULTS, "methods": [RESULTS["methods"][1], RESULTS["methods"][2]]}
-    assert "Its lead over every other method is larger than the noise" in " ".join(report_text.verdict(clear))
+    assert "Its lead over every other method is larger than the noise" in " ".join(report_text.verdict_lines(clear))
 
 
 def test_figures_for_a_reader():

@@ -554,7 +554,7 @@ def test_bytes_that_are_kept_of_an_answer(is_error):
     if is_error:
         assert len(endpoint.read_content(response)) == sum(taken) == endpoint.MOST_ERROR_BYTES
         return
-    with pytest.raises(endpoint.Unusable, match="larger than 8 MB"):
+    with pytest.raises(endpoint.UnusableAnswerError, match="larger than 8 MB"):
         endpoint.read_content(response)
     assert sum(taken) == endpoint.MOST_BYTES + len(part)
 
@@ -840,7 +840,7 @@ def test_the_command_itself(serve, here):
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert process.stdout.splitlines()[-1] == "[]" and all(flag.help for flag in judge_parser()._actions)
     [language] = [flag for flag in judge_parser()._actions if flag.dest == "language"]
-    assert all(set(language.choices) == set(kind.LANGUAGES) for kind in judging_verdicts.KINDS.values())
+    assert all(set(language.choices) == set(kind.languages) for kind in judging_verdicts.KINDS.values())
     [task] = [flag for flag in judge_parser()._actions if flag.dest == "task"]
     assert set(task.choices) == set(judging_verdicts.KINDS)
 

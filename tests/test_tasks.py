@@ -143,7 +143,7 @@ def test_macro_f1_by_hand():
 def test_a_label_is_the_text_without_white_space_and_full_stops(prediction, reference, right):
     result = metrics.score_rows([prediction, "好"], [reference, "好"], "classification")
     assert [row["accuracy"] for row in result["rows"]] == [100 * right, 100]
-    hits = metrics.sums_of(metrics.columns_of(result["rows"]))["label_hits"].sum()
+    hits = metrics.sums_of(metrics.score_arrays(result["rows"]))["label_hits"].sum()
     assert hits == 1 + right  # the table of labels and the accuracy are of one mind
 
 
@@ -412,7 +412,7 @@ def test_macro_f1_of_resamples_without_a_label():
     assert found["macro_f1"].tolist() == found["accuracy"].tolist() == [100] * 200
     # 甲 twice and both right, 乙 once and wrong (its prediction is 甲), 丙 not drawn: (2 x 2 / (2 + 3) + 0) / 2
     rows = metrics.score_rows(["甲", "甲", "丙"], ["甲", "乙", "丙"], "classification")["rows"]
-    sums = metrics.sums_of(metrics.columns_of(rows), numpy.array([[2.0, 1, 0], [1, 1, 1], [0, 0, 3]]))
+    sums = metrics.sums_of(metrics.score_arrays(rows), numpy.array([[2.0, 1, 0], [1, 1, 1], [0, 0, 3]]))
     assert metrics.macro_f1(sums).tolist() == pytest.approx([100 * 0.8 / 2, 100 * (2 / 3 + 0 + 1) / 3, 100])
 
 
