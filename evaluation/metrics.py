@@ -232,8 +232,8 @@ def score_arrays(rows: list[dict]) -> ScoreArrays:
 
 
 def sums_of(arrays: ScoreArrays, counts: Any = None) -> dict:
-    """{column: sum over rows}, with one sum for each row of `counts` [B, N], how often each row occurs, or with each row
-    counted once.
+    """{column: sum over rows}, with one sum for each row of `counts` [B, N], how often each row occurs, or with each
+    row counted once.
 
     Sums of labels have a second axis, the labels.
     """

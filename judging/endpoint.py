@@ -185,8 +185,8 @@ class Endpoint:
             content = create(model=self.args.model, messages=messages, **settings).text
         except self.openai.APIError as error:
             response = getattr(error, "response", None)
-            is_refused = response is not None and response.status_code == 400
-            if is_refused and settings and "temperature" in response.text:
+            said = response.text if response is not None and response.status_code == 400 else ""
+            if settings and "temperature" in said:
                 self.settings = {}  # some models, those that reason, have one temperature only
                 return self.ask(messages, place)
             raise self.explain(error, place) from None
