@@ -25,6 +25,7 @@ from comparison.commands import RunWords, StepError, Steps, run_words
 from comparison.figures import figures
 from comparison.methods import answer_steps, checkpoint_of, model_problems, run_folder, train_step
 from comparison.plan import Method, Plan, has_base, read_plan
+from evaluation.metrics import titles_in
 from flags.common import collect, place_problem
 from flags.compare import compare_parser
 from reports.page import read_results, write_report
@@ -148,7 +149,7 @@ def report(plan: Plan, steps: Steps, out: str) -> str:
     if before != plan.path:
         again = f"python compare.py {shlex.quote(before)} --output_dir {shlex.quote(out)} --report_only"
         print(f"\n{folder}: replaces the report on {before}, which this makes again: {again}", flush=True)
-    return write_report(figures(plan, steps, out), folder)
+    return write_report(figures(plan, steps, out), folder, titles_in(plan.language))
 
 
 if __name__ == "__main__":

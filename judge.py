@@ -54,7 +54,7 @@ def judge_all(args: argparse.Namespace) -> None:
             complete(args, kind, jobs or [], criteria, verdicts, size)
         except OSError as error:
             rule = f"cannot be written ({error.strerror})"
-            raise problem("--output_path", args.output_path, rule, f"correct that and {GO_ON}") from None
+            raise problem("--output_path", args.output_path, rule, f"fix that and {GO_ON}") from None
         verdicts, _ = read_verdicts(args.output_path, kind)
         if missing := {job.key for job in jobs or []} - {verdict["prompt_hash"] for verdict in verdicts}:
             raise RuntimeError(f"{args.output_path}: {len(missing)} verdicts that were written are not in it")

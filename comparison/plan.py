@@ -176,9 +176,9 @@ def read_yaml(path: str) -> dict:
         values = yaml.load(text, Loader)
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{path}{line}: not YAML ({show(error.problem, 200)}): correct this line") from None
+        raise UserError(f"{path}{line}: not YAML ({show(error.problem, 200)}): fix this line") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two: an escape of no character
-        raise UserError(f"{path}: not YAML ({show(error, 200)}): correct it") from None
+        raise UserError(f"{path}: not YAML ({show(error, 200)}): fix it") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: is {name_type(values)}: write keys with values, such as base: ChatGLM3-6B")
     return values
@@ -258,7 +258,7 @@ def value_problems(values: dict) -> list[str]:
         if "base_command" in values and not shlex.split(values["base_command"]):
             raise UserError("it is empty")
     except ValueError as error:  # quotes that are not closed, too
-        problems.append(f"base_command {show(values['base_command'])}: is no command line ({error}): correct it")
+        problems.append(f"base_command {show(values['base_command'])}: is no command line ({error}): fix it")
     seeds = values.get("seeds", [0])
     if not seeds or len({*map(str, seeds)}) < len(seeds) or any(type(seed) is not int or seed < 0 for seed in seeds):
         problems.append(f"seeds {show(seeds)}: must be {KEYS['seeds'][1]}: for example [1234, 1235]")

@@ -4,10 +4,10 @@ import functools
 import logging
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-from evaluation.tasks import LABELS, NO_TASK, QUESTIONS, ROUGE, TRIPLES
+Scorer = Callable[[list[str], str], dict]  # (a row's answers, its reference): columns
 
 # rouge_chinese keeps a dict with one entry for each pair of words: gigabytes for two long texts.
 MAX_ROUGE_L_CELLS = 1_000_000
@@ -191,33 +191,15 @@ def is_near_duplicate(first: list[str], second: list[str]) -> bool:
     return 2 * lcs_length(first, second) / length >= NEAR_DUPLICATE
 
 
-def of_first(function: Callable) -> Callable:
+def of_first(function: Callable[[str, str], dict]) -> Scorer:
     """Score the first of a row's answers."""
     return lambda answers, reference: function(answers[0], reference)
 
 
-# What is computed together: the metrics, and the numbers they need from a row's answers and its reference.
-GROUPS = (
-    ((*ROUGE, "bleu4_words"), of_first(score_words)),
-    (("bleu4",), of_first(score_characters)),
-    (("exact_match",), of_first(score_match)),
-    (TRIPLES, of_first(score_triples)),
-    (LABELS, of_first(score_label)),
-    (QUESTIONS, lambda answers, reference: score_questions(answers)),
-)
-
-
-def score_row(
-    answers: list[str], reference: str, names: Iterable[str] = NO_TASK.metrics, normalize: bool = True
-) -> dict:
-    """The numbers of one row that these metrics are computed from; an empty prediction gives 0 throughout.
-
-    normalize: fold both sides first; every metric compares the folded texts.
-    """
-    if normalize:
-        answers, reference = [fold(text) for text in answers], fold(reference)
-    row: dict = {}
-    for metrics, function in GROUPS:
-        if set(metrics) & set(names):
-            row |= function(answers, reference)
-    return row
+# What is computed together, for the metrics of metrics.METRICS.
+WORDS = of_first(score_words)
+CHARACTERS = of_first(score_characters)
+MATCH = of_first(score_match)
+TRIPLES = of_first(score_triples)
+LABELS = of_first(score_label)
+QUESTIONS: Scorer = lambda answers, reference: score_questions(answers)

@@ -46,7 +46,7 @@ def add_file_flags(parser: OneLineParser) -> None:
         "--output_path",
         type=expanded_path,
         required=True,
-        help="JSON Lines of verdicts; one that exists is gone on with, and what is in it is not asked again;"
+        help="JSON Lines of verdicts; an existing file is continued, and what is in it is not asked again;"
         " the report goes to this name with .report.json behind",
     )
 

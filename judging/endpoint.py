@@ -36,7 +36,7 @@ HEEDED = ("retry-after", "retry-after-ms", "x-should-retry", "location")
 PATH = "/chat/completions"  # behind the address
 LEAST_SECRET = 8  # characters: a shorter key is a word such as EMPTY, for servers that want none
 GO_ON = "run the same command again, which asks only for what is missing"
-LATER = f"once the endpoint works again, {GO_ON}"
+LATER = f"when that is fixed, {GO_ON}"
 
 
 class UnusableAnswerError(Exception):

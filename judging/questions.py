@@ -8,7 +8,8 @@ import argparse
 import re
 
 from evaluation.intervals import weighted_mean
-from evaluation.row_scores import QUESTION_FAULT, QUESTION_POINTS, fold, score_row
+from evaluation.metrics import score_row
+from evaluation.row_scores import QUESTION_FAULT, QUESTION_POINTS, fold
 from evaluation.tasks import QUESTIONS
 from judging.kinds import Kind
 from judging.rows import Job, block, digest, fence, read_answers

@@ -88,8 +88,11 @@ def read_results(folder: str) -> dict:
     raise UserError(f"{folder}: the report goes there, and it holds something else: remove or rename it")
 
 
-def write_report(results: dict, folder: str) -> str:
-    """Write the report; returns the path of its page."""
+def write_report(results: dict, folder: str, titles: dict[str, str]) -> str:
+    """Write the report; returns the path of its page.
+
+    titles: {metric: what it is, in the report's language}.
+    """
     results = shown(results)
     if not os.path.isdir(folder):
         os.mkdir(folder)
@@ -97,7 +100,7 @@ def write_report(results: dict, folder: str) -> str:
     pictures = draw_pictures(results, folder)
     write_text(Path(folder, "report.md"), markdown(results, pictures))
     page = Path(folder, "index.html")
-    write_text(page, webpage(results, pictures, folder))
+    write_text(page, webpage(results, pictures, folder, titles))
     return str(page)
 
 
@@ -149,7 +152,7 @@ def bar_of(entry: dict, metric: str) -> tuple:
     return (entry["name"], entry["metrics"][metric], *(entry["intervals"][metric] or (None, None)))
 
 
-def webpage(results: dict, pictures: dict[str, str], folder: str) -> str:
+def webpage(results: dict, pictures: dict[str, str], folder: str, titles: dict[str, str]) -> str:
     """index.html: everything in one file."""
     escape, say, best = html.escape, words_of(results), results["best"]
 
@@ -169,8 +172,8 @@ def webpage(results: dict, pictures: dict[str, str], folder: str) -> str:
         image = f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
         parts.append(f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>")
     parts += ["</div>", head("All metrics"), html_table(metrics_table(results), best)]
-    titles = "; ".join(f"{name}: {say.title(name, title)}" for name, title in results["metrics"].items())
-    parts.append(f'<p class="quiet">{escape(titles)}.</p>')
+    explained = "; ".join(f"{name}: {titles[name]}" for name in results["metrics"])
+    parts.append(f'<p class="quiet">{escape(explained)}.</p>')
     if results["samples"]:
         parts.append(head("Sample rows"))
         text = say("Evenly spaced in the test rows; the answers are those of the first seed.")

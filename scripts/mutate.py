@@ -93,7 +93,7 @@ def read_table(path, seed=1):
     try:
         table = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())}): mend it") from None
+        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())}): fix it") from None
     mutants, problems = [], []
     for group in table["groups"]:
         for file, names in group.get("functions", {}).items():
@@ -101,7 +101,7 @@ def read_table(path, seed=1):
             found = functions_in(ast.parse(source))
             for name, _, number in (word.partition(":") for word in names.split()):
                 if name not in found:
-                    problems.append(f"{path.name}: {file} has no function {name}: mend the table")
+                    problems.append(f"{path.name}: {file} has no function {name}: fix the table")
                     continue
                 made = made_from(source, found[name], file, name, group["tests"])
                 mutants += chosen(made, int(number or EACH), seed)
@@ -109,7 +109,7 @@ def read_table(path, seed=1):
             source = read(file)
             if source.count(before) != 1:
                 number = source.count(before)
-                problems.append(f"{path.name}: {before!r} is {number} times in {file}, not once: mend the table")
+                problems.append(f"{path.name}: {before!r} is {number} times in {file}, not once: fix the table")
                 continue
             mutants.append(Mutant(file, source.index(before), before, after, group["tests"]))
     by_result = {}

@@ -23,7 +23,7 @@ from comparison import plan as compare_plan
 from comparison.plan import read_plan
 from evaluation import metrics
 from evaluation.intervals import difference, intervals
-from evaluation.metrics import METRICS
+from evaluation.metrics import METRICS, titles_in
 from evaluation.tasks import find_task
 from flags import score as flags_score
 from flags.train import train_parser
@@ -152,7 +152,7 @@ BAD = {
     "a bomb": (
         "a: &a [x, x, x, x, x, x, x, x, x]\n"
         + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in itertools.pairwise("abcdefghijk")),
-        r"c.yaml:5: not YAML \(more than 20,000 values and keys, with every alias written out\): mend this line",
+        r"c.yaml:5: not YAML \(more than 20,000 values and keys, with every alias written out\): fix this line",
     ),
     "a bomb of merges": (
         "a: &a {x: 1}\n"
@@ -168,15 +168,15 @@ BAD = {
     ),
     "a large file": ("#" * 100_001, r"c.yaml: is larger than 100,000 bytes: name the YAML file of a comparison"),
     "a long number": (f"seeds: [0x{'f' * 9000}]", r"c.yaml:1: not YAML \(a number of more than 50 characters\)"),
-    "no date": ("\nbase: 2020-13-45", r"c.yaml:2: not YAML \(no value of tag.*month must be in 1..12\)\): mend this"),
+    "no date": ("\nbase: 2020-13-45", r"c.yaml:2: not YAML \(no value of tag.*month must be in 1..12\)\): fix this"),
     "code": ("base: !!python/object/apply:os.system [x]", r"c.yaml:1: not YAML \(could not determine a constructor"),
-    "no character": (r'base: "\U99999999"', r"c.yaml: not YAML \(.*\): mend it"),
+    "no character": (r'base: "\U99999999"', r"c.yaml: not YAML \(.*\): fix it"),
     **{
-        f"hidden {char}": (f'base: "{char}"', r"c.yaml:1: not YAML \(the character \\.* in a text\): mend this line")
+        f"hidden {char}": (f'base: "{char}"', r"c.yaml:1: not YAML \(the character \\.* in a text\): fix this line")
         for char in (r"\e[2J", r"\0", r"\ud800", r"\x9b", "\u202e")
     },
     "no command": ({"base_command": "make 'it"}, r"c.yaml: base_command make 'it: is no command line \(No closing"),
-    "an empty command": ({"base_command": " "}, r"c.yaml: base_command ' ': is no command line \(it is empty\): mend"),
+    "an empty command": ({"base_command": " "}, r"c.yaml: base_command ' ': is no command line \(it is empty\): fix"),
     "no mapping": ("- base", r"c.yaml: is a list: write keys with values"),
     "empty": ("", r"c.yaml: is empty: write keys with values"),
 }
@@ -579,7 +579,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
-    report.write_report(RESULTS, str(folder))
+    report.write_report(RESULTS, str(folder), titles_in("en"))
     return folder
 
 
@@ -624,7 +624,7 @@ HARM = EVIL + "\"'><img src=x onerror=alert(1)></title></style></pre>\x1b[2J\x9b
 def test_nothing_in_a_text_is_obeyed(written, tmp_path, monkeypatch):
     """Of the kind: a text of rows, models, paths or flags in a page, in Markdown, in JSON; any of them may do harm."""
     monkeypatch.setattr(report, "draw_pictures", lambda results, folder: {})
-    report.write_report(evil(RESULTS), str(tmp_path))
+    report.write_report(evil(RESULTS), str(tmp_path), titles_in("en"))
     pages = [Page((folder / "index.html").read_text()) for folder in (written, tmp_path)]
     tags = [{(tag, *attributes) for tag, attributes in page.tags} for page in pages]
     assert tags[1] - {("wbr",)} <= tags[0] and pages[1].open == []
@@ -679,7 +679,7 @@ def test_a_signal_reaches_the_command(tmp_path):
 @pytest.fixture(scope="module")
 def in_chinese(tmp_path_factory):
     folder = tmp_path_factory.mktemp("zh")
-    report.write_report({**RESULTS, "language": "zh"}, str(folder))
+    report.write_report({**RESULTS, "language": "zh"}, str(folder), titles_in("zh"))
     return folder
 
 
@@ -721,7 +721,8 @@ def test_every_text_has_its_words():
     assert said == set(report_words.ZH)
     for english, chinese in report_words.ZH.items():
         assert set(re.findall(r"{(\w+)}", english)) == set(re.findall(r"{(\w+)}", chinese)), english
-    assert set(report_words.TITLES_ZH) == set(METRICS)
+    titles = titles_in("zh")
+    assert set(titles) == set(METRICS) and all(re.search("[一-鿿]", title) for title in titles.values())
 
 
 def test_the_best_weights_are_compared(tmp_path):

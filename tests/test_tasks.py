@@ -17,6 +17,7 @@ from evaluation import intervals, metrics, row_scores, score_report
 from evaluation.tasks import LABELS, NO_TASK, TASKS, find_task
 from flags import score as flags_score
 from flags.score import score_parser
+from flags.train import BEST_METRICS
 from reports import tables
 
 # A prediction that is right and one that is wrong, with the reference.
@@ -51,10 +52,12 @@ def test_task_is_finished(name):
     assert len(task.missing) == 2 and all(len(text) > 15 for text in task.missing)
 
 
-def test_every_metric_is_in_a_task_and_is_computed_by_one_group():
+def test_every_metric_is_in_a_task_and_offered_where_it_says():
     in_tasks = {name for task in TASKS.values() for name in task.metrics}
-    in_groups = [name for names, _ in row_scores.GROUPS for name in names]
-    assert sorted(in_groups) == sorted(metrics.METRICS) and in_tasks == set(metrics.METRICS)
+    assert in_tasks == set(metrics.METRICS)
+    assert BEST_METRICS == ("loss", "rougeL", "bleu4", "f1", "accuracy")
+    shown = [name for name, metric in metrics.METRICS.items() if metric.is_shown]
+    assert sorted(shown) == sorted("rougeL bleu4 f1 accuracy macro_f1 diversity exact_match".split())
     assert set(NO_TASK.metrics) < in_tasks and NO_TASK.primary in NO_TASK.metrics
     assert next(action for action in score_parser()._actions if action.dest == "task").choices is TASKS
 
@@ -327,7 +330,7 @@ def test_a_difference_that_is_none_is_inside_the_noise_as_often_as_it_says():
 
 
 def test_no_rows_one_row_and_equal_rows():
-    row = row_scores.score_row(["a_b_c"], "a_b_c\nd_e_f", ("f1", "f1_micro"))
+    row = metrics.score_row(["a_b_c"], "a_b_c\nd_e_f", ("f1", "f1_micro"))
     names = ("f1", "f1_micro")
     assert metrics.metrics_of([]) == dict.fromkeys(NO_TASK.metrics)
     for rows in ([], [row]):
