@@ -11,33 +11,33 @@ process forked from one that has imported the libraries, so that it costs its te
 import os
 import sys
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)  # for a call from any folder
-from runtime import entry  # noqa: E402, I001  first: Ctrl-C is heard while the others are imported
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # for a call from any folder
+from runtime import entry  # noqa: I001  first: Ctrl-C is heard while the others are imported
 
 # isort: split
 
-import ast  # noqa: E402
-import builtins  # noqa: E402
-import copy  # noqa: E402
-import fnmatch  # noqa: E402
-import hashlib  # noqa: E402
-import importlib  # noqa: E402
-import re  # noqa: E402
-import shlex  # noqa: E402
-import shutil  # noqa: E402
-import signal  # noqa: E402
-import subprocess  # noqa: E402
-import tempfile  # noqa: E402
-import time  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
-from pathlib import Path  # noqa: E402
+import ast
+import builtins
+import copy
+import fnmatch
+import hashlib
+import importlib
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
 
-import yaml  # noqa: E402
+import yaml
 
-from flags.common import OneLineParser  # noqa: E402
-from runtime.exits import UserError  # noqa: E402
+from flags.common import OneLineParser
+from runtime.exits import UserError
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TABLE = Path(ROOT, "scripts", "mutants.yaml")
 PAGE = Path(ROOT, "docs", "testing.md")
 BEGIN, END = "<!-- figures of scripts/mutate.py -->", "<!-- end of the figures -->"

@@ -331,8 +331,8 @@ def test_a_difference_that_is_none_is_inside_the_noise_as_often_as_it_says():
 
 def test_the_texts_of_a_row_are_folded_unless_told_otherwise():
     """`（` and `(` are one character after NFKC."""
-    for settings, value in (({}, 100.0), ({"normalize": True}, 100.0), ({"normalize": False}, 0.0)):
-        assert metrics.score_row(["（a"], "(a", ("exact_match",), **settings) == {"exact_match": value}
+    for flags, value in (({}, 100.0), ({"normalize": True}, 100.0), ({"normalize": False}, 0.0)):
+        assert metrics.score_row(["（a"], "(a", ("exact_match",), **flags) == {"exact_match": value}
 
 
 def test_no_rows_one_row_and_equal_rows():
