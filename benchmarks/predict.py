@@ -130,7 +130,7 @@ def main(argv):
     single, stock, ours = rates
     medians = {name: statistics.median(values) for name, values in rates.items()}
     ratios = {
-        f"{ours} / {base}": statistics.median(a / b for a, b in zip(rates[ours], rates[base]))
+        f"{ours} / {base}": statistics.median(a / b for a, b in zip(rates[ours], rates[base], strict=True))
         for base in (single, stock)
     }
     for name, value in medians.items():

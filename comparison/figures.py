@@ -125,7 +125,7 @@ def scored(path: str, changed: int, task: str | None, normalize: bool) -> tuple[
     with open(path, encoding="utf-8") as file:
         questions = [json.loads(line)["query"] for line in file if line.strip()]
     rows = score_rows(predictions.answers, predictions.references, task, normalize)["rows"]
-    return rows, list(zip(questions, predictions.references, predictions.predictions))
+    return rows, list(zip(questions, predictions.references, predictions.predictions, strict=True))
 
 
 def read_done(folder: str) -> dict:
@@ -158,7 +158,7 @@ def add_means(entry: dict, task: Task) -> None:
     entry["metrics"] = {name: mean([value[name] for value in values]) for name in task.metrics}
     entry["num_rows"] = len(runs[0]["rows"])
     entry["intervals"] = {name: ends_of(entry, entry["samples"][name]) for name in task.metrics}
-    for run, value in zip(runs, values):
+    for run, value in zip(runs, values, strict=True):
         run["metrics"] = value
     primary = [value[task.primary] for value in values]
     known = [value for value in primary if value is not None]

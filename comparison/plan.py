@@ -296,7 +296,7 @@ def expand(path: str, values: dict) -> Plan:
     for entry in values["methods"]:
         grid = entry.get("grid", {})
         for choice in itertools.product(*grid.values()):
-            point = dict(zip(grid, choice))
+            point = dict(zip(grid, choice, strict=True))
             name = ",".join([entry["name"], *(f"{flag}={as_text(value)}" for flag, value in point.items())])
             flags = {**entry.get("flags", {}), **point}
             name = re.sub(r"[^\w.,=+-]+", "-", name)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,6 +64,16 @@ def parse_row(where: str, line: bytes) -> dict:
     return row
 
 
+def numbered_rows(path: str | Path, content: bytes) -> Iterator[tuple[int, str, dict]]:
+    """(line number, file:line, row) of each row of a JSON Lines file, whose blank lines are left out.
+
+    Of bytes, because text mode would also end a line at a carriage return, which shifts the line numbers.
+    """
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if line.strip():
+            yield number, f"{path}:{number}", parse_row(f"{path}:{number}", line)
+
+
 def require_column(where: str, row: dict, column: str, flag: str) -> Any:
     """The value of a column that must be there."""
     if column not in row:
@@ -81,16 +92,11 @@ def read_predictions(
     """
     rows = Predictions([], [], [])
     try:
-        # Bytes, because text mode would also end a line at "\r", which shifts the line numbers.
-        lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        content = Path(path).read_bytes()
     except OSError as error:
         rule = f"cannot be read ({error.strerror})"
         raise problem("--predictions", str(path), rule, "name an existing file") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        row = parse_row(where, line)
+    for number, where, row in numbered_rows(path, content):
         plural = f"{prediction_column}s"
         column = plural if prediction_column not in row and plural in row else prediction_column
         answers = require_column(where, row, column, "--prediction_column")

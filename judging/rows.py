@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from evaluation.predictions import describe, parse_row, problem
+from evaluation.predictions import describe, numbered_rows, problem
 from judging.endpoint import sendable
 
 
@@ -52,11 +52,7 @@ def read_answers(flag: str, path: str) -> dict[int, Answer]:
     """The rows of a prediction file by "index", or by their place where they have none; UserError for a bad row."""
     answers: dict[int, Answer] = {}
     fix = "write the file with predict.py"
-    for number, line in enumerate(read_bytes(flag, path).removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
-        row = parse_row(place, line)
+    for _, place, row in numbered_rows(path, read_bytes(flag, path)):
         several = row.get("prediction", row.get("predictions"))
         several = several if isinstance(several, list) and several else [several]
         values = [("query", row.get("query")), ("output", row.get("output"))]

@@ -291,7 +291,7 @@ def muon_step(matrices, momenta, scales, rate, decay=0.1, beta=0.95):
     `torch.optim.Muon` does the same in bfloat16, which is slow on many CPUs; this stays in float32.
     """
     with torch.no_grad():
-        for matrix, momentum, scale in zip(matrices, momenta, scales):
+        for matrix, momentum, scale in zip(matrices, momenta, scales, strict=True):
             momentum.lerp_(matrix.grad, 1 - beta)
             update = matrix.grad.lerp(momentum, beta)
             is_tall = update.shape[0] > update.shape[1]

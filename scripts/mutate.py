@@ -82,9 +82,6 @@ class Mutant:
         return source[: self.start] + self.after + source[self.start + len(self.before) :]
 
 
-# Which faults there are.
-
-
 def read_table(path, seed=1):
     """(all faults of the table, a list of Mutants; problems: what of the table is no longer in the files).
 
@@ -251,9 +248,6 @@ def has_text(node):
     )
 
 
-# Trying them.
-
-
 class Tree:
     """A copy of the project for one process at a time."""
 
@@ -391,9 +385,6 @@ def try_all(mutants, num_jobs):
 def name_of(mutant):
     """file:line and the change, on one line."""
     return f"{mutant.file}:{mutant.line}: {mutant.shown}"
-
-
-# What is said.
 
 
 def summary(mutants):
