@@ -11,6 +11,7 @@ from runtime import entry  # first: Ctrl-C is heard while the others are importe
 
 # isort: split
 
+import argparse
 import json
 import os
 import re
@@ -20,13 +21,11 @@ import sys
 from pathlib import Path
 
 from checkpoints.state_checks import STATE
-from comparison.commands import StepFailed, Steps, run_words
+from comparison.commands import RunWords, StepError, Steps, run_words
 from comparison.figures import figures
 from comparison.methods import answer_steps, checkpoint_of, model_problems, run_folder, train_step
-from comparison.plan import (
-    has_base,
-    read_plan,
-)
+from comparison.plan import Method, Plan, has_base, read_plan
+from evaluation.metrics import titles_in
 from flags.common import collect, place_problem
 from flags.compare import compare_parser
 from reports.page import read_results, write_report
@@ -37,10 +36,11 @@ from runtime.machine import machine
 from runtime.streams import visible
 
 
-def main(argv, run_words=run_words):
+def main(argv: list[str] | None = None, run_words: RunWords = run_words) -> int:
     """Run what is not done yet and write the report; returns the exit code. run_words: how a command is run."""
     args = compare_parser().parse_args(argv)
-    plan, problems = None, []
+    plan: Plan | None = None
+    problems: list[str] = []
     try:
         plan, problems = read_plan(args.config)
     except UserError as error:
@@ -62,12 +62,13 @@ def main(argv, run_words=run_words):
         problems.append(f"--report_only: there is no {out}: run it first, or give its --output_dir")
     if problems:
         fail(problems, "compare.py")
+    assert plan  # there are problems otherwise
 
     with holding(out, "--output_dir", is_inside=True):
         return run_and_report(args, plan, out, run_words)
 
 
-def run_and_report(args, plan, out, run_words):
+def run_and_report(args: argparse.Namespace, plan: Plan, out: str, run_words: RunWords) -> int:
     """From the checked flags to the report; returns the exit code."""
     steps = Steps(out, gpus=os.environ.get("CUDA_VISIBLE_DEVICES", "0"), run_words=run_words)
     failed = False
@@ -84,15 +85,12 @@ def run_and_report(args, plan, out, run_words):
     return 1 if failed else 0
 
 
-def default_output_dir(config):
+def default_output_dir(config: str) -> str:
     """output/compare-NAME for configs/compare_NAME.yaml or NAME.yaml."""
     return f"output/compare-{re.sub(r'^compare[-_]', '', Path(config).stem)}"
 
 
-# Running.
-
-
-def run_all(plan, steps, out, chosen):
+def run_all(plan: Plan, steps: Steps, out: str, chosen: list[Method]) -> bool:
     """Run the base model and the chosen methods, with a report after each. Has one failed?"""
     if plan.base_command and not has_base(plan):
         path, command = map(visible, (plan.path, plan.base_command))
@@ -117,7 +115,7 @@ def run_all(plan, steps, out, chosen):
     return num_failed > 0
 
 
-def run_method(plan, steps, out, method, seed):
+def run_method(plan: Plan, steps: Steps, out: str, method: Method, seed: int) -> bool:
     """Train, predict and score one method with one seed. Has it failed?"""
     folder = run_folder(method.name, seed)
     Path(out, folder, "failed.json").unlink(missing_ok=True)
@@ -129,7 +127,7 @@ def run_method(plan, steps, out, method, seed):
         for answer in answer_steps(plan, out, folder, checkpoint_of(step.result), method.all):
             step = answer
             steps.run(*step)
-    except StepFailed as error:
+    except StepError as error:
         print(f"\n{step.name}: failed with exit code {error.code}, the comparison goes on", file=sys.stderr, flush=True)
         failed = {"step": step.name, "command": step.command, "code": error.code}
         write_json(failed, Path(out, folder, "failed.json"))
@@ -137,16 +135,13 @@ def run_method(plan, steps, out, method, seed):
     return False
 
 
-def write_json(value, path):
+def write_json(value: object, path: Path) -> None:
     """A small file of the comparison, whole or not at all."""
     with whole_file(path) as file:
         json.dump(value, file, ensure_ascii=False)
 
 
-# Figures.
-
-
-def report(plan, steps, out):
+def report(plan: Plan, steps: Steps, out: str) -> str:
     """Gather the figures of what is done and write the report; returns the path of its page."""
     require_there(out)
     folder = os.path.join(out, "report")
@@ -154,7 +149,7 @@ def report(plan, steps, out):
     if before != plan.path:
         again = f"python compare.py {shlex.quote(before)} --output_dir {shlex.quote(out)} --report_only"
         print(f"\n{folder}: replaces the report on {before}, which this makes again: {again}", flush=True)
-    return write_report(figures(plan, steps, out), folder)
+    return write_report(figures(plan, steps, out), folder, titles_in(plan.language))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from runtime import entry  # first: Ctrl-C is heard while the others are importe
 
 # isort: split
 
+import argparse
 
 from evaluation.predictions import problem, write_reports
 from flags.judge import parse
@@ -22,26 +23,26 @@ from judging.verdicts import (
     KINDS,
     complete,
     format_table,
+    make_report,
     read_criteria,
     read_report,
     read_verdicts,
     replaced,
     report_path,
     select,
-    summarize,
 )
 from runtime.holding import holding, require_there
 from runtime.streams import visible
 
 
-def main(argv: list[str]):
+def main(argv: list[str] | None = None) -> None:
     """Get the verdicts that are missing, then report on all of them."""
     args = parse(argv)
     with holding(args.output_path):
         judge_all(args)
 
 
-def judge_all(args):
+def judge_all(args: argparse.Namespace) -> None:
     """From the checked flags to the report."""
     kind, jobs = KINDS[args.task], None
     if args.predictions:
@@ -50,18 +51,18 @@ def judge_all(args):
     verdicts, size = read_verdicts(args.output_path, kind)
     if not args.report_only:
         try:
-            complete(args, kind, jobs, criteria, verdicts, size)
+            complete(args, kind, jobs or [], criteria, verdicts, size)
         except OSError as error:
             rule = f"cannot be written ({error.strerror})"
-            raise problem("--output_path", args.output_path, rule, f"mend that and {GO_ON}") from None
+            raise problem("--output_path", args.output_path, rule, f"fix that and {GO_ON}") from None
         verdicts, _ = read_verdicts(args.output_path, kind)
-        if missing := {job.key for job in jobs} - {verdict["prompt_hash"] for verdict in verdicts}:
+        if missing := {job.key for job in jobs or []} - {verdict["prompt_hash"] for verdict in verdicts}:
             raise RuntimeError(f"{args.output_path}: {len(missing)} verdicts that were written are not in it")
     require_there(args.output_path)
     verdicts = select(args.output_path, verdicts, jobs)
     if not verdicts:
         raise problem("--output_path", args.output_path, "has no verdict to report", "leave out --report_only")
-    report = summarize(kind, verdicts, len({row.index for row in jobs or []} or {row["index"] for row in verdicts}))
+    report = make_report(kind, verdicts, len({row.index for row in jobs or []} or {row["index"] for row in verdicts}))
     before = read_report(args.output_path)
     write_reports({report_path(args.output_path): report})
     text = "\n".join(filter(None, [format_table(args.output_path, kind, report), replaced(before, report)]))

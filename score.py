@@ -13,12 +13,13 @@ from runtime import entry  # first: Ctrl-C is heard while the others are importe
 
 # isort: split
 
+import argparse
 import contextlib
 from pathlib import Path
 
 from evaluation.metrics import score_rows
 from evaluation.predictions import Predictions, problem, write_reports
-from evaluation.score_report import compare, format_table, make_report
+from evaluation.score_report import difference_report, format_table, make_report
 from evaluation.tasks import NO_TASK, find_task
 from flags.score import overwrite_problem, read_inputs, score_parser
 from runtime.exits import UserError, fail
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def score_files(args, inputs: dict[str, Predictions], outputs: dict[Path, str]):
+def score_files(args: argparse.Namespace, inputs: dict[str, Predictions], outputs: dict[Path, str]) -> None:
     """Score what `read_inputs` has read, write the files and print the table."""
     task = find_task(args.task)
     reports, scored = {}, {}
@@ -54,7 +55,7 @@ def score_files(args, inputs: dict[str, Predictions], outputs: dict[Path, str]):
         reports[path]["difference"] = None
         if inputs[path].references == inputs[first].references:
             two = scored[first]["rows"], scored[path]["rows"]
-            reports[path]["difference"] = compare(first, *two, task.metrics, args.bootstrap)
+            reports[path]["difference"] = difference_report(first, *two, task.metrics, args.bootstrap)
 
     try:
         write_reports({output: reports[path] for output, path in outputs.items()})

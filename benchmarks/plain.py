@@ -106,5 +106,5 @@ def plain_settings(model, checkpointing):
         model.config._attn_implementation = before[0]
         if checkpointing:
             model.disable_input_require_grads()
-        for layer, setting in zip(layers, before[1]):
+        for layer, setting in zip(layers, before[1], strict=True):
             layer.gradient_checkpointing = setting

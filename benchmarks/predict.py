@@ -8,21 +8,21 @@ and their answers must be equal. Only real answer tokens are counted: no padding
 """
 
 import argparse
-import pathlib
+import os
 import statistics
 import sys
 import time
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # for a call from any folder
 
-import torch  # noqa: E402
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList  # noqa: E402
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from benchmarks import report  # noqa: E402
-from benchmarks.presets import PRESETS, preset_config  # noqa: E402
-from generation.decoding import decode  # noqa: E402
-from modes import MODES  # noqa: E402
-from utils import prepare_environment  # noqa: E402
+from benchmarks import report
+from benchmarks.presets import PRESETS, preset_config
+from generation.decoding import decode
+from modes import MODES
+from utils import prepare_environment
 
 PROMPT_LENGTHS = (40, 160)
 MARK = -3  # place of a prompt's mark: in front of what closes a prompt of ChatGLM-6B
@@ -130,7 +130,7 @@ def main(argv):
     single, stock, ours = rates
     medians = {name: statistics.median(values) for name, values in rates.items()}
     ratios = {
-        f"{ours} / {base}": statistics.median(a / b for a, b in zip(rates[ours], rates[base]))
+        f"{ours} / {base}": statistics.median(a / b for a, b in zip(rates[ours], rates[base], strict=True))
         for base in (single, stock)
     }
     for name, value in medians.items():

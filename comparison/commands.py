@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 from runtime.distributed import free_port
 from runtime.entry import listen, listen_as_before
@@ -18,24 +20,24 @@ from runtime.holding import require_there
 from runtime.streams import visible
 
 
-class StepFailed(SystemExit):
+class StepError(SystemExit):
     """A command ended with another exit code than 0, which is also this program's unless it is caught."""
 
 
-def run_words(words, environment):
+def run_words(words: list[str], environment: dict[str, str]) -> tuple[int, bool]:
     """Run a command and wait for it, also where this process is asked to leave: then it is asked to leave, too.
 
     Its process group is its own, so that Ctrl-C reaches it once, through this process. Returns (exit code, was this
     process asked to leave); the code is 127, as in a shell, where there is no such command.
     """
-    asked = []
+    asked: list[int] = []
     try:
         process = subprocess.Popen(words, env=environment, preexec_fn=os.setpgrp)
     except OSError as error:
         print(f"{visible(words[0])}: cannot be started ({error.strerror})", file=sys.stderr, flush=True)
         return 127, False
 
-    def pass_on(number, frame):
+    def pass_on(number: int, frame: FrameType | None) -> None:
         asked.append(number)
         process.send_signal(number)
 
@@ -47,6 +49,9 @@ def run_words(words, environment):
     return (code if code >= 0 else 128 - code), bool(asked)
 
 
+RunWords = Callable[[list[str], dict[str, str]], tuple[int, bool]]
+
+
 class Steps:
     """Runs commands once: each leaves a stamp with its command, a hash of it and its inputs, its seconds, and the hash
     of its result.
@@ -55,12 +60,12 @@ class Steps:
     launcher starts. run_words: how a command is run; tests put another one here.
     """
 
-    def __init__(self, folder, gpus="0", run_words=run_words):
+    def __init__(self, folder: str, gpus: str = "0", run_words: RunWords = run_words) -> None:
         self.folder = Path(folder)
         self.run_words = run_words
-        self.commands = []
+        self.commands: list[str] = []
         self.seconds = 0.0
-        self.digests = {}
+        self.digests: dict[str, str] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
         # `python` and `deepspeed` are those of this interpreter, also where its environment is not activated.
         path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
@@ -69,39 +74,39 @@ class Steps:
         self.environment = {**left, "PATH": path}
         self.gpus = gpus
 
-    def stamp_path(self, name):
+    def stamp_path(self, name: str) -> Path:
         """Where the stamp of a step lies."""
         return self.folder / f"{name}.stamp.json"
 
-    def stamp(self, name):
+    def stamp(self, name: str) -> dict:
         """The stamp of a step, {} without one. `seconds` is None while the step has not come to its end."""
         path = self.stamp_path(name)
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
-    def key(self, command, inputs):
+    def key(self, command: str, inputs: list[str]) -> str:
         """SHA-256 over a command and the contents of its inputs."""
         key = hashlib.sha256(command.encode())
         for path in inputs:
             key.update(self.digest(path).encode())
         return key.hexdigest()
 
-    def digest(self, path):
+    def digest(self, path: str) -> str:
         """SHA-256 of a file, computed once."""
         path = str(path)
         if path not in self.digests:  # base weights are the input of many steps
             self.digests[path] = file_entry(path)["sha256"]
         return self.digests[path]
 
-    def has_ended(self, name, result, key=None):
+    def has_ended(self, name: str, result: str, key: str | None = None) -> bool:
         """Has a step come to its end, with this key, and is its result there?"""
         stamp = self.stamp(name)
         return stamp.get("seconds") is not None and Path(result).exists() and key in (None, stamp["key"])
 
-    def is_done(self, name, result, key=None):
+    def is_done(self, name: str, result: str, key: str | None = None) -> bool:
         """Has a step come to its end, with this key, and is its result as it left it?"""
         return self.has_ended(name, result, key) and not self.changes(name, result)
 
-    def changes(self, name, result):
+    def changes(self, name: str, result: str) -> list[str]:
         """What was changed in the result of a step since its end, one line each."""
         if os.path.isfile(result):
             found = self.stamp(name).get("result")  # stamps of before this was kept have none
@@ -109,17 +114,17 @@ class Steps:
         folders = [Path(result), *sorted(path for path in Path(result).iterdir() if path.is_dir())]
         return [line for folder in folders for line in verify(str(folder), full=False)]
 
-    def is_current(self, name, command, inputs, result):
+    def is_current(self, name: str, command: str, inputs: list[str], result: str) -> bool:
         """Is a step done, by this command from these inputs as they are now?"""
         if not self.is_done(name, result) or self.stamp(name)["command"] != command:
             return False
         return all(map(os.path.isfile, inputs)) and self.is_done(name, result, self.key(command, inputs))
 
-    def is_own(self, result):
+    def is_own(self, result: str) -> bool:
         """Is a result inside the folder? What lies elsewhere serves others too, and looks after itself."""
         return self.folder.resolve() in Path(result).resolve().parents
 
-    def conflict(self, name, key, result, goes_on=False):
+    def conflict(self, name: str, key: str, result: str, goes_on: bool = False) -> str | None:
         """Why a folder cannot be the result of a step, or None: it is that of other settings, and is worth keeping, or
         was changed since."""
         stamp = self.stamp(name)
@@ -131,7 +136,7 @@ class Steps:
         lines = self.changes(name, result) if stamp["seconds"] is not None else []
         return f"{lines[0]}, or remove or rename {result}, and it is made again" if lines else None
 
-    def run(self, name, command, inputs, result, goes_on=False):
+    def run(self, name: str, command: str, inputs: list[str], result: str, goes_on: bool = False) -> None:
         """Run a command line unless `result` is there from the same command and inputs.
 
         goes_on: where it was broken off the command finds its own place again; otherwise what it left is removed.
@@ -163,9 +168,11 @@ class Steps:
         if is_asked or code == EXIT_LEFT:
             raise SystemExit(EXIT_LEFT)
         if code:
-            raise StepFailed(code)
+            raise StepError(code)
 
-    def write_stamp(self, name, key, command, seconds=None, result=None):
+    def write_stamp(
+        self, name: str, key: str, command: str, seconds: float | None = None, result: str | None = None
+    ) -> None:
         """Note that a step has begun or, with its seconds and the hash of a result that is a file, come to its end."""
         path = self.stamp_path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -173,12 +180,12 @@ class Steps:
         with whole_file(path) as file:
             json.dump(values, file, ensure_ascii=False)
 
-    def command_environment(self, words):
+    def command_environment(self, words: list[str]) -> dict[str, str]:
         """The launcher takes these GPUs alone; on a CPU, which has none, that is the number of processes."""
         return {**self.environment, "CUDA_VISIBLE_DEVICES": self.gpus} if "deepspeed" in words else self.environment
 
 
-def newest_checkpoint(folder):
+def newest_checkpoint(folder: str) -> str:
     """The checkpoint of the last step in a run's folder."""
     found = [path for path in Path(folder).glob("epoch-*-step-*") if (path / "run.json").exists()]
     if not found:

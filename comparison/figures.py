@@ -1,5 +1,7 @@
 """The figures of a comparison, from what its runs left."""
 
+from __future__ import annotations
+
 import functools
 import json
 import math
@@ -7,36 +9,41 @@ import os
 import statistics
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from comparison.commands import Steps
 from comparison.methods import answer_steps, checkpoint_of, run_folder, train_step
-from comparison.plan import as_text
+from comparison.plan import Method, Plan, as_text
 from evaluation.intervals import middle, resampled
 from evaluation.metrics import METRICS, metrics_of, score_rows
 from evaluation.predictions import read_predictions
-from evaluation.tasks import find_task
+from evaluation.tasks import Task, find_task
 from runtime.json_lines import parse
+
+if TYPE_CHECKING:
+    import numpy
 
 NUM_RESAMPLES = 1000
 MOST_POINTS = 400  # of a loss curve in the report
 NUM_SAMPLES = 5
 
 
-def figures(plan, steps, out):
+def figures(plan: Plan, steps: Steps, out: str) -> dict:
     """results.json: what is known of the base model, of every method and of every run."""
     task = find_task(plan.task)
-    base = {"name": "base", "runs": [read_answers(plan, steps, out, "base", plan.base, plan.train_flags)]}
+    base = {"name": "base", "runs": [answer_figures(plan, steps, out, "base", plan.base, plan.train_flags)]}
     methods = []
     for method in plan.methods:
         values = {"name": method.name, "family": method.family, "train_type": method.train_type}
         values["flags"] = {flag: as_text(value) for flag, value in method.flags.items()}
         methods.append({**values, "runs": [read_run(plan, steps, out, method, seed) for seed in plan.seeds]})
     for entry in (base, *methods):
-        summarize(entry, task)
+        add_means(entry, task)
     done = [method for method in methods if method["status"] == "done"]
     best = max(done, key=lambda method: method["metrics"][task.primary], default=None)
     for method in done:
         method["to_base"] = compared(method, base, task.primary) if base["status"] == "done" else None
-        method["to_best"] = compared(method, best, task.primary) if method is not best else None
+        method["to_best"] = compared(method, best, task.primary) if best and method is not best else None
     samples = sample_rows([entry for entry in (base, *done) if entry["status"] == "done"], task)
     commands = [plan.base_command] if plan.base_command else []
     for entry in (base, *methods):
@@ -68,7 +75,7 @@ def figures(plan, steps, out):
     }
 
 
-def read_run(plan, steps, out, method, seed):
+def read_run(plan: Plan, steps: Steps, out: str, method: Method, seed: int) -> dict:
     """The figures of one run: {"seed", "status", "commands"} and, as far as it came, what it gave."""
     folder = run_folder(method.name, seed)
     step = train_step(plan, out, method, seed)
@@ -83,7 +90,7 @@ def read_run(plan, steps, out, method, seed):
         is_begun = stamp.get("command") == step.command and not steps.is_done(step.name, step.result)
         return {**run, "status": "begun"} if is_begun and run["loss"] else {**run, "loss": []}
     checkpoint = checkpoint_of(step.result)
-    answers = read_answers(plan, steps, out, folder, checkpoint, method.all)
+    answers = answer_figures(plan, steps, out, folder, checkpoint, method.all)
     return {
         **run,
         **answers,
@@ -94,10 +101,10 @@ def read_run(plan, steps, out, method, seed):
     }
 
 
-def read_answers(plan, steps, out, folder, model, train_flags):
+def answer_figures(plan: Plan, steps: Steps, out: str, folder: str, model: str, train_flags: dict) -> dict:
     """What a model answered, and its scores: {"status", "commands"} and, if that is done, "rows", "answers"."""
     todo = list(answer_steps(plan, out, folder, model, train_flags))
-    run = {"status": "not run", "commands": [step.command for step in todo]}
+    run: dict = {"status": "not run", "commands": [step.command for step in todo]}
     predicted, _, *measured = todo  # the figures are of the answers: what lies in a file of scores is not asked
     for step in (predicted, *measured):
         if not steps.is_current(step.name, step.command, step.inputs, step.result):
@@ -112,16 +119,16 @@ def read_answers(plan, steps, out, folder, model, train_flags):
 
 
 @functools.cache
-def scored(path, changed, task, normalize):
+def scored(path: str, changed: int, task: str | None, normalize: bool) -> tuple[list[dict], list[tuple]]:
     """(scored rows, [(question, reference, answer), ...]) of a file of predictions that was written at a time."""
     predictions = read_predictions(path)
     with open(path, encoding="utf-8") as file:
         questions = [json.loads(line)["query"] for line in file if line.strip()]
     rows = score_rows(predictions.answers, predictions.references, task, normalize)["rows"]
-    return rows, list(zip(questions, predictions.references, predictions.predictions))
+    return rows, list(zip(questions, predictions.references, predictions.predictions, strict=True))
 
 
-def read_done(folder):
+def read_done(folder: str) -> dict:
     """The event with which a training ends, {} without one."""
     path = Path(folder, "events.jsonl")
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
@@ -129,7 +136,7 @@ def read_done(folder):
     return events[-1] if events else {}
 
 
-def read_curve(folder):
+def read_curve(folder: str) -> list[list]:
     """[[step, loss], ...] of a training's log, thinned out evenly where it is long."""
     path = Path(folder, "train_log.jsonl")
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
@@ -137,7 +144,7 @@ def read_curve(folder):
     return points[:: max(1, math.ceil(len(points) / MOST_POINTS))]
 
 
-def summarize(entry, task):
+def add_means(entry: dict, task: Task) -> None:
     """Put into a method the means over its runs; its status is "done" where all of them are."""
     runs = entry["runs"]
     open_ones = [run["status"] for run in runs if run["status"] != "done"]
@@ -151,10 +158,11 @@ def summarize(entry, task):
     entry["metrics"] = {name: mean([value[name] for value in values]) for name in task.metrics}
     entry["num_rows"] = len(runs[0]["rows"])
     entry["intervals"] = {name: ends_of(entry, entry["samples"][name]) for name in task.metrics}
-    for run, value in zip(runs, values):
+    for run, value in zip(runs, values, strict=True):
         run["metrics"] = value
     primary = [value[task.primary] for value in values]
-    entry["spread"] = statistics.stdev(primary) if len(primary) > 1 and None not in primary else None
+    known = [value for value in primary if value is not None]
+    entry["spread"] = statistics.stdev(known) if 1 < len(known) == len(primary) else None
     found = [run.get("forgetting") or {} for run in runs]
     entry["forgetting"] = {name: mean_interval([one.get(name) for one in found]) for name in ("loss", "score")}
     for name in ("seconds", "tokens_per_second", "peak_memory_bytes", "trained_weights", "all_weights"):
@@ -162,29 +170,29 @@ def summarize(entry, task):
     entry["checkpoint_bytes"] = mean([run.get("checkpoint_bytes") for run in runs])
 
 
-def mean(values):
+def mean(values: list) -> float | None:
     """The mean, None where a value is missing."""
     return None if None in values else math.fsum(values) / len(values)
 
 
-def mean_interval(intervals):
+def mean_interval(intervals: list) -> list[float | None] | None:
     """[value, low, high], each the mean over runs; None where one is missing."""
     return None if None in intervals else [mean(list(values)) for values in zip(*intervals)]
 
 
-def compared(entry, other, metric):
+def compared(entry: dict, other: dict, metric: str) -> list[float | None]:
     """[difference, low, high] of a metric, over the same resamples; is 0 inside, it is inside the noise."""
     value = entry["metrics"][metric] - other["metrics"][metric]
     low, high = ends_of(entry, entry["samples"][metric] - other["samples"][metric]) or (None, None)
     return [value, low, high]
 
 
-def ends_of(entry, samples):
+def ends_of(entry: dict, samples: numpy.ndarray) -> list[float] | None:
     """The interval of a figure from its values in the resamples; None for a single row, of which nothing follows."""
     return middle(samples) if entry["num_rows"] > 1 else None
 
 
-def sample_rows(entries, task):
+def sample_rows(entries: list[dict], task: Task) -> list[dict]:
     """A few rows, evenly spaced whatever the answers are, with what each answered in its first run."""
     if not entries:
         return []

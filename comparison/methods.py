@@ -1,14 +1,27 @@
 """The steps of a method: training, answers, scores."""
 
+from __future__ import annotations
+
 import os
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from checkpoints.base_weights import check_weights
 from checkpoints.opening import read_config
 from comparison.commands import newest_checkpoint
-from comparison.plan import FILE_FLAGS, as_list, has_base, predict_args, predict_words, train_args, train_words
+from comparison.plan import (
+    FILE_FLAGS,
+    Method,
+    Plan,
+    as_list,
+    has_base,
+    predict_args,
+    predict_words,
+    train_args,
+    train_words,
+)
 from flags.score import scores_path
 from flags.train import train_parser
 from generation.lengths import window_problem
@@ -16,6 +29,9 @@ from modes import MODES, possible_modes
 from rows.reading import data_files
 from train_types import TRAIN_TYPES
 from training.ds_config import find_ds_file, is_own_file
+
+if TYPE_CHECKING:
+    from modeling.base_config import ChatGLMConfigBase
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,17 +41,17 @@ class Step(NamedTuple):
 
     name: str
     command: str
-    inputs: list
+    inputs: list[str]
     result: str
     goes_on: bool = False
 
 
-def run_folder(name, seed):
+def run_folder(name: str, seed: int) -> str:
     """Where a run lies in the output folder."""
     return f"runs/{name}/seed-{seed}"
 
 
-def train_step(plan, out, method, seed):
+def train_step(plan: Plan, out: str, method: Method, seed: int) -> Step:
     """The training of a method with one seed."""
     folder = run_folder(method.name, seed)
     words = train_words(plan, method, seed, f"{out}/{folder}/train")
@@ -50,7 +66,7 @@ def train_step(plan, out, method, seed):
     return Step(f"{folder}/train", command, inputs, f"{out}/{folder}/train", True)
 
 
-def answer_steps(plan, out, folder, model, train_flags):
+def answer_steps(plan: Plan, out: str, folder: str, model: str, train_flags: dict) -> Iterator[Step]:
     """Prediction, scores and, where asked for, forgetting of a model; folder: "base", or that of a run.
 
     train_flags: as for `predict_words`.
@@ -72,24 +88,24 @@ def answer_steps(plan, out, folder, model, train_flags):
         yield Step(f"{folder}/forgetting", command, inputs, result)
 
 
-def program(name):
+def program(name: str) -> str:
     """A script as it is called from this folder."""
     return name if Path.cwd() == ROOT else shlex.quote(str(ROOT / name))
 
 
-def weights_of(folder):
+def weights_of(folder: str) -> list[str]:
     """Files that decide what a model answers; none for a hub name, which stands for them itself."""
     patterns = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
     return sorted(str(path) for pattern in patterns for path in Path(folder).glob(pattern))
 
 
-def checkpoint_of(folder):
+def checkpoint_of(folder: str) -> str:
     """A training's checkpoint to compare: best/ where it chose one by held-out rows, else the last."""
     best = os.path.join(folder, "best")
     return best if os.path.isfile(os.path.join(best, "run.json")) else newest_checkpoint(folder)
 
 
-def model_problems(plan, methods):
+def model_problems(plan: Plan, methods: list[Method]) -> list[str | None]:
     """Layers and modules named in the flags that the base model does not have, and texts too long for it."""
     if not has_base(plan):
         return []  # a hub name
@@ -104,7 +120,7 @@ def model_problems(plan, methods):
     return found
 
 
-def length_problem(plan, name, train_flags, config, prompt):
+def length_problem(plan: Plan, name: str, train_flags: dict, config: ChatGLMConfigBase, prompt: Any) -> str | None:
     """Would predict.py refuse the lengths of questions and answers, when a model is trained? A line, or None."""
     args, _ = predict_args(plan, train_flags)
     problem = window_problem(args.max_src_len, args.max_new_tokens, config, prompt)

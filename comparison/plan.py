@@ -1,17 +1,20 @@
 """The YAML file of compare.py: read, checked, and expanded into the methods that are run."""
 
+import argparse
 import difflib
 import itertools
 import math
 import os
 import re
 import shlex
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 import yaml
 
 from evaluation.tasks import TASKS
-from flags.common import MAX_NAME, expanded_path
+from flags.common import MAX_NAME, OneLineParser, expanded_path
 from flags.predict import predict_parser, sampling_problems
 from flags.train import train_parser, train_problems
 from generation.lengths import RUN_FLAGS
@@ -57,7 +60,7 @@ MOST_DEPTH = 20  # brackets inside brackets, counted likewise
 MOST_DIGITS = 50  # of a number
 MOST_METHODS = 200  # rows of the report, each choice of a grid being one
 MOST_SEEDS = 100
-CHOICES = {"mode": MODES, "task": TASKS, "train_type": TRAIN_TYPES}
+CHOICES: dict[str, Collection[str]] = {"mode": MODES, "task": TASKS, "train_type": TRAIN_TYPES}
 
 
 @dataclass
@@ -80,9 +83,9 @@ class Plan:
     base: str
     train_path: list
     test_path: list
-    task: str = None
-    base_command: str = None
-    mode: str = None
+    task: str | None = None
+    base_command: str | None = None
+    mode: str | None = None
     train_flags: dict = field(default_factory=dict)  # of all methods, without the defaults
     predict_flags: dict = field(default_factory=dict)
     methods: list = field(default_factory=list)
@@ -99,26 +102,26 @@ class Loader(yaml.SafeLoader):
     are once every alias is written out, before anything is made of them.
     """
 
-    def __init__(self, stream):
+    def __init__(self, stream: str) -> None:
         super().__init__(stream)
         self.level = 0
-        self.sizes = {}  # id of a node that is whole: (its nodes, their depth)
+        self.sizes: dict[int, tuple[int, int]] = {}  # id of a node that is whole: (its nodes, their depth)
 
-    def compose_node(self, parent, index):
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """The next node; its size is known afterwards."""
         mark, is_alias = self.peek_event().start_mark, self.check_event(yaml.AliasEvent)
         self.level += 1
         check_size(len(self.sizes), self.level, mark)
         node = super().compose_node(parent, index)
         self.level -= 1
-        if not is_alias:
+        if node is not None and not is_alias:
             self.sizes[id(node)] = self.size(node)
         if id(node) not in self.sizes:
             raise refused("an alias inside of what it stands for", mark)
         check_size(*self.sizes[id(node)], mark)
         return node
 
-    def size(self, node):
+    def size(self, node: yaml.Node) -> tuple[int, int]:
         """(nodes, depth) of a node, those of its parts being known; what no comparison has in it is refused."""
         if isinstance(node, yaml.ScalarNode):
             hidden = [char for char in node.value if not char.isprintable() and char not in BLANKS]
@@ -138,7 +141,7 @@ class Loader(yaml.SafeLoader):
         sizes = [self.sizes[id(part)] for part in parts]
         return 1 + sum(num_nodes for num_nodes, _ in sizes), 1 + max((depth for _, depth in sizes), default=0)
 
-    def construct_object(self, node, deep=False):
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> object:
         """The value of a node; where it is none of its tag, such as the 13th month of a date, its line is named."""
         try:
             return super().construct_object(node, deep)
@@ -146,7 +149,7 @@ class Loader(yaml.SafeLoader):
             raise refused(f"no value of {node.tag} ({error})", node.start_mark) from None
 
 
-def check_size(num_nodes, depth, mark):
+def check_size(num_nodes: int, depth: int, mark: yaml.Mark) -> None:
     """Refuse what is larger than the file of a comparison is."""
     if num_nodes > MOST_NODES:
         raise refused(f"more than {MOST_NODES:,} values and keys, with every alias written out", mark)
@@ -154,12 +157,12 @@ def check_size(num_nodes, depth, mark):
         raise refused(f"nested deeper than {MOST_DEPTH}, with every alias written out", mark)
 
 
-def refused(rule, mark):
+def refused(rule: str, mark: yaml.Mark) -> yaml.MarkedYAMLError:
     """The error for a place in a YAML file."""
     return yaml.constructor.ConstructorError(None, None, rule, mark)
 
 
-def read_yaml(path):
+def read_yaml(path: str) -> dict:
     """The mapping in a YAML file; UserError that names the line otherwise."""
     try:
         with open(path, "rb") as file:
@@ -173,15 +176,15 @@ def read_yaml(path):
         values = yaml.load(text, Loader)
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{path}{line}: not YAML ({show(error.problem, 200)}): mend this line") from None
+        raise UserError(f"{path}{line}: not YAML ({show(error.problem, 200)}): fix this line") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two: an escape of no character
-        raise UserError(f"{path}: not YAML ({show(error, 200)}): mend it") from None
+        raise UserError(f"{path}: not YAML ({show(error, 200)}): fix it") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: is {name_type(values)}: write keys with values, such as base: ChatGLM3-6B")
     return values
 
 
-def read_plan(path):
+def read_plan(path: str) -> tuple[Plan | None, list[str]]:
     """(Plan, problems): the problems are one line each, as {key: value, rule, fix}; the plan is None with them."""
     values = read_yaml(path)
     problems = key_problems(values, KEYS, "")
@@ -200,7 +203,7 @@ def read_plan(path):
     return (None if problems else plan), [f"{path}: {problem}" for problem in problems]
 
 
-def key_problems(values, keys, where):
+def key_problems(values: dict, keys: dict, where: str) -> list[str]:
     """Keys that are unknown, missing or of another type."""
     problems = []
     for key, value in values.items():
@@ -219,20 +222,20 @@ def key_problems(values, keys, where):
     ]
 
 
-def with_home(values):
+def with_home(values: dict) -> dict:
     """The file's values with `~` replaced in its paths, as on a command line; flags that take a path included."""
     parsers = (train_parser(), predict_parser())
     takes_path = {action.dest for parser in parsers for action in parser._actions if action.type is expanded_path}
 
-    def expanded(value):
+    def expanded(value: object) -> object:
         if isinstance(value, list):
             return list(map(expanded, value))
         return expanded_path(value) if isinstance(value, str) else value
 
-    def of_flags(flags, keys=takes_path):
+    def of_flags(flags: dict, keys: Collection[str] = takes_path) -> dict:
         return {key: expanded(value) if key in keys else value for key, value in flags.items()}
 
-    def of_all(entry):
+    def of_all(entry: dict) -> dict:
         tables = ("flags", "grid", "train_flags", "predict_flags")
         return {key: of_flags(value) if key in tables else value for key, value in entry.items()}
 
@@ -240,7 +243,7 @@ def with_home(values):
     return of_flags({**of_all(values), "methods": methods}, PATH_KEYS)
 
 
-def value_problems(values):
+def value_problems(values: dict) -> list[str]:
     """What is wrong with values that have the right type."""
     problems = []
     for key in ("train_path", "test_path"):
@@ -255,13 +258,14 @@ def value_problems(values):
         if "base_command" in values and not shlex.split(values["base_command"]):
             raise UserError("it is empty")
     except ValueError as error:  # quotes that are not closed, too
-        problems.append(f"base_command {show(values['base_command'])}: is no command line ({error}): mend it")
+        problems.append(f"base_command {show(values['base_command'])}: is no command line ({error}): fix it")
     seeds = values.get("seeds", [0])
     if not seeds or len({*map(str, seeds)}) < len(seeds) or any(type(seed) is not int or seed < 0 for seed in seeds):
         problems.append(f"seeds {show(seeds)}: must be {KEYS['seeds'][1]}: for example [1234, 1235]")
     if len(seeds) > MOST_SEEDS:
         problems.append(f"seeds: are {len(seeds)}: at most {MOST_SEEDS} can be compared: remove some")
-    names, num_methods = set(), 0
+    names: set[str] = set()
+    num_methods = 0
     for number, entry in enumerate(values["methods"]):
         where, name = f"methods[{number}]", entry["name"]
         if not re.fullmatch(NAMED, name) or name.lower() in ("base", *names):
@@ -285,14 +289,14 @@ def value_problems(values):
     return problems
 
 
-def expand(path, values):
+def expand(path: str, values: dict) -> Plan:
     """The plan, with a method for each choice of the values in a grid."""
     common = {**TRAIN_DEFAULTS, **values.get("train_flags", {})}
     methods = []
     for entry in values["methods"]:
         grid = entry.get("grid", {})
         for choice in itertools.product(*grid.values()):
-            point = dict(zip(grid, choice))
+            point = dict(zip(grid, choice, strict=True))
             name = ",".join([entry["name"], *(f"{flag}={as_text(value)}" for flag, value in point.items())])
             flags = {**entry.get("flags", {}), **point}
             name = re.sub(r"[^\w.,=+-]+", "-", name)
@@ -301,7 +305,7 @@ def expand(path, values):
     return Plan(path=path, **same | {key: as_list(values[key]) for key in ("train_path", "test_path")}, methods=methods)
 
 
-def flag_problems(plan, values):
+def flag_problems(plan: Plan, values: dict) -> list[str]:
     """What train.py and predict.py would refuse."""
     problems = [
         f"{method.name}: is a folder's name too, and longer than {MAX_NAME} bytes: make methods of the grid's choices"
@@ -323,7 +327,7 @@ def flag_problems(plan, values):
     return problems + [f"predict_flags: {text}" for text in predict_flag_problems(plan)]
 
 
-def name_problems(parser, flags, own, where):
+def name_problems(parser: argparse.ArgumentParser, flags: dict, own: Collection[str], where: str) -> list[str]:
     """Flags that the script does not have, or that are not the file's to give."""
     known = [action.dest for action in parser._actions if action.dest not in ("help", *own)]
     problems = []
@@ -339,7 +343,7 @@ def name_problems(parser, flags, own, where):
     return problems
 
 
-def train_flag_problems(plan, method):
+def train_flag_problems(plan: Plan, method: Method) -> list[str]:
     """What train.py would say of a method's command line before it reads a weight."""
     try:
         found = train_problems(*train_args(plan, method))
@@ -349,14 +353,14 @@ def train_flag_problems(plan, method):
     return [p for p in found if not (plan.base_command and not has_base(plan) and p.startswith("--model_name_or_path"))]
 
 
-def train_args(plan, method):
+def train_args(plan: Plan, method: Method) -> tuple[argparse.Namespace, set[str]]:
     """(args of train.py for a method, names of the flags that are given); UserError for a flag that it refuses."""
     parser = strict(train_parser())
     words = train_words(plan, method, plan.seeds[0], os.path.join("output", "not-there-yet"))
     return parser.parse_args(words), parser.typed(words)
 
 
-def predict_flag_problems(plan):
+def predict_flag_problems(plan: Plan) -> list[str]:
     """What predict.py would say of its command line; the ranges of numbers it says itself, at the base's rows."""
     try:
         return sampling_problems(*predict_args(plan, plan.train_flags))
@@ -364,29 +368,29 @@ def predict_flag_problems(plan):
         return [str(error)]
 
 
-def predict_args(plan, train_flags):
+def predict_args(plan: Plan, train_flags: dict) -> tuple[argparse.Namespace, set[str]]:
     """(args of predict.py for a model of this training, names of the flags that are given); as `train_args`."""
     parser = strict(predict_parser())
     words = predict_words(plan, plan.base, "predictions.jsonl", train_flags)
     return parser.parse_args(words), parser.typed(words)
 
 
-def strict(parser):
+def strict(parser: OneLineParser) -> OneLineParser:
     """The parser, raising UserError where it would end the program."""
 
-    def error(message):
+    def error(message: str) -> NoReturn:
         raise UserError(f"{message}: see python {parser.prog} --help")
 
-    parser.error = error
+    parser.error = error  # type: ignore[method-assign]
     return parser
 
 
-def has_base(plan):
+def has_base(plan: Plan) -> bool:
     """Is the base model there?"""
     return os.path.isfile(os.path.join(plan.base, "config.json"))
 
 
-def train_words(plan, method, seed, output_dir):
+def train_words(plan: Plan, method: Method, seed: int, output_dir: str) -> list[str]:
     """The flags of train.py for a method with one seed, as words."""
     words = ["--train_path", *plan.train_path, "--model_name_or_path", plan.base]
     words += ["--mode", plan.mode] if plan.mode else []
@@ -394,7 +398,7 @@ def train_words(plan, method, seed, output_dir):
     return [*words, "--seed", str(seed), "--output_dir", output_dir, "--resume", "auto"]
 
 
-def predict_words(plan, model, output_path, train_flags):
+def predict_words(plan: Plan, model: str, output_path: str, train_flags: dict) -> list[str]:
     """The flags of predict.py for a model, as words.
 
     train_flags: those of its training; for the base, those of all methods. Rows are read and cut as they were there,
@@ -405,14 +409,14 @@ def predict_words(plan, model, output_path, train_flags):
     return [*words, "--output_path", output_path, "--overwrite"]
 
 
-def answer_flags(plan, train_flags):
+def answer_flags(plan: Plan, train_flags: dict) -> dict:
     """{flag: value} of predict.py for a model that was trained with these flags."""
     usual = {flag: train_parser().get_default(flag) for flag in RUN_FLAGS}
     of_rows = {flag: train_flags.get(flag, value) for flag, value in usual.items()}
     return {**{flag: value for flag, value in of_rows.items() if value is not None}, **plan.predict_flags}
 
 
-def flag_words(parser, flags):
+def flag_words(parser: argparse.ArgumentParser, flags: dict) -> list[str]:
     """{flag: value} as words: true and false switch a flag that takes no value; UserError where it is neither."""
     actions = {action.dest: action for action in parser._actions}
     words = []
@@ -430,22 +434,28 @@ def flag_words(parser, flags):
     return words
 
 
-def as_list(value):
+def as_list(value: Any) -> list:
     """A list as it is, another value as a list of one."""
     return value if isinstance(value, list) else [value]
 
 
-def as_text(value):
+def as_text(value: object) -> str:
     """A value of the file as a word of a command line."""
     return str(value)
 
 
-def show(value, most=60):
+def show(value: object, most: int = 60) -> str:
     """A value for a message, on one line, `most` characters of it."""
     return " ".join(str(value).split())[:most] or repr(value)
 
 
-def name_type(value):
+def name_type(value: object) -> str:
     """What a value is, in YAML's words."""
-    names = {dict: "a mapping", list: "a list", str: "a text", bool: "true or false", type(None): "empty"}
+    names: dict[type, str] = {
+        dict: "a mapping",
+        list: "a list",
+        str: "a text",
+        bool: "true or false",
+        type(None): "empty",
+    }
     return names.get(type(value), "a number" if isinstance(value, (int, float)) else f"a {type(value).__name__}")

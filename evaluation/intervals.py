@@ -5,7 +5,10 @@ middle 95 % of these values. Two prediction sets over the same rows are compared
 row easy or hard for both cancels out.
 """
 
-from evaluation.metrics import columns_of, sums_of, values_of
+from collections.abc import Sequence
+from typing import Any
+
+from evaluation.metrics import score_arrays, sums_of, values_of
 from runtime.exits import UserError
 
 LEVEL = 95  # per cent of the resamples inside an interval
@@ -21,25 +24,25 @@ DEFINITION = (
 )
 
 
-def resampled(rows: list[dict], names, num_resamples: int, seed: int = SEED) -> dict:
+def resampled(rows: list[dict], names: Sequence[str], num_resamples: int, seed: int = SEED) -> dict:
     """{metric: array of its values, one for each resample}; NaN where a resample gives none.
 
     The same number of rows and the same seed give the same resamples.
     """
     import numpy
 
-    rng, columns, block = numpy.random.default_rng(seed), columns_of(rows), max(1, MAX_CELLS // len(rows))
+    rng, arrays, block = numpy.random.default_rng(seed), score_arrays(rows), max(1, MAX_CELLS // len(rows))
     parts = []
     for start in range(0, num_resamples, block):
         # How often each row occurs [B, N] is all that a metric needs to know of a resample.
         drawn = rng.integers(len(rows), size=(min(block, num_resamples - start), len(rows)))
         drawn += len(rows) * numpy.arange(len(drawn))[:, None]
-        weights = numpy.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
-        parts.append(values_of(sums_of(columns, weights.astype(float)), names))
+        counts = numpy.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
+        parts.append(values_of(sums_of(arrays, counts.astype(float)), names))
     return {name: numpy.concatenate([part[name] for part in parts]) for name in names}
 
 
-def middle(values) -> list[float] | None:
+def middle(values: Any) -> list[float] | None:
     """The ends of the middle LEVEL per cent; None without values."""
     import numpy
 
@@ -48,7 +51,9 @@ def middle(values) -> list[float] | None:
     return numpy.percentile(values, [tail, 100 - tail]).tolist() if len(values) else None
 
 
-def intervals(rows: list[dict], names, num_resamples: int = 1000, seed: int = SEED) -> dict[str, list[float] | None]:
+def intervals(
+    rows: list[dict], names: Sequence[str], num_resamples: int = 1000, seed: int = SEED
+) -> dict[str, list[float] | None]:
     """{metric: [low, high]} of rows from `score_rows`; None for a metric without a value and for fewer than two rows.
 
     num_resamples: 0 switches off, and every interval is None.
@@ -59,7 +64,7 @@ def intervals(rows: list[dict], names, num_resamples: int = 1000, seed: int = SE
 
 
 def differences(
-    rows_a: list[dict], rows_b: list[dict], names, num_resamples: int = 1000, seed: int = SEED
+    rows_a: list[dict], rows_b: list[dict], names: Sequence[str], num_resamples: int = 1000, seed: int = SEED
 ) -> dict[str, tuple]:
     """{metric: (b - a, low, high)} of two predictions for the same rows, in the same order.
 
@@ -72,9 +77,9 @@ def differences(
         )
     if not rows_a:
         return dict.fromkeys(names, (None, None, None))
-    values = [values_of(sums_of(columns_of(rows)), names) for rows in (rows_a, rows_b)]
+    values = [values_of(sums_of(score_arrays(rows)), names) for rows in (rows_a, rows_b)]
     points = {name: (values[1][name] - values[0][name])[0].item() for name in names}
-    ends = dict.fromkeys(names)
+    ends: dict[str, list[float] | None] = dict.fromkeys(names)
     if len(rows_a) > 1 and num_resamples:
         samples = [resampled(rows, names, num_resamples, seed) for rows in (rows_a, rows_b)]
         ends = {name: middle(samples[1][name] - samples[0][name]) for name in names}
@@ -91,18 +96,20 @@ def difference(
     return differences(rows_a, rows_b, (metric,), num_resamples, seed)[metric]
 
 
-def weighted_mean(values, weights=None, num_resamples: int = 1000, seed: int = SEED) -> list[float | None]:
+def weighted_mean(
+    values: Sequence[float], weights: Sequence[float] | None = None, num_resamples: int = 1000, seed: int = SEED
+) -> list:
     """[mean of the rows' values, low, high]; weights: what each row counts, left out: all alike.
 
     low and high are None for fewer than two rows.
     """
     import numpy
 
-    weights = numpy.ones(len(values)) if weights is None else numpy.array(weights, dtype=float)
-    sums = numpy.array(values, dtype=float) * weights
-    mean = float(sums.sum() / weights.sum())
+    factors = numpy.ones(len(values)) if weights is None else numpy.array(weights, dtype=float)
+    sums = numpy.array(values, dtype=float) * factors
+    mean = float(sums.sum() / factors.sum())
     if len(sums) < 2:
         return [mean, None, None]
     rng = numpy.random.default_rng(seed)
     drawn = (rng.integers(len(sums), size=len(sums)) for _ in range(num_resamples))
-    return [mean, *middle(numpy.array([sums[rows].sum() / weights[rows].sum() for rows in drawn]))]
+    return [mean, *(middle(numpy.array([sums[rows].sum() / factors[rows].sum() for rows in drawn])) or (None, None))]

@@ -1,17 +1,18 @@
 """The metrics of score.py: what a row gives, what the rows give together, and the sentence that says how.
 
 A row becomes a dict of numbers (`score_row`). A metric is a formula on the sums of these numbers over rows, so the
-value of all rows, of some of them and of a thousand resamples (bootstrap.py) come from the same lines. The text
+value of all rows, of some of them and of a thousand resamples (intervals.py) come from the same lines. The text
 libraries and numpy are imported once a row is scored.
 """
 
 import importlib.metadata
 import math
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
+from evaluation import row_scores
 from evaluation.row_scores import (
     FOLDING,
     MAX_QUESTION_CHARS,
@@ -19,7 +20,8 @@ from evaluation.row_scores import (
     NEAR_DUPLICATE,
     QUESTION_FAULT,
     QUESTION_POINTS,
-    score_row,
+    Scorer,
+    fold,
     share,
 )
 from evaluation.tasks import NO_TASK, find_task
@@ -35,7 +37,7 @@ def share_of(column: str, whole: str) -> Callable:
     return lambda sums: share(sums[column], sums[whole])
 
 
-def macro_f1(sums):
+def macro_f1(sums: dict) -> Any:
     """The mean F1 of the labels that occur in references."""
     references, predictions, hits = (sums[f"label_{name}"] for name in ("references", "predictions", "hits"))
     occurs = references > 0
@@ -44,132 +46,191 @@ def macro_f1(sums):
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is computed and what is said of it.
+    """How a metric is computed, what is said of it, and where it is offered. Adding a metric is an entry in METRICS.
 
-    title: its line in the table. definition: its sentence in the JSON file; `definitions` fills the braces.
+    title: its line in the table; title_zh: the same in Chinese, for the report of compare.py.
+    definition: its sentence in the JSON file; `definitions` fills the braces.
     formula(sums): the value from {column: sum over rows}, for arrays of sums at once.
+    scorer(answers, reference): the columns that a row gives, of one or of several metrics; answers: all of the row.
     needs: the column without which there is no value: its sum must not be 0.
+    is_shown: does the line of an evaluation while training have it? is_for_best: may --metric_for_best_model name it?
     """
 
     title: str
+    title_zh: str
     definition: str
     formula: Callable
     needs: str = "num_rows"
+    scorer: Scorer = field(kw_only=True)
+    is_shown: bool = False
+    is_for_best: bool = False
 
 
 METRICS = {
     "rouge1": Metric(
         "ROUGE-1 F1 over words, mean over rows",
+        "按词的 ROUGE-1 F1，各行平均",
         "{rouge} of rouge-1 {words}, joined by a space; repeated words count once; {empty}.",
         mean_of("rouge1"),
+        scorer=row_scores.WORDS,
     ),
     "rouge2": Metric(
         "ROUGE-2 F1 over words, mean over rows",
+        "按词的 ROUGE-2 F1，各行平均",
         "{rouge} of rouge-2 {words}, joined by a space; repeated pairs count once; one word alone has none and counts "
         "as 0; {empty}.",
         mean_of("rouge2"),
+        scorer=row_scores.WORDS,
     ),
     "rougeL": Metric(
         "ROUGE-L F1 over words, mean over rows",
+        "按词的 ROUGE-L F1，各行平均",
         "{rouge} of rouge-l {words}, joined by a space; the same formula with our own subsequence length where the "
         "library's table would pass {cells} cells; {empty}.",
         mean_of("rougeL"),
+        scorer=row_scores.WORDS,
+        is_shown=True,
+        is_for_best=True,
     ),
     "bleu4": Metric(
         "BLEU-4 over characters, mean over rows",
+        "按字的 BLEU-4，各行平均",
         "{bleu} over characters without white space, {smoothing}, which leaves a text of under four characters below "
         "100 even when identical; {empty}.",
         mean_of("bleu4"),
+        scorer=row_scores.CHARACTERS,
+        is_shown=True,
+        is_for_best=True,
     ),
     "bleu4_words": Metric(
         "BLEU-4 over words, mean over rows",
+        "按词的 BLEU-4，各行平均",
         "{bleu} {words}, {smoothing}, which leaves a text of under four words below 100 even when identical; {empty}.",
         mean_of("bleu4_words"),
-    ),
-    "precision": Metric(
-        "correct share of predicted triples, mean over rows",
-        "Mean over rows of the share of the row's predicted triples that are in its reference; {triple}; {macro}.",
-        mean_of("precision", over="has_triples"),
-        needs="num_reference",
-    ),
-    "recall": Metric(
-        "found share of reference triples, mean over rows",
-        "Mean over rows of the share of the row's reference triples that are predicted; {triple}; {macro}.",
-        mean_of("recall", over="has_triples"),
-        needs="num_reference",
-    ),
-    "f1": Metric(
-        "F1 of triples, mean over rows",
-        "Mean over rows of the row's F1, 2 * matched / (predicted + reference triples); {triple}; {macro}.",
-        mean_of("f1", over="has_triples"),
-        needs="num_reference",
-    ),
-    "precision_micro": Metric(
-        "correct share of predicted triples, all rows together",
-        "Matched triples over predicted triples, each summed over all rows, 0 where none is predicted; {triple}.",
-        share_of("num_matched", "num_predicted"),
-        needs="num_reference",
-    ),
-    "recall_micro": Metric(
-        "found share of reference triples, all rows together",
-        "Matched triples over reference triples, each summed over all rows; {triple}.",
-        share_of("num_matched", "num_reference"),
-        needs="num_reference",
-    ),
-    "f1_micro": Metric(
-        "F1 of triples, all rows together",
-        "2 * matched / (predicted + reference triples), each summed over all rows; {triple}.",
-        lambda sums: share(2 * sums["num_matched"], sums["num_predicted"] + sums["num_reference"]),
-        needs="num_reference",
+        scorer=row_scores.WORDS,
     ),
     "exact_match": Metric(
         "rows equal to their reference",
+        "与参考答案完全相同的行",
         "Per cent of rows where prediction.strip() == reference.strip(); {empty}.",
         mean_of("exact_match"),
+        scorer=row_scores.MATCH,
+        is_shown=True,
+    ),
+    "precision": Metric(
+        "correct share of predicted triples, mean over rows",
+        "预测的三元组中正确的比例，各行平均",
+        "Mean over rows of the share of the row's predicted triples that are in its reference; {triple}; {macro}.",
+        mean_of("precision", over="has_triples"),
+        needs="num_reference",
+        scorer=row_scores.TRIPLES,
+    ),
+    "recall": Metric(
+        "found share of reference triples, mean over rows",
+        "参考三元组中找到的比例，各行平均",
+        "Mean over rows of the share of the row's reference triples that are predicted; {triple}; {macro}.",
+        mean_of("recall", over="has_triples"),
+        needs="num_reference",
+        scorer=row_scores.TRIPLES,
+    ),
+    "f1": Metric(
+        "F1 of triples, mean over rows",
+        "三元组 F1，各行平均",
+        "Mean over rows of the row's F1, 2 * matched / (predicted + reference triples); {triple}; {macro}.",
+        mean_of("f1", over="has_triples"),
+        needs="num_reference",
+        scorer=row_scores.TRIPLES,
+        is_shown=True,
+        is_for_best=True,
+    ),
+    "precision_micro": Metric(
+        "correct share of predicted triples, all rows together",
+        "预测的三元组中正确的比例，所有行放在一起",
+        "Matched triples over predicted triples, each summed over all rows, 0 where none is predicted; {triple}.",
+        share_of("num_matched", "num_predicted"),
+        needs="num_reference",
+        scorer=row_scores.TRIPLES,
+    ),
+    "recall_micro": Metric(
+        "found share of reference triples, all rows together",
+        "参考三元组中找到的比例，所有行放在一起",
+        "Matched triples over reference triples, each summed over all rows; {triple}.",
+        share_of("num_matched", "num_reference"),
+        needs="num_reference",
+        scorer=row_scores.TRIPLES,
+    ),
+    "f1_micro": Metric(
+        "F1 of triples, all rows together",
+        "三元组 F1，所有行放在一起",
+        "2 * matched / (predicted + reference triples), each summed over all rows; {triple}.",
+        lambda sums: share(2 * sums["num_matched"], sums["num_predicted"] + sums["num_reference"]),
+        needs="num_reference",
+        scorer=row_scores.TRIPLES,
     ),
     "accuracy": Metric(
         "rows with the label of their reference",
+        "标签与参考答案相同的行",
         "Per cent of rows whose prediction is the label of the reference; {label}.",
         mean_of("accuracy"),
+        scorer=row_scores.LABELS,
+        is_shown=True,
+        is_for_best=True,
     ),
     "macro_f1": Metric(
         "F1 of a label, mean over the labels of the references",
+        "各标签的 F1，对参考答案中的标签平均",
         "Mean over the labels that occur in references, each counting alike, of 2 * right / (rows with the label as "
         "prediction + rows with it as reference); a prediction that is no label of a reference lowers the F1 of the "
         "label it misses and of no other; {label}.",
         macro_f1,
+        scorer=row_scores.LABELS,
+        is_shown=True,
     ),
     "diversity": Metric(
         f"points of a row's questions, 0 to {QUESTION_POINTS:g}: {QUESTION_FAULT:g} off for each fault",
+        f"每行问题的得分，0 到 {QUESTION_POINTS:g}：每个错误扣 {QUESTION_FAULT:g} 分",
         "Mean over rows of max(0, {points} - {fault} * faults): points, not per cent. Each answer of a row is one "
         "question. Faults: {repeated}; {no_question}; {overlong}. This is what can be counted. Whether the document "
         "answers a question, and whether it reads well and does no harm, takes from the same points: judge.py --task "
         "questions asks a model that, and without it this number is an upper bound.",
         mean_of("diversity"),
         needs="has_several",
+        scorer=row_scores.QUESTIONS,
+        is_shown=True,
     ),
     "repeated_questions": Metric(
         "near-duplicates among all questions",
+        "所有问题中近似重复的",
         "Per cent of all questions that are {repeated}.",
         share_of("num_repeated", "num_questions"),
         needs="has_several",
+        scorer=row_scores.QUESTIONS,
     ),
     "empty_questions": Metric(
         "empty ones among all questions",
+        "所有问题中空白的",
         "Per cent of all questions that are {no_question}.",
         share_of("num_empty", "num_questions"),
         needs="has_several",
+        scorer=row_scores.QUESTIONS,
     ),
     "overlong_questions": Metric(
         "overlong ones among all questions",
+        "所有问题中过长的",
         "Per cent of all questions that are {overlong}.",
         share_of("num_overlong", "num_questions"),
         needs="has_several",
+        scorer=row_scores.QUESTIONS,
     ),
 }
 
 
-def definitions(names=NO_TASK.metrics, normalize: bool = True) -> dict[str, str]:
+def titles_in(language: str) -> dict[str, str]:
+    """{metric: its title} in English ("en") or Chinese ("zh")."""
+    return {name: metric.title_zh if language == "zh" else metric.title for name, metric in METRICS.items()}
+
+
+def definitions(names: Iterable[str] = NO_TASK.metrics, normalize: bool = True) -> dict[str, str]:
     """Say for each metric exactly how it is computed, with the installed library versions."""
     rouge, jieba, nltk = (importlib.metadata.version(name) for name in ("rouge-chinese", "jieba", "nltk"))
     parts = {
@@ -195,13 +256,7 @@ def definitions(names=NO_TASK.metrics, normalize: bool = True) -> dict[str, str]
     return {name: f"{METRICS[name].definition.format(**parts)} {FOLDING[normalize]}" for name in names}
 
 
-# ---------------------------------------------------------------- a row
-
-
-# ---------------------------------------------------------------- rows together
-
-
-class Columns(NamedTuple):
+class ScoreArrays(NamedTuple):
     """Scored rows as arrays over the N rows.
 
     numbers: {name: array}. labels: those of the references. The codes are places in it; a prediction that is no label
@@ -210,8 +265,8 @@ class Columns(NamedTuple):
 
     numbers: dict
     labels: list
-    reference_codes: object
-    predicted_codes: object
+    reference_codes: Any
+    predicted_codes: Any
 
 
 def labels_of(rows: list[dict]) -> list[str]:
@@ -220,7 +275,7 @@ def labels_of(rows: list[dict]) -> list[str]:
     return sorted(counts, key=lambda label: (-counts[label], label))
 
 
-def columns_of(rows: list[dict]) -> Columns:
+def score_arrays(rows: list[dict]) -> ScoreArrays:
     """Arrays of the numbers and labels of rows from `score_row`."""
     import numpy
 
@@ -228,48 +283,49 @@ def columns_of(rows: list[dict]) -> Columns:
     numbers = {name: numpy.array([row[name] or 0.0 for row in rows], dtype=float) for name in names}
     numbers["num_rows"] = numpy.ones(len(rows))
     if "label" not in rows[0]:
-        return Columns(numbers, [], None, None)
+        return ScoreArrays(numbers, [], None, None)
     labels = labels_of(rows)
-    places = {label: place for place, label in enumerate(labels)}
+    places: dict[str | None, int] = {label: place for place, label in enumerate(labels)}
     reference_codes = numpy.array([places[row["label"]] for row in rows])
     # No prediction is the empty label, even where a reference is empty: it is never right.
     known = (places.get(row["predicted_label"] or None, len(labels)) for row in rows)
-    return Columns(numbers, labels, reference_codes, numpy.array(list(known)))
+    return ScoreArrays(numbers, labels, reference_codes, numpy.array(list(known)))
 
 
-def sums_of(columns: Columns, weights=None) -> dict:
-    """{column: sum over rows}, with one sum for each row of `weights` [B, N], or with each row counted once.
+def sums_of(arrays: ScoreArrays, counts: Any = None) -> dict:
+    """{column: sum over rows}, with one sum for each row of `counts` [B, N], how often each row occurs, or with each
+    row counted once.
 
     Sums of labels have a second axis, the labels.
     """
     import numpy
 
-    if weights is None:
+    if counts is None:
         # fsum: the order of the rows does not change the last digit.
-        sums = {name: numpy.array([math.fsum(values)]) for name, values in columns.numbers.items()}
-        weights = numpy.ones((1, len(columns.numbers["num_rows"])))
+        sums = {name: numpy.array([math.fsum(values)]) for name, values in arrays.numbers.items()}
+        counts = numpy.ones((1, len(arrays.numbers["num_rows"])))
     else:
-        table = weights @ numpy.stack(list(columns.numbers.values()), axis=1)  # [B, columns]
-        sums = dict(zip(columns.numbers, table.T))
-    if columns.labels:
-        hits = columns.reference_codes == columns.predicted_codes
-        sums["label_references"] = count_codes(columns.reference_codes, weights, len(columns.labels))
-        sums["label_predictions"] = count_codes(columns.predicted_codes, weights, len(columns.labels))
-        sums["label_hits"] = count_codes(columns.reference_codes, weights * hits, len(columns.labels))
+        table = counts @ numpy.stack(list(arrays.numbers.values()), axis=1)  # [B, columns]
+        sums = dict(zip(arrays.numbers, table.T, strict=True))
+    if arrays.labels:
+        hits = arrays.reference_codes == arrays.predicted_codes
+        sums["label_references"] = count_codes(arrays.reference_codes, counts, len(arrays.labels))
+        sums["label_predictions"] = count_codes(arrays.predicted_codes, counts, len(arrays.labels))
+        sums["label_hits"] = count_codes(arrays.reference_codes, counts * hits, len(arrays.labels))
     return sums
 
 
-def count_codes(codes, weights, num_labels: int):
-    """The weight [B, labels] of each code below `num_labels`, where `codes` [N] has one more."""
+def count_codes(codes: Any, counts: Any, num_labels: int) -> Any:
+    """How many rows [B, labels] have each code below `num_labels`, where `codes` [N] has one more."""
     import numpy
 
     width = num_labels + 1
-    cells = codes + width * numpy.arange(len(weights))[:, None]  # [B, N]
-    counts = numpy.bincount(cells.ravel(), weights.ravel(), minlength=width * len(weights))
-    return counts.reshape(len(weights), width)[:, :num_labels]
+    cells = codes + width * numpy.arange(len(counts))[:, None]  # [B, N]
+    found = numpy.bincount(cells.ravel(), counts.ravel(), minlength=width * len(counts))
+    return found.reshape(len(counts), width)[:, :num_labels]
 
 
-def values_of(sums: dict, names) -> dict:
+def values_of(sums: dict, names: Iterable[str]) -> dict:
     """{metric: array of its values}, NaN where the metric has none."""
     import numpy
 
@@ -279,6 +335,22 @@ def values_of(sums: dict, names) -> dict:
         }
 
 
+def score_row(
+    answers: list[str], reference: str, names: Iterable[str] = NO_TASK.metrics, normalize: bool = True
+) -> dict:
+    """The numbers of one row that these metrics are computed from; an empty prediction gives 0 throughout.
+
+    normalize: fold both sides first; every metric compares the folded texts.
+    """
+    if normalize:
+        answers, reference = [fold(text) for text in answers], fold(reference)
+    wanted = set(names)
+    row: dict = {}
+    for scorer in dict.fromkeys(metric.scorer for name, metric in METRICS.items() if name in wanted):
+        row |= scorer(answers, reference)
+    return row
+
+
 def metrics_of(rows: list[dict], task: str | None = None) -> dict[str, float | None]:
     """The task's metrics of rows from `score_rows`, or of any choice of them; None where a metric has no value."""
     import numpy
@@ -286,7 +358,7 @@ def metrics_of(rows: list[dict], task: str | None = None) -> dict[str, float | N
     names = find_task(task).metrics
     if not rows:
         return dict.fromkeys(names)
-    values = values_of(sums_of(columns_of(rows)), names)
+    values = values_of(sums_of(score_arrays(rows)), names)
     return {name: None if numpy.isnan(value[0]) else value[0].item() for name, value in values.items()}
 
 
@@ -318,5 +390,8 @@ def score_rows(predictions: list, references: list[str], task: str | None = None
         )
     names = find_task(task).metrics
     answers = ([prediction] if isinstance(prediction, str) else prediction for prediction in predictions)
-    rows = [score_row(list(texts), reference, names, normalize) for texts, reference in zip(answers, references)]
+    rows = [
+        score_row(list(texts), reference, names, normalize)
+        for texts, reference in zip(answers, references, strict=True)
+    ]
     return {**metrics_of(rows, task), "rows": rows}

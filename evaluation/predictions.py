@@ -2,8 +2,9 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from runtime.exits import UserError
 
@@ -16,17 +17,17 @@ class Predictions(NamedTuple):
     line_numbers: list[int]
 
     @property
-    def predictions(self):
+    def predictions(self) -> list[str]:
         """The first answer of each row."""
         return [answers[0] for answers in self.answers]
 
     @property
-    def empty_references(self):
+    def empty_references(self) -> list[int]:
         """Lines of the rows that have nothing to compare with."""
-        return [number for number, text in zip(self.line_numbers, self.references) if not text.strip()]
+        return [number for number, text in zip(self.line_numbers, self.references, strict=True) if not text.strip()]
 
     @property
-    def num_extra(self):
+    def num_extra(self) -> int:
         """Number of answers after the first ones."""
         return sum(map(len, self.answers)) - len(self.answers)
 
@@ -36,15 +37,15 @@ def problem(where: str, value: str, rule: str, fix: str) -> UserError:
     return UserError(f"{where}: {value}: {rule}: {fix}")
 
 
-def quote(value, limit: int = 60) -> str:
+def quote(value: object, limit: int = 60) -> str:
     """A value as it would stand in JSON, on one line and cut to `limit` characters."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= limit else text[:limit] + "..."
 
 
-def describe(value) -> str:
+def describe(value: object) -> str:
     """What a JSON value is, with the value itself where it is short and cannot be nested."""
-    kinds = {dict: "an object", list: "a list", str: "the string "}
+    kinds: dict[type, str] = {dict: "an object", list: "a list", str: "the string "}
     kind = kinds.get(type(value), "")
     return kind if isinstance(value, (dict, list)) else kind + quote(value)
 
@@ -63,7 +64,17 @@ def parse_row(where: str, line: bytes) -> dict:
     return row
 
 
-def require_column(where: str, row: dict, column: str, flag: str):
+def numbered_rows(path: str | Path, content: bytes) -> Iterator[tuple[int, str, dict]]:
+    """(line number, file:line, row) of each row of a JSON Lines file, whose blank lines are left out.
+
+    Of bytes, because text mode would also end a line at a carriage return, which shifts the line numbers.
+    """
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if line.strip():
+            yield number, f"{path}:{number}", parse_row(f"{path}:{number}", line)
+
+
+def require_column(where: str, row: dict, column: str, flag: str) -> Any:
     """The value of a column that must be there."""
     if column not in row:
         keys = quote(list(row), limit=200) if row else "no columns"
@@ -81,16 +92,11 @@ def read_predictions(
     """
     rows = Predictions([], [], [])
     try:
-        # Bytes, because text mode would also end a line at "\r", which shifts the line numbers.
-        lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        content = Path(path).read_bytes()
     except OSError as error:
         rule = f"cannot be read ({error.strerror})"
         raise problem("--predictions", str(path), rule, "name an existing file") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        row = parse_row(where, line)
+    for number, where, row in numbered_rows(path, content):
         plural = f"{prediction_column}s"
         column = plural if prediction_column not in row and plural in row else prediction_column
         answers = require_column(where, row, column, "--prediction_column")
@@ -112,7 +118,7 @@ def read_predictions(
     return rows
 
 
-def write_reports(reports: dict[Path, dict]):
+def write_reports(reports: dict[Path, dict]) -> None:
     """Write the JSON files: all of them beside their places first, then each moved in one step."""
     # Short names, because a long one with anything added could be too long.
     staged = {path: path.with_name(f".scores.{os.getpid()}.{i}.tmp") for i, path in enumerate(reports)}

@@ -5,6 +5,7 @@ The ids of an answer are those of training, and they become a text as in predict
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from evaluation.row_scores import fold
 from utils import printable
@@ -27,15 +28,16 @@ class RoundTrip:
     examples: list = field(default_factory=list)
 
 
-def come_back(answer: str, tokenizer, prompt) -> str:
+def come_back(answer: str, tokenizer: Any, prompt: Any) -> str:
     """The text that predict.py would show of the ids that training supervises for an answer."""
     return prompt.clean_response(tokenizer.decode_text(prompt.encode_answer(tokenizer, answer)))
 
 
-def send_through(rows: Iterable[dict], tokenizer, prompt) -> RoundTrip:
+def send_through(rows: Iterable[dict], tokenizer: Any, prompt: Any) -> RoundTrip:
     """Send the answer of each row of `data_set.read_rows` through a tokenizer and back. prompt: the family's module."""
     found = RoundTrip()
-    unlike, folded = [], []
+    unlike: list[tuple] = []
+    folded: list[tuple] = []
     for row in rows:
         found.num_rows += 1
         answer = row["answer"].strip()

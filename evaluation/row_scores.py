@@ -5,8 +5,9 @@ import logging
 import unicodedata
 import warnings
 from collections.abc import Callable
+from typing import Any
 
-from evaluation.tasks import LABELS, NO_TASK, QUESTIONS, ROUGE, TRIPLES
+Scorer = Callable[[list[str], str], dict]  # (a row's answers, its reference): columns
 
 # rouge_chinese keeps a dict with one entry for each pair of words: gigabytes for two long texts.
 MAX_ROUGE_L_CELLS = 1_000_000
@@ -18,7 +19,7 @@ NEAR_DUPLICATE = 0.9  # overlap from which two questions count as one; asking fo
 MAX_QUESTION_CHARS = 64  # a question above is no single question; people's rarely pass 40
 
 
-def share(part, whole):
+def share(part: Any, whole: Any) -> Any:
     """A share in per cent, of numbers or of arrays; a share of nothing is 0."""
     return 100.0 * part / (whole + (whole == 0))
 
@@ -36,7 +37,7 @@ def fold(text: str) -> str:
 
 
 @functools.cache
-def load_libraries():
+def load_libraries() -> tuple[Any, Any, Callable]:
     """Import what scoring needs, late so that `--help` and a refused command line answer at once.
 
     Returns jieba, the Rouge class, and sentence BLEU as a function of (reference tokens, prediction tokens).
@@ -49,7 +50,7 @@ def load_libraries():
     jieba.setLogLevel(logging.WARNING)
     smoothing = SmoothingFunction().method3
 
-    def bleu4(reference, prediction):
+    def bleu4(reference: list[str], prediction: list[str]) -> float:
         return sentence_bleu([reference], prediction, weights=(0.25,) * 4, smoothing_function=smoothing)
 
     return jieba, Rouge, bleu4
@@ -70,7 +71,7 @@ def lcs_length(first: list[str], second: list[str]) -> int:
     Source: Hyyrö (2004), Bit-parallel LCS-length computation revisited. A bit of `row` is 0 where the
     length grows by one at that position of `first`.
     """
-    positions = {}
+    positions: dict[str, int] = {}
     for index, word in enumerate(first):
         positions[word] = positions.get(word, 0) | 1 << index
     full = (1 << len(first)) - 1
@@ -132,7 +133,8 @@ def parse_triples(text: str) -> set[tuple[str, str, str]]:
     A field of white space alone is empty; white space beside an inner `_` belongs to the field.
     """
     fields = (line.strip().split("_") for line in text.split("\n"))
-    return {tuple(triple) for triple in fields if len(triple) == 3 and all(field.strip() for field in triple)}
+    triples = [triple for triple in fields if len(triple) == 3 and all(field.strip() for field in triple)]
+    return {(head, relation, tail) for head, relation, tail in triples}
 
 
 def score_triples(prediction: str, reference: str) -> dict:
@@ -189,31 +191,15 @@ def is_near_duplicate(first: list[str], second: list[str]) -> bool:
     return 2 * lcs_length(first, second) / length >= NEAR_DUPLICATE
 
 
-def of_first(function: Callable) -> Callable:
+def of_first(function: Callable[[str, str], dict]) -> Scorer:
     """Score the first of a row's answers."""
     return lambda answers, reference: function(answers[0], reference)
 
 
-# What is computed together: the metrics, and the numbers they need from a row's answers and its reference.
-GROUPS = (
-    ((*ROUGE, "bleu4_words"), of_first(score_words)),
-    (("bleu4",), of_first(score_characters)),
-    (("exact_match",), of_first(score_match)),
-    (TRIPLES, of_first(score_triples)),
-    (LABELS, of_first(score_label)),
-    (QUESTIONS, lambda answers, reference: score_questions(answers)),
-)
-
-
-def score_row(answers: list[str], reference: str, names=NO_TASK.metrics, normalize: bool = True) -> dict:
-    """The numbers of one row that these metrics are computed from; an empty prediction gives 0 throughout.
-
-    normalize: fold both sides first; every metric compares the folded texts.
-    """
-    if normalize:
-        answers, reference = [fold(text) for text in answers], fold(reference)
-    row = {}
-    for metrics, function in GROUPS:
-        if set(metrics) & set(names):
-            row |= function(answers, reference)
-    return row
+# What is computed together, for the metrics of metrics.METRICS.
+WORDS = of_first(score_words)
+CHARACTERS = of_first(score_characters)
+MATCH = of_first(score_match)
+TRIPLES = of_first(score_triples)
+LABELS = of_first(score_label)
+QUESTIONS: Scorer = lambda answers, reference: score_questions(answers)

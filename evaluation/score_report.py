@@ -1,5 +1,8 @@
 """What score.py says: reports, tables, differences."""
 
+import argparse
+from collections.abc import Sequence
+
 from evaluation import intervals as bootstrap
 from evaluation import metrics
 from evaluation.intervals import differences, intervals
@@ -13,7 +16,7 @@ MAX_LABELS = 12  # of a printed confusion table
 MAX_LABEL_WIDTH = 16  # columns of the terminal
 
 
-def make_report(path: str, rows: Predictions, scored: dict, args) -> dict:
+def make_report(path: str, rows: Predictions, scored: dict, args: argparse.Namespace) -> dict:
     """What is written about one file."""
     task = find_task(args.task)
     settings = {"num_resamples": args.bootstrap, "seed": bootstrap.SEED, "level": bootstrap.LEVEL}
@@ -24,7 +27,7 @@ def make_report(path: str, rows: Predictions, scored: dict, args) -> dict:
         "intervals": intervals(scored["rows"], task.metrics, args.bootstrap),
         "bootstrap": {**settings, "definition": bootstrap.DEFINITION.format(**settings)},
         "num_rows": len(rows.answers),
-        "empty": [n for n, text in zip(rows.line_numbers, rows.predictions) if not text.strip()],
+        "empty": [n for n, text in zip(rows.line_numbers, rows.predictions, strict=True) if not text.strip()],
         "empty_references": rows.empty_references if task.has_references else [],
         "num_extra_predictions": 0 if task.all_answers else rows.num_extra,
         "normalize": not args.no_normalize,
@@ -38,7 +41,9 @@ def make_report(path: str, rows: Predictions, scored: dict, args) -> dict:
     return report
 
 
-def compare(first: str, rows_a: list[dict], rows_b: list[dict], names, num_resamples: int) -> dict:
+def difference_report(
+    first: str, rows_a: list[dict], rows_b: list[dict], names: Sequence[str], num_resamples: int
+) -> dict:
     """What a report says of the difference to the first file; each metric is None where one side has no value."""
     found = {}
     for name, (value, low, high) in differences(rows_a, rows_b, names, num_resamples).items():
@@ -88,7 +93,7 @@ def format_table(reports: list[dict]) -> str:
     several = len(reports) > 1
     headers = [f"[{number}]" for number in range(1, len(reports) + 1)] if several else ["value"]
     lines = []
-    for header, report in zip(headers, reports):
+    for header, report in zip(headers, reports, strict=True):
         path = report["files"][0]
         lines.append(format_file(f"{header} {path}" if several else path, report))
     if reports[0]["task"]:
@@ -103,7 +108,7 @@ def format_table(reports: list[dict]) -> str:
             values = [format_value(report["metrics"][name], report["intervals"][name]) for report in reports]
             cells.append([name, *values, f"  {metrics.METRICS[name].title}"])
     lines += ["", *align(cells), *format_differences(headers, reports)]
-    for header, report in zip(headers, reports):
+    for header, report in zip(headers, reports, strict=True):
         if "confusion" in report:
             lines += ["", *format_confusion(f"{header} " * several, report["confusion"])]
     return "\n".join(lines)
@@ -113,11 +118,13 @@ def format_differences(headers: list[str], reports: list[dict]) -> list[str]:
     """A row for each metric with the differences to the first file, one column for each further file that has them."""
     if notes := [
         f"{header}: its references are not those of {headers[0]}, so there is no difference"
-        for header, report in zip(headers, reports)
+        for header, report in zip(headers, reports, strict=True)
         if "difference" in report and report["difference"] is None
     ]:
         notes = ["", *notes]
-    columns = [(header, r["difference"]["metrics"]) for header, r in zip(headers, reports) if r.get("difference")]
+    columns = [
+        (header, r["difference"]["metrics"]) for header, r in zip(headers, reports, strict=True) if r.get("difference")
+    ]
     if not columns:
         return notes
     cells = [["metric", *(f"{header:>8}" for header, _ in columns)]]
@@ -134,7 +141,7 @@ def format_confusion(prefix: str, confusion: dict) -> list[str]:
         return [f"{prefix}confusion of {len(labels)} labels: see the JSON file"]
     names = [shorten_label(label) for label in labels]
     cells = [["reference \\ prediction", *(f"  {name}" for name in [*names, "other"])]]
-    for label, name in zip(labels, names):
+    for label, name in zip(labels, names, strict=True):
         row = [confusion["counts"][label].get(column, 0) for column in labels] + [confusion["other"].get(label, 0)]
         cells.append([name, *(f"  {count}" for count in row)])
     return [f"{prefix}confusion, rows", *align(cells)]

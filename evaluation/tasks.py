@@ -68,7 +68,7 @@ TASKS = {
 NO_TASK = Task(name="", metrics=(*ROUGE, "bleu4", "bleu4_words", *TRIPLES, "exact_match"), primary="rougeL")
 
 
-def find_task(name):
+def find_task(name: str | None) -> Task:
     """The entry of the table by its name; None is the scoring without a task."""
     if name is None:
         return NO_TASK

@@ -4,7 +4,7 @@ from flags.common import OneLineParser, expanded_path
 from reports.words import LANGUAGES
 
 
-def compare_parser():
+def compare_parser() -> OneLineParser:
     """Flags of compare.py."""
     parser = OneLineParser(prog="compare.py", description="Train, score and compare several methods on one task.")
     parser.add_argument(

@@ -1,5 +1,6 @@
 """The flags of judge.py, with their checks."""
 
+import argparse
 import os
 import re
 
@@ -9,12 +10,26 @@ from judging.verdicts import KINDS, read_report
 from runtime.exits import fail
 
 
-def judge_parser():
+def judge_parser() -> OneLineParser:
     """Flags of judge.py."""
     parser = OneLineParser(prog="judge.py", description="Let a language model judge predictions, row by row.")
+    add_file_flags(parser)
+    add_endpoint_flags(parser)
+    parser.add_argument("--limit", type=int, default=0, help="judge the first rows only, this many; 0: all")
+    parser.add_argument(
+        "--report_only",
+        action="store_true",
+        help="ask nothing, report what is in --output_path: of the rows, model and criteria given, or, without"
+        " --predictions, --baseline and --model, of the whole file",
+    )
+    return parser
+
+
+def add_file_flags(parser: OneLineParser) -> None:
+    """What is judged, and where the verdicts go."""
     parser.add_argument(
         "--task",
-        choices=("pairs", "questions"),
+        choices=tuple(KINDS),
         default="pairs",
         help="pairs: which answer is better, that of --predictions or of --baseline; questions: which of the questions"
         " that --predictions made for documents are wrong",
@@ -31,9 +46,13 @@ def judge_parser():
         "--output_path",
         type=expanded_path,
         required=True,
-        help="JSON Lines of verdicts; one that exists is gone on with, and what is in it is not asked again;"
+        help="JSON Lines of verdicts; an existing file is continued, and what is in it is not asked again;"
         " the report goes to this name with .report.json behind",
     )
+
+
+def add_endpoint_flags(parser: OneLineParser) -> None:
+    """Who judges, by which criteria, and how it is asked."""
     parser.add_argument("--model", help="the judge, as the endpoint calls it")
     parser.add_argument(
         "--base_url",
@@ -48,12 +67,6 @@ def judge_parser():
         help="UTF-8 text file with the criteria; left out: accuracy, completeness, clarity and format; of questions:"
         " answerable, right, clear and harmless",
     )
-    add_endpoint_flags(parser)
-    return parser
-
-
-def add_endpoint_flags(parser: OneLineParser) -> None:
-    """How the endpoint is asked."""
     parser.add_argument("--concurrency", type=int, default=4, help="requests under way at a time")
     parser.add_argument(
         "--timeout",
@@ -69,16 +82,9 @@ def add_endpoint_flags(parser: OneLineParser) -> None:
         help="new tries of a request that meets a rate limit, a time-out, an error of the server or no connection;"
         " 0: off",
     )
-    parser.add_argument("--limit", type=int, default=0, help="judge the first rows only, this many; 0: all")
-    parser.add_argument(
-        "--report_only",
-        action="store_true",
-        help="ask nothing, report what is in --output_path: of the rows, model and criteria given, or, without"
-        " --predictions, --baseline and --model, of the whole file",
-    )
 
 
-def parse(argv: list[str]):
+def parse(argv: list[str] | None) -> argparse.Namespace:
     """Checked flags; ends with exit code 2 and all problems at once."""
     parser = judge_parser()
     args = parser.parse_args(argv)
@@ -87,7 +93,7 @@ def parse(argv: list[str]):
     if args.base_url is not None and not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", args.base_url):
         shown = "" if re.search("[?@]", args.base_url) else f" {args.base_url}"  # it may hold a key
         problems.append(f"--base_url{shown}: is no plain address: write it like http://127.0.0.1:8000/v1")
-    needed = KINDS[args.task].NEEDS
+    needed = KINDS[args.task].needs
     if args.baseline and "baseline" not in needed:
         problems.append(f"--baseline: does not apply to --task {args.task}: leave it out")
     if not args.report_only or any(getattr(args, name) for name in needed):

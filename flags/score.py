@@ -1,5 +1,6 @@
 """The flags of score.py, with their checks."""
 
+import argparse
 import json
 import os
 from pathlib import Path
@@ -11,7 +12,7 @@ from flags.common import OneLineParser, add_normalize_flag, expanded_path
 from runtime.exits import UserError, fail
 
 
-def score_parser():
+def score_parser() -> OneLineParser:
     """Flags of score.py."""
     parser = OneLineParser(prog="score.py", description="Score predictions against their references.")
     parser.add_argument(
@@ -57,9 +58,11 @@ def score_parser():
 LEAST_RESAMPLES = 100  # below, the ends of an interval rest on one or two resamples
 
 
-def read_inputs(args) -> tuple[dict[str, Predictions], dict[Path, str]]:
+def read_inputs(args: argparse.Namespace) -> tuple[dict[str, Predictions], dict[Path, str]]:
     """The rows of every file, and which file's scores go where; ends with all that is wrong, before a row is scored."""
-    problems, inputs, outputs = [], {}, {}
+    problems: list[UserError] = []
+    inputs: dict[str, Predictions] = {}
+    outputs: dict[Path, str] = {}
     if args.prediction_column == args.reference_column:
         rule = "is also --reference_column, so every row would match itself"
         problems.append(problem("--prediction_column", args.prediction_column, rule, "name two different columns"))
@@ -92,7 +95,7 @@ def plan_outputs(paths: list[str], output_path: str | None, task: str | None = N
     if output_path is not None and len(sources) > 1:
         fix = "leave it out to write one beside each"
         raise problem("--output_path", output_path, "one file cannot hold the scores of several", fix)
-    outputs = {}
+    outputs: dict[Path, str] = {}
     for path in paths:
         # Resolved, so that two spellings of one place are one place.
         output = (scores_path(path, task) if output_path is None else Path(output_path)).resolve()
@@ -115,7 +118,7 @@ def scores_path(path: str | Path, task: str | None = None) -> Path:
     return Path(path).with_suffix(f".{task}.scores.json" if task else ".scores.json")
 
 
-def settings_of(args) -> dict:
+def settings_of(args: argparse.Namespace) -> dict:
     """{flag: value} of what decides the figures of a file."""
     return {
         "--task": args.task,
@@ -137,7 +140,7 @@ def settings_in(report: dict) -> dict:
     }
 
 
-def overwrite_problem(output: Path, path: str, args) -> UserError | None:
+def overwrite_problem(output: Path, path: str, args: argparse.Namespace) -> UserError | None:
     """Why a file that is there must not be replaced by the scores of `path`: it holds something else."""
     if args.overwrite or not os.path.exists(output):
         return None

@@ -5,6 +5,7 @@ import os
 
 from checkpoints.state_checks import STATE
 from evaluation.general_suite import GENERAL
+from evaluation.metrics import METRICS
 from evaluation.tasks import TASKS, find_task
 from flags.common import (
     OneLineParser,
@@ -33,7 +34,8 @@ from training.going_on import take_over
 from training.setup import ATTENTION
 
 HOLD_SECONDS = 30  # of --output_dir with --resume: the processes of a killed run need some seconds to end
-BEST_METRICS = ("loss", "rougeL", "bleu4", "f1", "accuracy")  # of --metric_for_best_model
+# Of --metric_for_best_model.
+BEST_METRICS = ("loss", *(name for name, metric in METRICS.items() if metric.is_for_best))
 
 
 def train_parser() -> OneLineParser:

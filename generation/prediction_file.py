@@ -101,7 +101,7 @@ def output_row(number, row, result):
 def is_repeated(text):
     """Does the text end in a loop, the same 1 to 100 characters four times over, twenty characters in all?"""
     text = text.rstrip()
-    for period in range(1, min(100, len(text) // 4) + 1):
+    for period in range(1, min(100, (len(text) + 1) // 4) + 1):
         length = period  # of the end of the text that repeats with this period
         while length < len(text) and text[-length - 1] == text[-length - 1 + period]:
             length += 1

@@ -4,15 +4,23 @@ The endpoint is not trusted: an answer may take --timeout seconds and MOST_BYTES
 followed, and of what it says only numbers and texts that make sense are taken.
 """
 
+from __future__ import annotations
+
+import argparse
 import contextlib
 import json
 import os
 import socket
 import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
 from evaluation.predictions import problem
 from runtime.exits import UserError
+
+if TYPE_CHECKING:
+    import httpx2
 
 API_KEY_ENV = "OPENAI_API_KEY"  # where the key of judge.py is looked for
 
@@ -28,10 +36,10 @@ HEEDED = ("retry-after", "retry-after-ms", "x-should-retry", "location")
 PATH = "/chat/completions"  # behind the address
 LEAST_SECRET = 8  # characters: a shorter key is a word such as EMPTY, for servers that want none
 GO_ON = "run the same command again, which asks only for what is missing"
-LATER = f"when that is mended, {GO_ON}"
+LATER = f"when that is fixed, {GO_ON}"
 
 
-class Unusable(Exception):
+class UnusableAnswerError(Exception):
     """An answer that is not read to its end. The message says what it is."""
 
 
@@ -41,29 +49,29 @@ class Deadline:
     The client's own time-outs are for one read each: a byte now and then keeps them from passing.
     """
 
-    def __init__(self, seconds: float):
+    def __init__(self, seconds: float) -> None:
         self.is_over = False
-        self.sockets = []
+        self.sockets: list[socket.socket] = []
         self.timer = threading.Timer(seconds, self.end)
         self.timer.daemon = True
 
-    def __enter__(self):
+    def __enter__(self) -> Deadline:
         self.timer.start()
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         self.timer.cancel()
         for connection in self.sockets:
             connection.close()
 
-    def trace(self, name: str, info: dict):
+    def trace(self, name: str, info: dict) -> None:
         """Told by the client of each event of the request; keeps another handle of its connection."""
         if name.endswith("connect_tcp.complete"):
             self.sockets.append(info["return_value"].get_extra_info("socket").dup())
             if self.is_over:  # it took that long
                 self.end()
 
-    def end(self):
+    def end(self) -> None:
         """Time is up: what is being read or written ends, whoever waits for it."""
         self.is_over = True
         for connection in self.sockets:
@@ -71,12 +79,15 @@ class Deadline:
                 connection.shutdown(socket.SHUT_RDWR)
 
 
-def bounded_client(timeout: float):
-    """An HTTP client for untrusted servers; its `send` raises Unusable. timeout: seconds for a whole answer."""
+def bounded_client(timeout: float) -> httpx2.Client:
+    """An HTTP client for untrusted servers; its `send` raises UnusableAnswerError.
+
+    timeout: seconds for a whole answer.
+    """
     import httpx2
 
     class Client(httpx2.Client):
-        def send(self, request, **settings):
+        def send(self, request: httpx2.Request, **settings: Any) -> httpx2.Response:
             """The response to a request, read whole, with the headers that are heeded."""
             with Deadline(timeout) as deadline:
                 request.extensions["trace"] = deadline.trace
@@ -104,28 +115,31 @@ def bounded_client(timeout: float):
     )
 
 
-def read_content(response) -> bytes:
-    """The bytes of a streamed response as they come; of an error its first ones. Unusable where that is no answer."""
+def read_content(response: httpx2.Response) -> bytes:
+    """The bytes of a streamed response as they come; of an error its first ones.
+
+    UnusableAnswerError where that is no answer.
+    """
     is_error = response.status_code >= 300
     coding = response.headers.get("content-encoding", "identity")
     if coding.strip().lower() not in ("", "identity"):
         if is_error:
             return b""
-        raise Unusable(f"is compressed ({coding[:20]}), which was not asked for")
+        raise UnusableAnswerError(f"is compressed ({coding[:20]}), which was not asked for")
     content = bytearray()
     for part in response.iter_raw():
         content += part
         if is_error and len(content) >= MOST_ERROR_BYTES:
             break
         if len(content) > MOST_BYTES:
-            raise Unusable(f"is larger than {MOST_BYTES >> 20} MB")
+            raise UnusableAnswerError(f"is larger than {MOST_BYTES >> 20} MB")
     return bytes(content)
 
 
 class Endpoint:
     """Asks the model of --model at --base_url; UserError, one line, for what does not pass."""
 
-    def __init__(self, args):
+    def __init__(self, args: argparse.Namespace) -> None:
         import openai
 
         self.args = args
@@ -143,12 +157,14 @@ class Endpoint:
         self.url = str(self.client.base_url)
         self.settings = {"temperature": 0}
 
-    def ask_until(self, prompt: str, again: str, read, place: str) -> tuple[str, object, dict]:
+    def ask_until(
+        self, prompt: str, again: str, read: Callable[[str], tuple[str, dict | None]], place: str
+    ) -> tuple[str, dict | None, dict]:
         """(reasons, what was found or None, usage): asked until `read(reply)` finds something, ASKS times at most.
 
         again: what is said of a reply in which nothing was found.
         """
-        first, again = ({"role": "user", "content": text} for text in (prompt, again))
+        first, repeat = ({"role": "user", "content": text} for text in (prompt, again))
         messages, usage = [first], dict.fromkeys(USAGE, 0)
         for _ in range(ASKS):
             reply, used = self.ask(messages, place)
@@ -158,20 +174,23 @@ class Endpoint:
             if found is not None:
                 break
             reply = sendable(reply[:MOST_REPLY])
-            messages = [first, {"role": "assistant", "content": reply}, again] if reply.strip() else [first]
+            messages = [first, {"role": "assistant", "content": reply}, repeat] if reply.strip() else [first]
         return reasons, found, usage
 
     def ask(self, messages: list[dict], place: str) -> tuple[str, dict]:
         """(text, usage) of the model's reply; UserError if there is none."""
-        create, settings = self.client.chat.completions.with_raw_response.create, self.settings
+        create: Callable = self.client.chat.completions.with_raw_response.create
+        settings = self.settings
         try:
             content = create(model=self.args.model, messages=messages, **settings).text
         except self.openai.APIError as error:
-            if getattr(error, "status_code", None) == 400 and settings and "temperature" in error.response.text:
+            response = getattr(error, "response", None)
+            said = response.text if response is not None and response.status_code == 400 else ""
+            if settings and "temperature" in said:
                 self.settings = {}  # some models, those that reason, have one temperature only
                 return self.ask(messages, place)
             raise self.explain(error, place) from None
-        except Unusable as error:
+        except UnusableAnswerError as error:
             raise problem("--base_url", self.url, f"the answer to {place} {error}", LATER) from None
         try:
             body = json.loads(content)
@@ -181,7 +200,7 @@ class Endpoint:
             rule = f"the answer to {place} is no chat completion ({self.cut(content)})"
             raise problem("--base_url", self.url, rule, "the address usually ends in /v1") from None
 
-    def explain(self, error, place: str) -> UserError:
+    def explain(self, error: Any, place: str) -> UserError:
         """The line for an error of the endpoint or of the way to it."""
         status = getattr(error, "status_code", None)
         if status is None:
@@ -226,13 +245,13 @@ def sendable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def read_usage(usage) -> dict[str, int]:
+def read_usage(usage: object) -> dict[str, int]:
     """{name: number} of an answer's "usage", 0 for what is no number of tokens."""
     counts = {name: usage.get(name) if isinstance(usage, dict) else None for name in USAGE}
     return {name: n if type(n) is int and 0 <= n <= MOST_TOKENS else 0 for name, n in counts.items()}
 
 
-def read_key(args) -> str:
+def read_key(args: argparse.Namespace) -> str:
     """The endpoint's key, or "" for one that is named by --base_url and may want none."""
     key = os.environ.get(args.api_key_env, "").strip()
     if not key and (args.base_url is None or args.api_key_env != API_KEY_ENV):

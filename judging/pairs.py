@@ -1,14 +1,16 @@
 """Judging pairs: which of two answers is better, asked in both orders."""
 
+import argparse
 import math
 import re
 
 from evaluation.predictions import problem, quote
+from judging.kinds import Kind
 from judging.rows import Answer, Job, block, digest, fence, read_answers
 from reports.tables import align
 
 # What the judge reads. The texts of a row stand in {blocks}, each between two lines with the code {code}.
-LANGUAGES = {
+LANGUAGES: dict[str, dict] = {
     "en": {
         "criteria": """\
 - Accuracy: what is said is right, and agrees with the reference answer if there is one
@@ -72,10 +74,7 @@ LAST_LINE = re.compile(rf"\W*(?:SCORES?|评分){GAP}A{GAP}{SCORE}{GAP}B{GAP}{SCO
 
 ROLES = ("candidate", "baseline")
 ORDERS = {"baseline_first": ("baseline", "candidate"), "candidate_first": ("candidate", "baseline")}  # A, B
-UNREAD = {"scores": None, "winner": "unparsed"}  # a verdict whose reply could not be read
 RATES = {"wins": "win_rate", "ties": "tie_rate", "losses": "loss_rate"}
-NEEDS = ("predictions", "baseline", "model")  # flags
-ROWS = "rows in both orders"
 
 DEFINITIONS = {
     "num_rows": "rows whose verdicts in both orders could be read; num_left_out: all other rows",
@@ -90,8 +89,8 @@ def read_pairs(candidate_path: str, baseline_path: str) -> dict[int, tuple[Answe
     """(candidate, baseline) of each row; UserError where the two files do not answer the same questions."""
     candidate, baseline = read_answers("--predictions", candidate_path), read_answers("--baseline", baseline_path)
     fix = "predict both files from the same rows"
-    for mine, other, path in ((candidate, baseline, baseline_path), (baseline, candidate, candidate_path)):
-        for index in sorted(mine.keys() - other.keys()):
+    for mine, others, path in ((candidate, baseline, baseline_path), (baseline, candidate, candidate_path)):
+        for index in sorted(mine.keys() - others.keys()):
             raise problem(mine[index].place, f"index {index}", f"there is no such row in {path}", fix)
     for index, answer in candidate.items():
         other = baseline[index]
@@ -110,13 +109,14 @@ def make_prompt(language: str, criteria: str, question: str, reference: str | No
     words = LANGUAGES[language]
     texts = {"question": question, "reference": reference, "A": a, "B": b}
     code = fence(texts)
-    blocks = [block(label, texts[name], code) for name, label in words["labels"].items() if texts[name] is not None]
+    given = [(label, texts[name]) for name, label in words["labels"].items()]
+    blocks = [block(label, text, code) for label, text in given if text is not None]
     return words["prompt"].format(
         criteria=criteria, code=code, blocks="\n\n".join(blocks), last_line=words["last_line"]
     )
 
 
-def make_jobs(args, criteria: str) -> list[Job]:
+def make_jobs(args: argparse.Namespace, criteria: str) -> list[Job]:
     """Both orders of every row."""
     jobs = []
     for index, (candidate, baseline) in list(read_pairs(args.predictions, args.baseline).items())[: args.limit or None]:
@@ -135,8 +135,8 @@ def read_reply(job: Job, reply: str) -> tuple[str, dict | None]:
     reasons, scores = parse_reply(reply)
     if scores is None:
         return reasons, None
-    scores = dict(zip(ORDERS[job.order], scores))
-    return reasons, {"scores": scores, "winner": winner(scores)}
+    by_role = dict(zip(ORDERS[job.order], scores, strict=True))
+    return reasons, {"scores": by_role, "winner": winner(by_role)}
 
 
 def parse_reply(reply: str) -> tuple[str, tuple[float, float] | None]:
@@ -153,7 +153,7 @@ def winner(scores: dict[str, float] | None) -> str:
     """Whose score is higher."""
     if scores is None:
         return "unparsed"
-    return "tie" if scores["candidate"] == scores["baseline"] else max(ROLES, key=scores.get)
+    return "tie" if scores["candidate"] == scores["baseline"] else max(ROLES, key=scores.__getitem__)
 
 
 def is_sound(row: dict) -> bool:
@@ -173,11 +173,11 @@ def wilson(count: int, total: int) -> list[float]:
 
 def summarize(verdicts: list[dict], num_rows: int) -> dict:
     """What the report says of verdicts, at most one for each order of `num_rows` rows."""
-    rows = {}
+    rows: dict[int, list[dict]] = {}
     for verdict in verdicts:
         rows.setdefault(verdict["index"], []).append(verdict)
     pairs = [row for row in rows.values() if len(row) == 2 and None not in (row[0]["scores"], row[1]["scores"])]
-    report = {"num_rows": len(pairs), "num_left_out": num_rows - len(pairs)}
+    report: dict = {"num_rows": len(pairs), "num_left_out": num_rows - len(pairs)}
     if pairs:
         agreed = [first["winner"] if first["winner"] == second["winner"] else None for first, second in pairs]
         wins, losses = agreed.count("candidate"), agreed.count("baseline")
@@ -202,3 +202,18 @@ def table(report: dict) -> list[str]:
     cells.append(["position bias", "", f"{report['position_bias']:>8.2f}", "   ties because the orders disagree"])
     cells.append(["score, % of baseline", "", f"{report['score_percent']:>8.2f}", f"   {means} of 10"])
     return align(cells)
+
+
+PAIRS = Kind(
+    what="rows in both orders",
+    needs=("predictions", "baseline", "model"),
+    orders=tuple(ORDERS),
+    languages=LANGUAGES,
+    unread={"scores": None, "winner": "unparsed"},
+    definitions=DEFINITIONS,
+    make_jobs=make_jobs,
+    read_reply=read_reply,
+    is_sound=is_sound,
+    summarize=summarize,
+    table=table,
+)

@@ -4,16 +4,19 @@ The rule gives a row 5 points and takes 0.25 for each fault. What can be counted
 questions) is counted as score.py does; the judge finds the rest.
 """
 
+import argparse
 import re
 
 from evaluation.intervals import weighted_mean
-from evaluation.row_scores import QUESTION_FAULT, QUESTION_POINTS, fold, score_row
+from evaluation.metrics import score_row
+from evaluation.row_scores import QUESTION_FAULT, QUESTION_POINTS, fold
 from evaluation.tasks import QUESTIONS
+from judging.kinds import Kind
 from judging.rows import Job, block, digest, fence, read_answers
 from reports.tables import align
 
 # What the judge reads. The texts of a row stand in {blocks}, each between two lines with the code {code}.
-LANGUAGES = {
+LANGUAGES: dict[str, dict] = {
     "en": {
         "criteria": """\
 - Answerable: the document holds the answer; nothing else needs to be known
@@ -77,10 +80,7 @@ NUMBERS = r"\d{1,4}(?:(?:[\s,，、;；]|and|和)+\d{1,4})*"
 LAST_LINE = re.compile(rf"\W*(?:WRONG|有错)[^\w-]*(none|无|没有|{NUMBERS})\W*", re.I)
 
 ORDERS = ("alone",)  # a row is asked for once
-UNREAD = {"wrong": None}  # a verdict whose reply could not be read
 COUNTED = ("num_repeated", "num_empty", "num_overlong")
-NEEDS = ("predictions", "model")  # flags
-ROWS = "rows of questions"
 
 DEFINITIONS = {
     "num_rows": "rows whose verdict could be read; num_left_out: all other rows",
@@ -93,7 +93,7 @@ DEFINITIONS = {
 }
 
 
-def make_jobs(args, criteria: str) -> list[Job]:
+def make_jobs(args: argparse.Namespace, criteria: str) -> list[Job]:
     """All questions of a row in one."""
     jobs, words = [], LANGUAGES[args.language]
     label, one = words["labels"]
@@ -150,12 +150,16 @@ def summarize(verdicts: list[dict], num_rows: int) -> dict:
     """What the report says of verdicts, at most one for each of `num_rows` rows."""
     # In the order of the rows, so that the same resamples are drawn in whatever order verdicts came.
     read = sorted((v for v in verdicts if v["wrong"] is not None), key=lambda verdict: verdict["index"])
-    report = {"num_rows": len(read), "num_left_out": num_rows - len(read)}
+    report: dict = {"num_rows": len(read), "num_left_out": num_rows - len(read)}
     if not read:
         return report
     wrong = [len(verdict["wrong"]) for verdict in read]
     counted = [sum(verdict[name] for name in COUNTED) for verdict in read]
-    faults = {"score": [sum(both) for both in zip(wrong, counted)], "accuracy": wrong, "diversity": counted}
+    faults = {
+        "score": [sum(both) for both in zip(wrong, counted, strict=True)],
+        "accuracy": wrong,
+        "diversity": counted,
+    }
     for name, numbers in faults.items():
         report[name], *report[f"{name}_interval"] = weighted_mean([points(number) for number in numbers])
     num_questions = sum(verdict["num_questions"] for verdict in read)
@@ -176,3 +180,18 @@ def table(report: dict) -> list[str]:
     several = f"   of {report['num_questions']} questions"
     cells.append(["wrong questions, %", f"{report['wrong_questions']:>9.2f}", several, ""])
     return align(cells)
+
+
+QUESTION_FAULTS = Kind(
+    what="rows of questions",
+    needs=("predictions", "model"),
+    orders=tuple(ORDERS),
+    languages=LANGUAGES,
+    unread={"wrong": None},
+    definitions=DEFINITIONS,
+    make_jobs=make_jobs,
+    read_reply=read_reply,
+    is_sound=is_sound,
+    summarize=summarize,
+    table=table,
+)

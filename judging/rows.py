@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from evaluation.predictions import describe, parse_row, problem
+from evaluation.predictions import describe, numbered_rows, problem
 from judging.endpoint import sendable
 
 
@@ -14,11 +14,11 @@ class Answer(NamedTuple):
 
     query: str
     reference: str | None
-    texts: tuple
+    texts: tuple[str, ...]
     place: str
 
     @property
-    def text(self):
+    def text(self) -> str:
         """The first answer, which counts where one is asked for."""
         return self.texts[0]
 
@@ -27,7 +27,7 @@ class Job(NamedTuple):
     """One verdict to get. order: one of the kind's ORDERS; all that the verdict depends on is in `key`; facts: what is
     known of the row already and goes into the verdict."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # it hides the method of tuples, which nobody needs here
     order: str
     prompt: str
     key: str
@@ -35,7 +35,7 @@ class Job(NamedTuple):
     facts: dict
 
 
-def digest(*values) -> str:
+def digest(*values: object) -> str:
     """A short name for JSON values."""
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]
 
@@ -50,27 +50,23 @@ def read_bytes(flag: str, path: str) -> bytes:
 
 def read_answers(flag: str, path: str) -> dict[int, Answer]:
     """The rows of a prediction file by "index", or by their place where they have none; UserError for a bad row."""
-    answers, fix = {}, "write the file with predict.py"
-    for number, line in enumerate(read_bytes(flag, path).removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
-        row = parse_row(place, line)
+    answers: dict[int, Answer] = {}
+    fix = "write the file with predict.py"
+    for _, place, row in numbered_rows(path, read_bytes(flag, path)):
         several = row.get("prediction", row.get("predictions"))
         several = several if isinstance(several, list) and several else [several]
         values = [("query", row.get("query")), ("output", row.get("output"))]
-        texts = []
+        texts: list = []
         for name, value in [*values, *(("prediction", text) for text in several)]:
             if not isinstance(value, str) and (value is not None or name != "output"):
                 raise problem(place, f'"{name}" is {describe(value)}', "must be a string", fix)
             texts.append(None if value is None else sendable(value))
-        query, reference, *texts = texts
         index = row.get("index", len(answers))
         if type(index) is not int:
             raise problem(place, f'"index" is {describe(index)}', "must be a number", fix)
         if index in answers:
             raise problem(place, f"index {index}", f"is that of {answers[index].place} too", "remove one of the rows")
-        answers[index] = Answer(query, reference, tuple(texts), place)
+        answers[index] = Answer(texts[0], texts[1], tuple(texts[2:]), place)
     if not answers:
         raise problem(path, "no rows", "there is nothing to judge", fix)
     return answers

@@ -1,5 +1,6 @@
 """Verdicts: asked for, kept, selected, summarised."""
 
+import argparse
 import json
 import os
 import threading
@@ -7,13 +8,15 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from evaluation.predictions import parse_row, problem, quote
-from judging import pairs, questions
 from judging.endpoint import ASKS, GO_ON, MOST_REPLY, MOST_TOKENS, USAGE, Endpoint
+from judging.kinds import Kind
+from judging.pairs import PAIRS
+from judging.questions import QUESTION_FAULTS
 from judging.rows import Job, digest, read_bytes
 from runtime.holding import require_there
 from runtime.streams import progress_bar
 
-KINDS = {"pairs": pairs, "questions": questions}  # of --task
+KINDS: dict[str, Kind] = {"pairs": PAIRS, "questions": QUESTION_FAULTS}  # of --task
 JUDGE = ("model", "language", "criteria_hash")
 LINE_START = b'{"index": '
 DEFINITIONS = {
@@ -24,10 +27,10 @@ DEFINITIONS = {
 }
 
 
-def read_criteria(path: str | None, kind, language: str) -> str:
+def read_criteria(path: str | None, kind: Kind, language: str) -> str:
     """The criteria of a file, or the built-in ones."""
     if path is None:
-        return kind.LANGUAGES[language]["criteria"]
+        return kind.languages[language]["criteria"]
     try:
         text = read_bytes("--criteria", path).decode("utf-8-sig").replace("\r\n", "\n").strip()
     except UnicodeDecodeError:
@@ -40,9 +43,9 @@ def read_criteria(path: str | None, kind, language: str) -> str:
 class Judge:
     """A model behind an endpoint; called with a job it returns the verdict, ready to be written."""
 
-    def __init__(self, args, kind, criteria: str):
-        self.kind, self.words = kind, kind.LANGUAGES[args.language]
-        self.about = dict(zip(JUDGE, (args.model, args.language, digest(criteria))))
+    def __init__(self, args: argparse.Namespace, kind: Kind, criteria: str) -> None:
+        self.kind, self.words = kind, kind.languages[args.language]
+        self.about = dict(zip(JUDGE, (args.model, args.language, digest(criteria)), strict=True))
         self.endpoint = Endpoint(args)
 
     def __call__(self, job: Job) -> dict:
@@ -52,10 +55,10 @@ class Judge:
             job.prompt, again, lambda reply: self.kind.read_reply(job, reply), job.place
         )
         verdict = {"index": job.index, "order": job.order, "prompt_hash": job.key, **self.about, **job.facts}
-        return {**verdict, **(found or self.kind.UNREAD), "reasons": reasons, "usage": usage}
+        return {**verdict, **(found or self.kind.unread), "reasons": reasons, "usage": usage}
 
 
-def read_verdicts(path: str, kind) -> tuple[list[dict], int]:
+def read_verdicts(path: str, kind: Kind) -> tuple[list[dict], int]:
     """(verdicts, bytes that they take) of an output file; a last line that a killed run did not finish is left out."""
     if not os.path.exists(path):
         return [], 0
@@ -70,17 +73,19 @@ def read_verdicts(path: str, kind) -> tuple[list[dict], int]:
     return rows, sum(len(line) + 1 for line in lines)
 
 
-def is_verdict(row: dict, kind) -> bool:
+def is_verdict(row: dict, kind: Kind) -> bool:
     """Is a line of the output file what `Judge` makes?"""
     try:
         numbers = [row["index"], *(row["usage"][name] for name in USAGE)]
-        named = row["order"] in kind.ORDERS and all(isinstance(row[name], str) for name in (*JUDGE, "prompt_hash"))
+        named = row["order"] in kind.orders and all(isinstance(row[name], str) for name in (*JUDGE, "prompt_hash"))
         return named and all(type(number) is int for number in numbers) and kind.is_sound(row)
     except (KeyError, TypeError, AttributeError, ValueError):
         return False
 
 
-def complete(args, kind, jobs: list[Job], criteria: str, verdicts: list[dict], size: int):
+def complete(
+    args: argparse.Namespace, kind: Kind, jobs: list[Job], criteria: str, verdicts: list[dict], size: int
+) -> None:
     """Get and write the verdicts that are missing; the first request that fails for good ends all.
 
     Afterwards the newest verdict of each row and order is that of its job, so that the file can be read alone: one
@@ -88,7 +93,7 @@ def complete(args, kind, jobs: list[Job], criteria: str, verdicts: list[dict], s
     """
     newest = {(verdict["index"], verdict["order"]): verdict["prompt_hash"] for verdict in verdicts}
     known = {verdict["prompt_hash"]: verdict for verdict in verdicts}
-    missing = {}  # by key: rows that are alike are asked for once
+    missing: dict[str, list[Job]] = {}  # by key: rows that are alike are asked for once
     for job in jobs:
         if newest.get((job.index, job.order)) != job.key:
             missing.setdefault(job.key, []).append(job)
@@ -98,11 +103,11 @@ def complete(args, kind, jobs: list[Job], criteria: str, verdicts: list[dict], s
     lock, failed = threading.Lock(), threading.Event()
     pool, wait = ThreadPoolExecutor(args.concurrency), True
 
-    def work(key):
+    def work(key: str) -> int:
         if failed.is_set():
             return 0
         try:
-            verdict = known.get(key) or judge(missing[key][0])
+            verdict = known.get(key) or judge(missing[key][0])  # type: ignore[misc]  # there is one where a key is not known
             require_there(args.output_path)
         except Exception:
             failed.set()  # at once: until the main thread knows of it, the next one would be asked
@@ -117,7 +122,7 @@ def complete(args, kind, jobs: list[Job], criteria: str, verdicts: list[dict], s
     with open(args.output_path, "a", encoding="utf-8", errors="backslashreplace") as file:
         file.truncate(size)  # without the line that a killed run did not finish
         try:
-            there = len(jobs) - sum(map(len, missing.values()))
+            there = len(jobs) - sum(len(alike) for alike in missing.values())
             with progress_bar(total=len(jobs), initial=there, desc="judging", unit="verdict") as bar:
                 for future in as_completed([pool.submit(work, key) for key in missing]):
                     bar.update(future.result())
@@ -141,16 +146,16 @@ def select(path: str, verdicts: list[dict], jobs: list[Job] | None) -> list[dict
     return list(newest.values())
 
 
-def summarize(kind, verdicts: list[dict], num_rows: int) -> dict:
+def make_report(kind: Kind, verdicts: list[dict], num_rows: int) -> dict:
     """The report on the verdicts of `num_rows` rows."""
     usage = {verdict["prompt_hash"]: verdict["usage"] for verdict in verdicts}.values()  # like rows are asked for once
     return {
         **{name: verdicts[0][name] for name in JUDGE},
         **kind.summarize(verdicts, num_rows),
         "num_verdicts": len(verdicts),
-        "num_unparsed": sum(kind.UNREAD.items() <= verdict.items() for verdict in verdicts),
+        "num_unparsed": sum(kind.unread.items() <= verdict.items() for verdict in verdicts),
         "tokens": {name: sum(used[name] for used in usage) for name in USAGE},
-        "definitions": {**kind.DEFINITIONS, **DEFINITIONS},
+        "definitions": {**kind.definitions, **DEFINITIONS},
     }
 
 
@@ -183,9 +188,9 @@ def replaced(before: dict, report: dict) -> str:
     return f"it replaces the report on {judge}, which --report_only with the flags of that judge makes again"
 
 
-def format_table(path: str, kind, report: dict) -> str:
+def format_table(path: str, kind: Kind, report: dict) -> str:
     """The report for a reader."""
-    lines = [f"{path}: {report['num_rows']} {kind.ROWS}, judged by {report['model']} ({report['language']})", ""]
+    lines = [f"{path}: {report['num_rows']} {kind.what}, judged by {report['model']} ({report['language']})", ""]
     if report["num_rows"]:
         lines += [*kind.table(report), ""]
     counts = {"verdicts": "num_verdicts", "unparsed": "num_unparsed", "rows left out": "num_left_out"}

@@ -6,10 +6,11 @@ import html
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from reports.plots import can_draw, draw_cost, draw_losses, draw_quality
-from reports.text import facts, main_table, metrics_table, notes, ranked, title_of, verdict, words_of
-from reports.words import ENGLISH
+from reports.text import Cell, facts, main_table, metrics_table, notes, ranked, title_of, verdict_lines, words_of
+from reports.words import ENGLISH, Words
 from runtime.exits import UserError
 from runtime.folders import whole_file
 from runtime.streams import visible
@@ -74,7 +75,7 @@ dt { color: #5b6570; max-width: 14rem; overflow-wrap: anywhere; } dd { margin: 0
 """
 
 
-def read_results(folder):
+def read_results(folder: str) -> dict:
     """The figures of the report in a folder, {} where there is none; UserError for a folder with something else."""
     if not os.path.isdir(folder) or not os.listdir(folder):
         return {}
@@ -87,8 +88,11 @@ def read_results(folder):
     raise UserError(f"{folder}: the report goes there, and it holds something else: remove or rename it")
 
 
-def write_report(results, folder):
-    """Write the report; returns the path of its page."""
+def write_report(results: dict, folder: str, titles: dict[str, str]) -> str:
+    """Write the report; returns the path of its page.
+
+    titles: {metric: what it is, in the report's language}.
+    """
     results = shown(results)
     if not os.path.isdir(folder):
         os.mkdir(folder)
@@ -96,17 +100,17 @@ def write_report(results, folder):
     pictures = draw_pictures(results, folder)
     write_text(Path(folder, "report.md"), markdown(results, pictures))
     page = Path(folder, "index.html")
-    write_text(page, webpage(results, pictures, folder))
+    write_text(page, webpage(results, pictures, folder, titles))
     return str(page)
 
 
-def write_text(path, text):
+def write_text(path: Path, text: str) -> None:
     """A file of the report, whole or not at all."""
     with whole_file(path) as file:
         file.write(text)
 
 
-def shown(value):
+def shown(value: Any) -> Any:
     """Figures whose texts, those of rows and models among them, hold nothing that a terminal or a page would obey."""
     if isinstance(value, dict):
         return {shown(key): shown(one) for key, one in value.items()}
@@ -115,7 +119,7 @@ def shown(value):
     return visible(value, as_lines=True) if isinstance(value, str) else value
 
 
-def draw_pictures(results, folder):
+def draw_pictures(results: dict, folder: str) -> dict[str, str]:
     """{file: what it shows}; a picture that there are no figures for is left out."""
     done, metric = ranked(results), results["primary"]
     curves = {m["name"]: [run["loss"] for run in m["runs"] if run["loss"]] for m in results["methods"]}
@@ -143,25 +147,24 @@ def draw_pictures(results, folder):
     return pictures
 
 
-def bar_of(entry, metric):
+def bar_of(entry: dict, metric: str) -> tuple:
     """(name, value, low, high) of a metric."""
     return (entry["name"], entry["metrics"][metric], *(entry["intervals"][metric] or (None, None)))
 
 
-# The page.
-
-
-def webpage(results, pictures, folder):
+def webpage(results: dict, pictures: dict[str, str], folder: str, titles: dict[str, str]) -> str:
     """index.html: everything in one file."""
     escape, say, best = html.escape, words_of(results), results["best"]
 
-    def head(text):
+    def head(text: str) -> str:
         return f"<h2>{escape(say(text))}</h2>"
 
     parts = [f"<h1>{escape(title_of(results))}</h1>"]
     subtitle = say("Which method is best for this task? Written {time}.", time=results["time"])
     parts.append(f'<p class="quiet">{escape(subtitle)}</p>')
-    parts.append('<div class="verdict">' + "".join(f"<p>{escape(line)}</p>" for line in verdict(results)) + "</div>")
+    parts.append(
+        '<div class="verdict">' + "".join(f"<p>{escape(line)}</p>" for line in verdict_lines(results)) + "</div>"
+    )
     parts += [head("Methods"), html_table(main_table(results), best)]
     parts += [head("Pictures"), '<div class="pictures">']
     for name, caption in pictures.items():
@@ -169,8 +172,8 @@ def webpage(results, pictures, folder):
         image = f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
         parts.append(f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>")
     parts += ["</div>", head("All metrics"), html_table(metrics_table(results), best)]
-    titles = "; ".join(f"{name}: {say.title(name, title)}" for name, title in results["metrics"].items())
-    parts.append(f'<p class="quiet">{escape(titles)}.</p>')
+    explained = "; ".join(f"{name}: {titles[name]}" for name in results["metrics"])
+    parts.append(f'<p class="quiet">{escape(explained)}.</p>')
     if results["samples"]:
         parts.append(head("Sample rows"))
         text = say("Evenly spaced in the test rows; the answers are those of the first seed.")
@@ -186,10 +189,10 @@ def webpage(results, pictures, folder):
     return PAGE.format(language=say.language, title=escape(title_of(results)), style=STYLE, body=body)
 
 
-def html_table(table, best):
+def html_table(table: list[list[Cell]], best: str | None) -> str:
     """A table that scrolls inside its box."""
 
-    def cell(cell, tag):
+    def cell(cell: Cell, tag: str) -> str:
         small = f"<small>{html.escape(cell.small)}</small>" if cell.small else ""
         text = html.escape(cell.text)
         if tag == "th":  # a long name may be broken here
@@ -204,12 +207,12 @@ def html_table(table, best):
     return "\n".join([*lines, "</tbody></table></div>"])
 
 
-def html_sample(sample, metric, say):
+def html_sample(sample: dict, metric: str, say: Words) -> str:
     """One row: the question, the reference and the answers side by side."""
 
     empty = f"<small>{say('(empty)')}</small>"
 
-    def text(title, body, small="", kind=""):
+    def text(title: str, body: str, small: str = "", kind: str = "") -> str:
         small = f"<small>{html.escape(small)}</small>" if small else ""
         body = f'<div class="plain">{html.escape(body) or empty}</div>'
         return f'<div class="text{kind}"><b>{small}{html.escape(title)}</b>{body}</div>'
@@ -223,43 +226,40 @@ def html_sample(sample, metric, say):
     return "\n".join(['<div class="sample">', question, '<div class="texts">', *texts, "</div></div>"])
 
 
-# The same as Markdown.
-
-
-def markdown(results, pictures):
+def markdown(results: dict, pictures: dict[str, str]) -> str:
     """report.md, with the pictures beside it."""
     say = words_of(results)
-    lines = [f"# {plain(title_of(results))}", "", *(f"{plain(line)}  " for line in verdict(results)), ""]
+    lines = [f"# {escaped(title_of(results))}", "", *(f"{escaped(line)}  " for line in verdict_lines(results)), ""]
     lines += [f"## {say('Methods')}", "", *markdown_table(main_table(results)), ""]
-    lines += [line for name, caption in pictures.items() for line in (f"![{plain(caption)}]({name})", "")]
+    lines += [line for name, caption in pictures.items() for line in (f"![{escaped(caption)}]({name})", "")]
     lines += [f"## {say('All metrics')}", "", *markdown_table(metrics_table(results)), ""]
     for sample in results["samples"]:
         lines += [f"## {say('Row {number}', number=sample['row'])}", "", *fenced(sample["question"]), ""]
         lines += [f"{say('reference')}:", "", *fenced(sample["reference"])]
         for name, answer in sample["answers"].items():
             score = "" if answer["score"] is None else f" ({results['primary']} {answer['score']:.0f})"
-            lines += ["", f"{plain(name)}{score}:", "", *fenced(answer["text"])]
+            lines += ["", f"{escaped(name)}{score}:", "", *fenced(answer["text"])]
         lines.append("")
-    lines += [f"## {say('How to read it')}", "", *(f"- {plain(line)}" for line in notes(results)), ""]
+    lines += [f"## {say('How to read it')}", "", *(f"- {escaped(line)}" for line in notes(results)), ""]
     lines += [f"## {say('What was compared, on what')}", ""]
-    lines += [*(f"- {plain(name)}: {plain(str(text))}" for name, text in facts(results)), ""]
+    lines += [*(f"- {escaped(name)}: {escaped(str(text))}" for name, text in facts(results)), ""]
     return "\n".join([*lines, f"## {say('Commands')}", "", *fenced("\n".join(results["commands"])), ""])
 
 
-def markdown_table(table):
+def markdown_table(table: list[list[Cell]]) -> list[str]:
     """The lines of a table."""
-    rows = [[plain(f"{cell.text} {cell.small}".strip()) for cell in row] for row in table]
+    rows = [[escaped(f"{cell.text} {cell.small}".strip()) for cell in row] for row in table]
     rows.insert(1, ["---"] * len(rows[0]))
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
-def plain(text):
+def escaped(text: str) -> str:
     """Text that Markdown takes as it is, on one line."""
     text = " ".join(html.escape(text, quote=False).split())
     return "".join(f"\\{char}" if char in "\\|`*_[]" else char for char in text)
 
 
-def fenced(text):
+def fenced(text: str) -> list[str]:
     """Lines of a code block that the text cannot end."""
     fence = "`" * 3
     while fence in text:

@@ -1,10 +1,17 @@
 """Pictures by matplotlib, without a screen, in fonts that have the characters of their labels."""
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import logging
 import math
 import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 OWN_FONT = "DejaVu Sans"  # comes with matplotlib
 # Fonts for Chinese that systems have, the best first; where there is none of them, any other font is looked at.
@@ -28,7 +35,7 @@ MARKERS = "osD^vP*X<>"
 GREY = "#777777"
 
 
-def installed_fonts():
+def installed_fonts() -> list[tuple[str, str]]:
     """(family, path) of the fonts on this machine, those for Chinese first."""
     from matplotlib import font_manager
 
@@ -45,7 +52,7 @@ def installed_fonts():
 
 
 @functools.cache
-def characters(path):
+def characters(path: str) -> frozenset[int]:
     """Code points that a font file has; none where it cannot be read."""
     from matplotlib.ft2font import FT2Font
 
@@ -56,13 +63,14 @@ def characters(path):
 
 
 @functools.cache
-def families_for(wanted):
+def families_for(wanted: frozenset[str]) -> tuple[list[str], set[str]]:
     """(font families for a frozenset of characters, those that no font has)."""
     from matplotlib import font_manager
 
     own = characters(font_manager.findfont(OWN_FONT))
     missing = {char for char in wanted if ord(char) not in own and char.isprintable()}
-    families, best = [OWN_FONT], None
+    families = [OWN_FONT]
+    best: tuple[str, set[str]] | None = None
     for name, path in installed_fonts() if missing else []:
         found = {char for char in missing if ord(char) in characters(path)}
         if len(found) > len(best[1] if best else ()):
@@ -75,7 +83,7 @@ def families_for(wanted):
     return families, missing
 
 
-def readable(texts):
+def readable(texts: Iterable[str]) -> tuple[list[str], list[str]]:
     """(font families, texts as they can be drawn in them): what no font has is escaped, never an empty box."""
     families, missing = families_for(frozenset("".join(texts)))
     if missing:
@@ -84,25 +92,27 @@ def readable(texts):
     return families, [text.replace("$", r"\$") for text in shown]  # two dollars would make a formula
 
 
-def escape(char):
+def escape(char: str) -> str:
     """'故' -> '\\u6545'."""
     return char.encode("unicode_escape").decode("ascii")
 
 
 @functools.cache
-def hint():
+def hint() -> None:
     """Say once what would help."""
     text = "no installed font has all characters of the labels: in pictures they are escaped"
     print(f"note: {text}; a font for Chinese, such as fonts-noto-cjk, helps", file=sys.stderr, flush=True)
 
 
-def can_draw(text):
+def can_draw(text: str) -> bool:
     """Is there a font for all characters of a text?"""
     return not families_for(frozenset(text))[1]
 
 
 @contextlib.contextmanager
-def picture(path, size=(5.6, 4.0), families=(OWN_FONT,), has_legend=False):
+def picture(
+    path: str, size: tuple[float, float] = (5.6, 4.0), families: Sequence[str] = (OWN_FONT,), has_legend: bool = False
+) -> Iterator[Axes]:
     """A PNG with one axis, which is yielded; size in inches. The legend stands below, where it hides nothing."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -119,19 +129,27 @@ def picture(path, size=(5.6, 4.0), families=(OWN_FONT,), has_legend=False):
         figure.savefig(path, dpi=160)
 
 
-def draw_losses(curves, path, labels=("update", "loss per supervised token")):
+def draw_losses(
+    curves: dict[str, list], path: str, labels: tuple[str, str] = ("update", "loss per supervised token")
+) -> None:
     """Loss over the updates. curves: {name: [one run's [[step, loss], ...], ...]}; runs of a name share a colour.
 
     labels: of the two axes.
     """
     families, (*names, across, up) = readable([*curves, *labels])
     with picture(path, families=families, has_legend=True) as axis:
-        values = []
-        for number, (name, runs) in enumerate(zip(names, curves.values())):
+        values: list[float] = []
+        for number, (name, runs) in enumerate(zip(names, curves.values(), strict=True)):
             for k, points in enumerate(runs):
                 losses = [math.nan if loss is None else loss for _, loss in points]
-                style = dict(color=f"C{number % 10}", linestyle=("-", "--", ":")[number // 10 % 3], linewidth=1.4)
-                axis.plot([step for step, _ in points], losses, label=None if k else name, **style)
+                axis.plot(
+                    [step for step, _ in points],
+                    losses,
+                    label=None if k else name,
+                    color=f"C{number % 10}",
+                    linestyle=("-", "--", ":")[number // 10 % 3],
+                    linewidth=1.4,
+                )
                 values += [loss for loss in losses if loss > 0]
         if values and max(values) > 20 * min(values):
             axis.set_yscale("log")
@@ -139,7 +157,7 @@ def draw_losses(curves, path, labels=("update", "loss per supervised token")):
         axis.set_ylabel(up)
 
 
-def draw_quality(bars, metric, path):
+def draw_quality(bars: list[tuple], metric: str, path: str) -> None:
     """A bar with its interval for each of `bars`: (name, value, low, high), the first on top."""
     families, names = readable([bar[0] for bar in bars])
     with picture(path, size=(5.6, 1.0 + 0.36 * len(bars)), families=families) as axis:
@@ -154,19 +172,28 @@ def draw_quality(bars, metric, path):
         axis.set_xlabel(metric)
 
 
-def draw_cost(points, metric, cost, path):
+def draw_cost(points: list[tuple], metric: str, cost: str, path: str) -> None:
     """Quality against what it costs. points: (name, value, low, high, cost of it)."""
     families, (*names, cost) = readable([*(point[0] for point in points), cost])
     with picture(path, families=families, has_legend=True) as axis:
-        for number, (name, point) in enumerate(zip(names, points)):
-            style = dict(fmt=MARKERS[number % len(MARKERS)], color=f"C{number % 10}", capsize=3, markersize=7)
-            axis.errorbar([point[4]], [point[1]], yerr=spans([point]), label=name, linewidth=1, **style)
+        for number, (name, point) in enumerate(zip(names, points, strict=True)):
+            axis.errorbar(
+                [point[4]],
+                [point[1]],
+                yerr=spans([point]),
+                label=name,
+                fmt=MARKERS[number % len(MARKERS)],
+                color=f"C{number % 10}",
+                capsize=3,
+                markersize=7,
+                linewidth=1,
+            )
         axis.set_xlim(0, 1.06 * max(point[4] for point in points) or 1)
         axis.set_xlabel(cost)
         axis.set_ylabel(metric)
 
 
-def spans(bars):
+def spans(bars: list[tuple]) -> list[list[float]]:
     """Intervals as matplotlib wants them: what is below and above each value; nothing where there is none."""
     below = [0 if low is None else max(0, value - low) for _, value, low, *_ in bars]
     above = [0 if bar[3] is None else max(0, bar[3] - bar[1]) for bar in bars]

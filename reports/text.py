@@ -1,5 +1,6 @@
 """What the report of compare.py says: the answer in words, how to read the figures, and its tables as rows of cells."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,26 +17,23 @@ class Cell(NamedTuple):
     small: str = ""
 
 
-def ranked(results):
+def ranked(results: dict) -> list[dict]:
     """The methods that are done, the best first."""
     done = [method for method in results["methods"] if method["status"] == "done"]
     return sorted(done, key=lambda method: -method["metrics"][results["primary"]])
 
 
-def is_noise(change):
+def is_noise(change: list) -> bool:
     """Does the interval of [difference, low, high] include 0? Without an interval nothing is certain."""
     return change[1] is None or change[1] <= 0 <= change[2]
 
 
-# What is said, in words.
-
-
-def words_of(results):
+def words_of(results: dict) -> Words:
     """The words of the report's language."""
     return Words(results.get("language", "en"))
 
 
-def verdict(results):
+def verdict_lines(results: dict) -> list[str]:
     """The answer in a few sentences."""
     say, done, metric, base = words_of(results), ranked(results), results["primary"], results["base"]
     if not done:
@@ -82,9 +80,9 @@ def verdict(results):
     return lines
 
 
-def cheapest(methods, say):
+def cheapest(methods: list[dict], say: Words) -> list[str]:
     """Which of equally good methods costs least; nothing where that is not known."""
-    found = {}
+    found: dict[str, list[str]] = {}
     for name, fastest, text in (
         ("seconds", True, duration),
         ("peak_memory_bytes", False, size_text),
@@ -102,7 +100,7 @@ def cheapest(methods, say):
     return [say("Of these, {parts}.", parts=say("; ").join(parts))] if parts else []
 
 
-def notes(results):
+def notes(results: dict) -> list[str]:
     """How to read the figures."""
     say = words_of(results)
     lines = [
@@ -137,21 +135,21 @@ def notes(results):
     return lines
 
 
-def change_text(change, say=ENGLISH):
+def change_text(change: list, say: Words = ENGLISH) -> str:
     """'+3.21 [-1.02, +7.40], inside the noise'."""
     value, low, high = change
     ends = "" if low is None else f" [{low:+.2f}, {high:+.2f}]"
     return f"{value:+.2f}{ends}" + (say(", inside the noise") if is_noise(change) else "")
 
 
-def duration(seconds):
+def duration(seconds: float) -> str:
     """'1 min 23 s'."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def count(number):
+def count(number: float) -> str:
     """29.6 M for a number of weights."""
     for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " K")):
         if number >= size:
@@ -159,10 +157,7 @@ def count(number):
     return f"{number:.0f}"
 
 
-# Tables.
-
-
-def main_table(results):
+def main_table(results: dict) -> list[list[Cell]]:
     """Rows of cells, the header first."""
     say, metric = words_of(results), results["primary"]
     others = [name for name in results["metrics"] if name != metric and not name.endswith("_micro")][:NUM_OTHERS]
@@ -186,7 +181,7 @@ def main_table(results):
     return table
 
 
-def status_cell(status, say):
+def status_cell(status: str, say: Words) -> Cell:
     """Why there are no figures: 'not run', 'begun', 'failed with exit code 3'."""
     _, is_failed, code = status.partition("failed with exit code ")
     if is_failed:
@@ -194,7 +189,7 @@ def status_cell(status, say):
     return Cell(say("begun") if status == "begun" else say("not run"))
 
 
-def quality_cell(entry, metric, others, say):
+def quality_cell(entry: dict, metric: str, others: list[str], say: Words) -> Cell:
     """The metric; below it its interval, how far seeds differ, and other metrics."""
     value, ends = metric_cell(entry, metric, say)
     spread = ""
@@ -204,24 +199,24 @@ def quality_cell(entry, metric, others, say):
     return Cell(value, "\n".join(filter(None, (ends, spread, *more))))
 
 
-def metric_cell(entry, metric, say):
+def metric_cell(entry: dict, metric: str, say: Words) -> Cell:
     """A metric, and its interval below it."""
     interval = entry["intervals"][metric]
     return Cell(number(entry["metrics"][metric], say), f"[{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
 
 
-def describe(entry, say):
+def describe(entry: dict, say: Words) -> str:
     """What a method is, where its name does not say it."""
     train_type = entry.get("train_type", say("as it is"))
     return "" if train_type == entry["name"] else train_type
 
 
-def number(value, say):
+def number(value: float | None, say: Words) -> str:
     """A metric's value."""
     return say("not known") if value is None else f"{value:.2f}"
 
 
-def change_cell(change, say, without=None):
+def change_cell(change: list | None, say: Words, without: str | None = None) -> Cell:
     """A difference, with its interval and what that means."""
     if change is None:
         return Cell(without or say("not known"))
@@ -230,11 +225,11 @@ def change_cell(change, say, without=None):
     return Cell(f"{value:+.2f}", "\n".join(filter(None, (ends, say("inside the noise") * is_noise(change)))))
 
 
-def cost_cells(entry, say):
+def cost_cells(entry: dict, say: Words) -> list[Cell]:
     """Trained weights, speed, memory, time, size."""
     trained, total = entry["trained_weights"], entry["all_weights"]
 
-    def show(name, text):
+    def show(name: str, text: Callable) -> Cell:
         return Cell(say("not known") if entry[name] is None else text(entry[name]))
 
     share = ""
@@ -249,7 +244,7 @@ def cost_cells(entry, say):
     ]
 
 
-def metrics_table(results):
+def metrics_table(results: dict) -> list[list[Cell]]:
     """All metrics of the task with their intervals; rows of cells, the header first."""
     say, names = words_of(results), list(results["metrics"])
     table = [[Cell(text) for text in (say("method"), *names)]]
@@ -259,7 +254,7 @@ def metrics_table(results):
     return table
 
 
-def facts(results):
+def facts(results: dict) -> Iterator[tuple[str, str]]:
     """(name, text) of what was compared, on what."""
     say, machine = words_of(results), results["machine"]
     yield say("base model"), results["base_model"]
@@ -282,6 +277,6 @@ def facts(results):
     yield say("written"), results["time"]
 
 
-def title_of(results):
+def title_of(results: dict) -> str:
     """The report's heading."""
     return words_of(results)("Comparison: {name}", name=Path(results["plan"]).stem)

@@ -6,15 +6,11 @@ LANGUAGES = ("en", "zh")
 class Words:
     """Says a text in a language. The English text is the key; {names} in it are filled in."""
 
-    def __init__(self, language="en"):
+    def __init__(self, language: str = "en") -> None:
         self.language = language
 
-    def __call__(self, text, **values):
+    def __call__(self, text: str, **values: object) -> str:
         return (ZH[text] if self.language == "zh" else text).format(**values)
-
-    def title(self, metric, english):
-        """What a metric is."""
-        return TITLES_ZH[metric] if self.language == "zh" else english
 
 
 ENGLISH = Words()
@@ -139,24 +135,4 @@ ZH = {
     "GPUs": "显卡",
     "versions": "版本",
     "written": "写于",
-}
-TITLES_ZH = {
-    "rouge1": "按词的 ROUGE-1 F1，各行平均",
-    "rouge2": "按词的 ROUGE-2 F1，各行平均",
-    "rougeL": "按词的 ROUGE-L F1，各行平均",
-    "bleu4": "按字的 BLEU-4，各行平均",
-    "bleu4_words": "按词的 BLEU-4，各行平均",
-    "precision": "预测的三元组中正确的比例，各行平均",
-    "recall": "参考三元组中找到的比例，各行平均",
-    "f1": "三元组 F1，各行平均",
-    "precision_micro": "预测的三元组中正确的比例，所有行放在一起",
-    "recall_micro": "参考三元组中找到的比例，所有行放在一起",
-    "f1_micro": "三元组 F1，所有行放在一起",
-    "exact_match": "与参考答案完全相同的行",
-    "accuracy": "标签与参考答案相同的行",
-    "macro_f1": "各标签的 F1，对参考答案中的标签平均",
-    "diversity": "每行问题的得分，0 到 5：每个错误扣 0.25 分",
-    "repeated_questions": "所有问题中近似重复的",
-    "empty_questions": "所有问题中空白的",
-    "overlong_questions": "所有问题中过长的",
 }

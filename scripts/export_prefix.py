@@ -9,23 +9,23 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # for a call from any folder
-from runtime import entry  # noqa: E402, I001  first: Ctrl-C is heard while the others are imported
+from runtime import entry  # noqa: I001  first: Ctrl-C is heard while the others are imported
 
 # isort: split
 
-import shutil  # noqa: E402
+import shutil
 
-from checkpoints.adapter_settings import PREFIX_FILE  # noqa: E402
-from checkpoints.kinds import KINDS  # noqa: E402
+from checkpoints.adapter_settings import PREFIX_FILE
+from checkpoints.kinds import KINDS
 from checkpoints.opening import RUN_FILE, read_run
-from checkpoints.released_files import PREFIX_BIN_FILE  # noqa: E402
-from checkpoints.saving import check_written  # noqa: E402
-from checkpoints.weight_files import finite_problem, safetensors_shapes, write_bin  # noqa: E402
-from flags.common import OneLineParser, place_problem  # noqa: E402
-from runtime.exits import UserError  # noqa: E402
-from runtime.folders import new_folder, require_space, verify  # noqa: E402
-from runtime.holding import holding, require_there  # noqa: E402
-from utils import prepare_environment  # noqa: E402
+from checkpoints.released_files import PREFIX_BIN_FILE
+from checkpoints.saving import check_written
+from checkpoints.weight_files import finite_problem, safetensors_shapes, write_bin
+from flags.common import OneLineParser, place_problem
+from runtime.exits import UserError
+from runtime.folders import new_folder, require_space, verify
+from runtime.holding import holding, require_there
+from utils import prepare_environment
 
 
 def export_prefix(model_dir, output_dir):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# How the code is written: bash scripts/lint.sh        (--fix: mend what can be mended)
+# How the code is written: bash scripts/lint.sh        (--fix: fix what can be fixed)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements-dev.txt
 if [ "${1:-}" = --fix ]; then

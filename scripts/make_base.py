@@ -12,39 +12,38 @@ same settings finds the checkpoint and returns at once.
 import os
 import sys
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [ROOT, os.path.join(ROOT, "scripts")]  # for a call from any folder
-from runtime import entry  # noqa: E402, I001  first: Ctrl-C is heard while the others are imported
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # for a call from any folder
+from runtime import entry  # noqa: I001  first: Ctrl-C is heard while the others are imported
 
 # isort: split
 
-import hashlib  # noqa: E402
-import io  # noqa: E402
-import json  # noqa: E402
-import math  # noqa: E402
-import random  # noqa: E402
-import re  # noqa: E402
-import shutil  # noqa: E402
-import tempfile  # noqa: E402
-import time  # noqa: E402
-from pathlib import Path  # noqa: E402
+import hashlib
+import io
+import json
+import math
+import random
+import re
+import shutil
+import tempfile
+import time
+from pathlib import Path
 
-import make_data  # noqa: E402
-import sentencepiece  # noqa: E402
-import torch  # noqa: E402
-from base_sources import base_sources  # noqa: E402
+import make_data
+import sentencepiece
+import torch
+from base_sources import base_sources
 
-from checkpoints.released_files import save_config  # noqa: E402
-from checkpoints.weight_files import write_weights  # noqa: E402
-from flags.common import OneLineParser, expanded_path  # noqa: E402
+from checkpoints.released_files import save_config
+from checkpoints.weight_files import write_weights
+from flags.common import OneLineParser, expanded_path
 from modes import MODES
-from rows.batches import collate  # noqa: E402
-from rows.encoding import encode_row  # noqa: E402
-from runtime.exits import UserError  # noqa: E402  # noqa: E402
-from runtime.streams import progress_bar  # noqa: E402
+from rows.batches import collate
+from rows.encoding import encode_row
+from runtime.exits import UserError  # noqa: E402
+from runtime.streams import progress_bar
 from utils import (
     prepare_environment,
-    read_json,  # noqa: E402
+    read_json,
     write_json,
 )
 
@@ -292,7 +291,7 @@ def muon_step(matrices, momenta, scales, rate, decay=0.1, beta=0.95):
     `torch.optim.Muon` does the same in bfloat16, which is slow on many CPUs; this stays in float32.
     """
     with torch.no_grad():
-        for matrix, momentum, scale in zip(matrices, momenta, scales):
+        for matrix, momentum, scale in zip(matrices, momenta, scales, strict=True):
             momentum.lerp_(matrix.grad, 1 - beta)
             update = matrix.grad.lerp(momentum, beta)
             is_tall = update.shape[0] > update.shape[1]

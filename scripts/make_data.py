@@ -10,23 +10,22 @@ random generator; `forbidden=held_out_combinations()` keeps them clear of the he
 import os
 import sys
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [ROOT, os.path.join(ROOT, "scripts")]  # for a call, or an import by file path, from any folder
-from runtime import entry  # noqa: E402, I001  first: Ctrl-C is heard while the others are imported
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # for a call from any folder
+from runtime import entry  # noqa: I001  first: Ctrl-C is heard while the others are imported
 
 # isort: split
 
-import argparse  # noqa: E402
-import itertools  # noqa: E402
-import json  # noqa: E402
-import random  # noqa: E402
-import re  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
-from pathlib import Path  # noqa: E402
+import argparse
+import itertools
+import json
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
 
-import data_words as words  # noqa: E402
+import data_words as words
 
-ROOT = Path(ROOT)
+ROOT = Path(__file__).resolve().parent.parent
 
 FAULT, SYMPTOM, COMPONENT, TOOL = "部件故障", "性能故障", "组成", "检测工具"
 RELATIONS = (SYMPTOM, FAULT, COMPONENT, TOOL)

@@ -11,33 +11,33 @@ process forked from one that has imported the libraries, so that it costs its te
 import os
 import sys
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)  # for a call from any folder
-from runtime import entry  # noqa: E402, I001  first: Ctrl-C is heard while the others are imported
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # for a call from any folder
+from runtime import entry  # noqa: I001  first: Ctrl-C is heard while the others are imported
 
 # isort: split
 
-import ast  # noqa: E402
-import builtins  # noqa: E402
-import copy  # noqa: E402
-import fnmatch  # noqa: E402
-import hashlib  # noqa: E402
-import importlib  # noqa: E402
-import re  # noqa: E402
-import shlex  # noqa: E402
-import shutil  # noqa: E402
-import signal  # noqa: E402
-import subprocess  # noqa: E402
-import tempfile  # noqa: E402
-import time  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
-from pathlib import Path  # noqa: E402
+import ast
+import builtins
+import copy
+import fnmatch
+import hashlib
+import importlib
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
 
-import yaml  # noqa: E402
+import yaml
 
-from flags.common import OneLineParser  # noqa: E402
-from runtime.exits import UserError  # noqa: E402
+from flags.common import OneLineParser
+from runtime.exits import UserError
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TABLE = Path(ROOT, "scripts", "mutants.yaml")
 PAGE = Path(ROOT, "docs", "testing.md")
 BEGIN, END = "<!-- figures of scripts/mutate.py -->", "<!-- end of the figures -->"
@@ -82,9 +82,6 @@ class Mutant:
         return source[: self.start] + self.after + source[self.start + len(self.before) :]
 
 
-# Which faults there are.
-
-
 def read_table(path, seed=1):
     """(all faults of the table, a list of Mutants; problems: what of the table is no longer in the files).
 
@@ -93,7 +90,7 @@ def read_table(path, seed=1):
     try:
         table = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())}): mend it") from None
+        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())}): fix it") from None
     mutants, problems = [], []
     for group in table["groups"]:
         for file, names in group.get("functions", {}).items():
@@ -101,7 +98,7 @@ def read_table(path, seed=1):
             found = functions_in(ast.parse(source))
             for name, _, number in (word.partition(":") for word in names.split()):
                 if name not in found:
-                    problems.append(f"{path.name}: {file} has no function {name}: mend the table")
+                    problems.append(f"{path.name}: {file} has no function {name}: fix the table")
                     continue
                 made = made_from(source, found[name], file, name, group["tests"])
                 mutants += chosen(made, int(number or EACH), seed)
@@ -109,7 +106,7 @@ def read_table(path, seed=1):
             source = read(file)
             if source.count(before) != 1:
                 number = source.count(before)
-                problems.append(f"{path.name}: {before!r} is {number} times in {file}, not once: mend the table")
+                problems.append(f"{path.name}: {before!r} is {number} times in {file}, not once: fix the table")
                 continue
             mutants.append(Mutant(file, source.index(before), before, after, group["tests"]))
     by_result = {}
@@ -251,9 +248,6 @@ def has_text(node):
     )
 
 
-# Trying them.
-
-
 class Tree:
     """A copy of the project for one process at a time."""
 
@@ -391,9 +385,6 @@ def try_all(mutants, num_jobs):
 def name_of(mutant):
     """file:line and the change, on one line."""
     return f"{mutant.file}:{mutant.line}: {mutant.shown}"
-
-
-# What is said.
 
 
 def summary(mutants):

@@ -10,36 +10,36 @@ are encoded and answers decoded here. scripts/predict_vllm.sh starts the server 
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from runtime import entry  # noqa: E402, I001  first: Ctrl-C is heard while the others are imported
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # for a call from any folder
+from runtime import entry  # noqa: I001  first: Ctrl-C is heard while the others are imported
 
 # isort: split
 
-import http.client  # noqa: E402
-import json  # noqa: E402
-import threading  # noqa: E402
-import time  # noqa: E402
-import urllib.parse  # noqa: E402
-from concurrent.futures import ThreadPoolExecutor  # noqa: E402
+import http.client
+import json
+import threading
+import time
+import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
 
-from checkpoints.kinds import KINDS, kind_of, marked_kind  # noqa: E402
-from checkpoints.opening import RUN_FILE, open_checkpoint, read_run  # noqa: E402
+from checkpoints.kinds import KINDS, kind_of, marked_kind
+from checkpoints.opening import RUN_FILE, open_checkpoint, read_run
 from flags.common import OneLineParser, add_answered_row_flags, collect, expanded_path, model_problems, range_problems
 from flags.predict import add_sampling_flags, model_label, output_file_problems, sampling_problems
-from generation.lengths import settle_columns, settle_lengths  # noqa: E402
-from generation.prediction_file import describe_cut_questions, output_row  # noqa: E402
+from generation.lengths import settle_columns, settle_lengths
+from generation.prediction_file import describe_cut_questions, output_row
 from modes import MODES
-from rows.reading import data_files, read_to_answer  # noqa: E402
+from rows.reading import data_files, read_to_answer
 from runtime.exits import (
-    UserError,  # noqa: E402
+    UserError,
     fail,
 )
-from runtime.folders import whole_file  # noqa: E402
-from runtime.holding import holding, require_there  # noqa: E402
-from runtime.streams import progress_bar  # noqa: E402
+from runtime.folders import whole_file
+from runtime.holding import holding, require_there
+from runtime.streams import progress_bar
 from utils import (
     prepare_environment,
-    read_json,  # noqa: E402
+    read_json,
 )
 
 VLLM_MODES = [name for name, mode in MODES.items() if mode.vllm_values is not None]

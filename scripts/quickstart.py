@@ -10,27 +10,27 @@ it prints.
 import os
 import sys
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [ROOT, os.path.join(ROOT, "scripts")]  # for a call from any folder
-from runtime import entry  # noqa: E402, I001  first: Ctrl-C is heard while the others are imported
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # for a call from any folder
+from runtime import entry  # noqa: I001  first: Ctrl-C is heard while the others are imported
 
 # isort: split
 
-import json  # noqa: E402
-from pathlib import Path  # noqa: E402
+import json
+from pathlib import Path
 
-from base_sources import base_sources  # noqa: E402
+from base_sources import base_sources
 
-from checkpoints.kinds import KINDS  # noqa: E402
-from comparison.commands import Steps, newest_checkpoint  # noqa: E402
-from evaluation.metrics import score_rows  # noqa: E402
+from checkpoints.kinds import KINDS
+from comparison.commands import Steps, newest_checkpoint
+from evaluation.metrics import score_rows
 from evaluation.predictions import read_predictions
-from flags.common import OneLineParser  # noqa: E402
-from modes import MODES  # noqa: E402
-from runtime.exits import EXIT_LEFT  # noqa: E402
-from runtime.holding import holding  # noqa: E402
-from train_types import TRAIN_TYPES  # noqa: E402
+from flags.common import OneLineParser
+from modes import MODES
+from runtime.exits import EXIT_LEFT
+from runtime.holding import holding
+from train_types import TRAIN_TYPES
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # Learning rates, sizes and epochs that suit a base of some million weights; a 6B model wants the README's.
 FLAGS = {
     "lora": "--lora_dim 16 --lora_alpha 32 --lora_dropout 0.0 --learning_rate 3e-3 --num_train_epochs 4"

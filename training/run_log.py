@@ -5,15 +5,13 @@ import os
 import sys
 import time
 
+from evaluation.metrics import METRICS
 from reports.plots import picture
 from runtime.exits import EXIT_LEFT, BadNumbers, UserError, fail
 from runtime.json_lines import JsonLines
 from runtime.ranks import is_main, print_rank_0
 from runtime.streams import progress_bar
 from utils import name_rows
-
-# Of an evaluation's metrics, on the screen.
-SHOWN = ("loss", "rougeL", "bleu4", "f1", "accuracy", "macro_f1", "diversity", "exact_match")
 
 
 class Speed:
@@ -96,7 +94,8 @@ class RunLog:
         self.evaluations.add({"step": step, **scores})
         for name, value in scores.items():
             self.add_scalar(f"eval/{name}", value, step)
-        shown = ", ".join(f"{name} {scores[name]:.4g}" for name in SHOWN if name in scores)
+        names = [name for name in scores if name == "loss" or METRICS[name].is_shown]
+        shown = ", ".join(f"{name} {scores[name]:.4g}" for name in names)
         print(f"\nstep {step}: evaluation: {shown}{' (the best so far)' if is_best else ''}", flush=True)
 
     def seconds(self):

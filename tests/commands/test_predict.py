@@ -157,6 +157,7 @@ def test_an_interrupted_run_is_gone_on_with(tmp_path, monkeypatch, capsys):
 )
 def test_loops_are_found(text, is_loop):
     assert prediction_file.is_repeated("开头。" + text) == is_loop
+    assert prediction_file.is_repeated(text) == is_loop  # one that repeats itself from its first character on
 
 
 @pytest.mark.launch

@@ -19,7 +19,7 @@ def test_one_row_gives_no_interval():
     rows = metrics.score_rows([["a_b_c"], [""]], ["a_b_c", "a_b_c"], "extraction")["rows"]
     one, other = ({"runs": [{"status": "done", "rows": [row]}]} for row in rows)
     for summary in (one, other):
-        figures.summarize(summary, find_task("extraction"))
+        figures.add_means(summary, find_task("extraction"))
     assert one["intervals"]["f1"] is None and figures.compared(one, other, "f1") == [100, None, None]
 
 
@@ -43,7 +43,7 @@ def test_seeds_are_averaged_within_each_resample():
     both = {"runs": [{"status": "done", "rows": part} for part in rows]}
     one = {"runs": both["runs"][:1]}
     for method in (both, one):
-        figures.summarize(method, find_task("extraction"))
+        figures.add_means(method, find_task("extraction"))
     assert both["metrics"]["f1"] == 50 and both["intervals"]["f1"] == pytest.approx([50, 50]) and both["spread"] == 0
     assert one["intervals"]["f1"] == intervals(rows[0], ["f1"])["f1"] and one["spread"] is None
     change = figures.compared(both, one, "f1")
@@ -70,7 +70,7 @@ def test_how_far_seeds_differ():
         rows = metrics.score_rows(answers, reference, "extraction")["rows"]
         runs.append({"status": "done", "rows": rows, "done": {"seconds": right}, "checkpoint_bytes": 3 * right})
     found = {"runs": runs}
-    figures.summarize(found, find_task("extraction"))
+    figures.add_means(found, find_task("extraction"))
     assert found["metrics"]["f1"] == pytest.approx(30) and found["spread"] == pytest.approx(700**0.5)
     assert [run["metrics"]["f1"] for run in runs] == pytest.approx([10, 20, 60])
     assert (found["seconds"], found["checkpoint_bytes"], found["num_rows"]) == (3, 9, 10)
@@ -78,13 +78,13 @@ def test_how_far_seeds_differ():
     low, high = found["intervals"]["f1"]
     assert low < 30 < high
     two = {"runs": [{**run, "rows": run["rows"][:2]} for run in runs]}
-    figures.summarize(two, find_task("extraction"))
+    figures.add_means(two, find_task("extraction"))
     assert two["intervals"]["f1"] == [pytest.approx(2 * 100 / 3), 100], "right, half right, right: two rows have ends"
     one = {"runs": runs[:1]}
-    figures.summarize(one, find_task("extraction"))
+    figures.add_means(one, find_task("extraction"))
     assert one["spread"] is None
     unfinished = {"runs": [runs[0], {"status": "failed with exit code 3"}]}
-    figures.summarize(unfinished, find_task("extraction"))
+    figures.add_means(unfinished, find_task("extraction"))
     assert unfinished["status"] == "failed with exit code 3" and "metrics" not in unfinished
 
 
@@ -95,5 +95,5 @@ def test_how_far_seeds_differ():
 def test_what_is_called_forgetting(change, is_forgotten):
     """A loss on general questions that rose by more than the noise; one that fell is none."""
     methods = [entry("m", 50.0, to_best=None, forgetting={"loss": change, "score": None})]
-    text = " ".join(report_text.verdict({**RESULTS, "methods": methods}))
+    text = " ".join(report_text.verdict_lines({**RESULTS, "methods": methods}))
     assert ("Forgetting: the loss on general questions rose by more than the noise with m." in text) == is_forgotten

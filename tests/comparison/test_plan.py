@@ -80,7 +80,7 @@ BAD = {
     "a bomb": (
         "a: &a [x, x, x, x, x, x, x, x, x]\n"
         + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in itertools.pairwise("abcdefghijk")),
-        r"c.yaml:5: not YAML \(more than 20,000 values and keys, with every alias written out\): mend this line",
+        r"c.yaml:5: not YAML \(more than 20,000 values and keys, with every alias written out\): fix this line",
     ),
     "a bomb of merges": (
         "a: &a {x: 1}\n"
@@ -96,15 +96,15 @@ BAD = {
     ),
     "a large file": ("#" * 100_001, r"c.yaml: is larger than 100,000 bytes: name the YAML file of a comparison"),
     "a long number": (f"seeds: [0x{'f' * 9000}]", r"c.yaml:1: not YAML \(a number of more than 50 characters\)"),
-    "no date": ("\nbase: 2020-13-45", r"c.yaml:2: not YAML \(no value of tag.*month must be in 1..12\)\): mend this"),
+    "no date": ("\nbase: 2020-13-45", r"c.yaml:2: not YAML \(no value of tag.*month must be in 1..12\)\): fix this"),
     "code": ("base: !!python/object/apply:os.system [x]", r"c.yaml:1: not YAML \(could not determine a constructor"),
-    "no character": (r'base: "\U99999999"', r"c.yaml: not YAML \(.*\): mend it"),
+    "no character": (r'base: "\U99999999"', r"c.yaml: not YAML \(.*\): fix it"),
     **{
-        f"hidden {char}": (f'base: "{char}"', r"c.yaml:1: not YAML \(the character \\.* in a text\): mend this line")
+        f"hidden {char}": (f'base: "{char}"', r"c.yaml:1: not YAML \(the character \\.* in a text\): fix this line")
         for char in (r"\e[2J", r"\0", r"\ud800", r"\x9b", "\u202e")
     },
     "no command": ({"base_command": "make 'it"}, r"c.yaml: base_command make 'it: is no command line \(No closing"),
-    "an empty command": ({"base_command": " "}, r"c.yaml: base_command ' ': is no command line \(it is empty\): mend"),
+    "an empty command": ({"base_command": " "}, r"c.yaml: base_command ' ': is no command line \(it is empty\): fix"),
     "no mapping": ("- base", r"c.yaml: is a list: write keys with values"),
     "empty": ("", r"c.yaml: is empty: write keys with values"),
 }

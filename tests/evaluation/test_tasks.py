@@ -18,6 +18,7 @@ from evaluation import intervals, metrics, row_scores, score_report
 from evaluation.tasks import LABELS, NO_TASK, TASKS, find_task
 from flags import score as flags_score
 from flags.score import score_parser
+from flags.train import BEST_METRICS
 from reports import tables
 
 # A prediction that is right and one that is wrong, with the reference.
@@ -52,10 +53,12 @@ def test_task_is_finished(name):
     assert len(task.missing) == 2 and all(len(text) > 15 for text in task.missing)
 
 
-def test_every_metric_is_in_a_task_and_is_computed_by_one_group():
+def test_every_metric_is_in_a_task_and_offered_where_it_says():
     in_tasks = {name for task in TASKS.values() for name in task.metrics}
-    in_groups = [name for names, _ in row_scores.GROUPS for name in names]
-    assert sorted(in_groups) == sorted(metrics.METRICS) and in_tasks == set(metrics.METRICS)
+    assert in_tasks == set(metrics.METRICS)
+    assert BEST_METRICS == ("loss", "rougeL", "bleu4", "f1", "accuracy")
+    shown = [name for name, metric in metrics.METRICS.items() if metric.is_shown]
+    assert sorted(shown) == sorted("rougeL bleu4 f1 accuracy macro_f1 diversity exact_match".split())
     assert set(NO_TASK.metrics) < in_tasks and NO_TASK.primary in NO_TASK.metrics
     assert next(action for action in score_parser()._actions if action.dest == "task").choices is TASKS
 
@@ -144,7 +147,7 @@ def test_macro_f1_by_hand():
 def test_a_label_is_the_text_without_white_space_and_full_stops(prediction, reference, right):
     result = metrics.score_rows([prediction, "好"], [reference, "好"], "classification")
     assert [row["accuracy"] for row in result["rows"]] == [100 * right, 100]
-    hits = metrics.sums_of(metrics.columns_of(result["rows"]))["label_hits"].sum()
+    hits = metrics.sums_of(metrics.score_arrays(result["rows"]))["label_hits"].sum()
     assert hits == 1 + right  # the table of labels and the accuracy are of one mind
 
 
@@ -325,8 +328,14 @@ def test_a_difference_that_is_none_is_inside_the_noise_as_often_as_it_says():
     assert 0.90 * 200 <= inside <= 0.99 * 200, inside
 
 
+def test_the_texts_of_a_row_are_folded_unless_told_otherwise():
+    """`（` and `(` are one character after NFKC."""
+    for flags, value in (({}, 100.0), ({"normalize": True}, 100.0), ({"normalize": False}, 0.0)):
+        assert metrics.score_row(["（a"], "(a", ("exact_match",), **flags) == {"exact_match": value}
+
+
 def test_no_rows_one_row_and_equal_rows():
-    row = row_scores.score_row(["a_b_c"], "a_b_c\nd_e_f", ("f1", "f1_micro"))
+    row = metrics.score_row(["a_b_c"], "a_b_c\nd_e_f", ("f1", "f1_micro"))
     names = ("f1", "f1_micro")
     assert metrics.metrics_of([]) == dict.fromkeys(NO_TASK.metrics)
     for rows in ([], [row]):
@@ -411,7 +420,7 @@ def test_macro_f1_of_resamples_without_a_label():
     assert found["macro_f1"].tolist() == found["accuracy"].tolist() == [100] * 200
     # 甲 twice and both right, 乙 once and wrong (its prediction is 甲), 丙 not drawn: (2 x 2 / (2 + 3) + 0) / 2
     rows = metrics.score_rows(["甲", "甲", "丙"], ["甲", "乙", "丙"], "classification")["rows"]
-    sums = metrics.sums_of(metrics.columns_of(rows), numpy.array([[2.0, 1, 0], [1, 1, 1], [0, 0, 3]]))
+    sums = metrics.sums_of(metrics.score_arrays(rows), numpy.array([[2.0, 1, 0], [1, 1, 1], [0, 0, 3]]))
     assert metrics.macro_f1(sums).tolist() == pytest.approx([100 * 0.8 / 2, 100 * (2 / 3 + 0 + 1) / 3, 100])
 
 

@@ -540,7 +540,7 @@ def read_completion(seed, folder):
     content = pathlib.Path(folder, "answer.json").read_bytes().decode("utf-8", "replace")
     asked = endpoint.Endpoint.__new__(endpoint.Endpoint)
     asked.args, asked.key, asked.url, asked.settings = types.SimpleNamespace(model="m"), "secret-key", "http://a/v1", {}
-    asked.openai = types.SimpleNamespace(APIError=endpoint.Unusable)
+    asked.openai = types.SimpleNamespace(APIError=endpoint.UnusableAnswerError)
     create = types.SimpleNamespace(create=lambda **_: types.SimpleNamespace(text=content))
     asked.client = types.SimpleNamespace(chat=types.SimpleNamespace(completions=types.SimpleNamespace(
         with_raw_response=create)))  # fmt: skip

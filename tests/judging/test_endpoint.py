@@ -63,7 +63,7 @@ def test_time_out(serve, sandbox):
         (refusal(403), "answered 403"),
         (refusal(404, "no such model"), "(no such model): check the address and --model stand-in"),
         (refusal(400, "too\nlong"), "answered 400 to {place} (too long): change what it does not take"),
-        (refusal(429, "quota", Retry_After=9999), "answered 429 to {place} (quota): when that is mended, run the same"),
+        (refusal(429, "quota", Retry_After=9999), "answered 429 to {place} (quota): when that is fixed, run the same"),
         ((200, {"Content_Type": "text/html"}, b"<html>\nHi"), "is no chat completion (<html> Hi): the address usually"),
         ((200, {}, b'{"choices": ['), "is no chat completion"),
         ((200, {}, {"error": {"message": "x"}}), "is no chat completion"),
@@ -199,7 +199,7 @@ def test_bytes_that_are_kept_of_an_answer(is_error):
     if is_error:
         assert len(endpoint.read_content(response)) == sum(taken) == endpoint.MOST_ERROR_BYTES
         return
-    with pytest.raises(endpoint.Unusable, match="larger than 8 MB"):
+    with pytest.raises(endpoint.UnusableAnswerError, match="larger than 8 MB"):
         endpoint.read_content(response)
     assert sum(taken) == endpoint.MOST_BYTES + len(part)
 

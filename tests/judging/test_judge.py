@@ -357,7 +357,7 @@ def test_the_command_itself(serve, sandbox):
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert process.stdout.splitlines()[-1] == "[]" and all(flag.help for flag in judge_parser()._actions)
     [language] = [flag for flag in judge_parser()._actions if flag.dest == "language"]
-    assert all(set(language.choices) == set(kind.LANGUAGES) for kind in judging_verdicts.KINDS.values())
+    assert all(set(language.choices) == set(kind.languages) for kind in judging_verdicts.KINDS.values())
     [task] = [flag for flag in judge_parser()._actions if flag.dest == "task"]
     assert set(task.choices) == set(judging_verdicts.KINDS)
 

@@ -10,7 +10,7 @@ from comparing import EVIL, RESULTS
 
 from comparison import commands as steps
 from comparison import figures
-from evaluation.metrics import METRICS
+from evaluation.metrics import METRICS, titles_in
 from reports import page as report
 from reports import text as report_text
 from reports import words as report_words
@@ -49,7 +49,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
-    report.write_report(RESULTS, str(folder))
+    report.write_report(RESULTS, str(folder), titles_in("en"))
     return folder
 
 
@@ -94,7 +94,7 @@ HARM = EVIL + "\"'><img src=x onerror=alert(1)></title></style></pre>\x1b[2J\x9b
 def test_nothing_in_a_text_is_obeyed(written, tmp_path, monkeypatch):
     """Of the kind: a text of rows, models, paths or flags in a page, in Markdown, in JSON; any of them may do harm."""
     monkeypatch.setattr(report, "draw_pictures", lambda results, folder: {})
-    report.write_report(evil(RESULTS), str(tmp_path))
+    report.write_report(evil(RESULTS), str(tmp_path), titles_in("en"))
     pages = [Page((folder / "index.html").read_text()) for folder in (written, tmp_path)]
     tags = [{(tag, *attributes) for tag, attributes in page.tags} for page in pages]
     assert tags[1] - {("wbr",)} <= tags[0] and pages[1].open == []
@@ -111,7 +111,7 @@ def test_nothing_in_a_text_is_obeyed(written, tmp_path, monkeypatch):
 def test_what_a_command_line_shows_is_not_obeyed(tmp_path, capsys):
     """Names and paths on the terminal; and a command that does not exist ends with a line, as a shell's does."""
     runner = steps.Steps(tmp_path)
-    with pytest.raises(steps.StepFailed) as stop:
+    with pytest.raises(steps.StepError) as stop:
         runner.run("n\x1b[2J", "'no\x1b[2J\u202e' command", [], tmp_path / "x")
     shown = capsys.readouterr()
     assert stop.value.code == 127 and "no\\x1b[2J\\u202e: cannot be started (No such file" in shown.err
@@ -119,12 +119,12 @@ def test_what_a_command_line_shows_is_not_obeyed(tmp_path, capsys):
 
 
 def test_the_verdict_names_the_best_and_the_cheapest():
-    lines = report_text.verdict(RESULTS)
+    lines = report_text.verdict_lines(RESULTS)
     assert lines[0] == "Best: 法, f1 81.75 [76.75, 86.75] on 50 test rows."
     assert "cannot be told apart from all: more test rows" in lines[2]
     assert lines[3] == "Of these, all takes the least memory (400.0 MB)."  # the time of one is not known
     assert lines[-1] == "Without figures: late."
-    assert report_text.verdict({**RESULTS, "methods": []}) == ["No method has been trained and scored yet."]
+    assert report_text.verdict_lines({**RESULTS, "methods": []}) == ["No method has been trained and scored yet."]
 
 
 def test_markdown_is_not_broken_by_answers(written):
@@ -137,7 +137,7 @@ def test_markdown_is_not_broken_by_answers(written):
 @pytest.fixture(scope="module")
 def in_chinese(tmp_path_factory):
     folder = tmp_path_factory.mktemp("zh")
-    report.write_report({**RESULTS, "language": "zh"}, str(folder))
+    report.write_report({**RESULTS, "language": "zh"}, str(folder), titles_in("zh"))
     return folder
 
 
@@ -179,19 +179,20 @@ def test_every_text_has_its_words():
     assert said == set(report_words.ZH)
     for english, chinese in report_words.ZH.items():
         assert set(re.findall(r"{(\w+)}", english)) == set(re.findall(r"{(\w+)}", chinese)), english
-    assert set(report_words.TITLES_ZH) == set(METRICS)
+    titles = titles_in("zh")
+    assert set(titles) == set(METRICS) and all(re.search("[一-鿿]", title) for title in titles.values())
 
 
 def test_the_verdict_in_words():
     """The best first; what the noise does not tell apart is said, and what of it costs least."""
-    text = " ".join(report_text.verdict(RESULTS))
+    text = " ".join(report_text.verdict_lines(RESULTS))
     assert "Best: 法, f1 81.75 [76.75, 86.75] on 50 test rows." in text
     assert "The base model has 11.25; the difference is +60.00 [+50.00, +70.00]." in text
     assert "With these 50 rows it cannot be told apart from all:" in text and "freeze:" not in text
     assert "all takes the least memory (400.0 MB)" in text and "trains fastest" not in text
     assert "Without figures: late." in text
     clear = {**RESULTS, "methods": [RESULTS["methods"][1], RESULTS["methods"][2]]}
-    assert "Its lead over every other method is larger than the noise" in " ".join(report_text.verdict(clear))
+    assert "Its lead over every other method is larger than the noise" in " ".join(report_text.verdict_lines(clear))
 
 
 def test_figures_for_a_reader():

@@ -113,7 +113,7 @@ def test_a_table_that_is_out_of_date(mutate, tmp_path, monkeypatch):
         TABLE.replace("kept:3", "gone").replace("total > 90", "x").replace("LIMIT = 3", "total")
     )
     mutants, problems = mutate.read_table(tmp_path / "t.yaml")
-    assert len(mutants) == 2 and [problem.partition(": mend")[0] for problem in problems] == [
+    assert len(mutants) == 2 and [problem.partition(": fix")[0] for problem in problems] == [
         "t.yaml: a.py has no function gone",
         "t.yaml: 'total' is 5 times in a.py, not once",
     ]
