@@ -119,6 +119,13 @@ def test_choice_of_adam():
     assert choose_adam("auto", False, gpu) == (False, "torch AdamW")
 
 
+def test_compiled_adam_where_it_can_be_built(monkeypatch):
+    monkeypatch.setattr("training.optimizer.cpu_adam_problem", lambda: None)
+    compiled = (True, "DeepSpeed CPU AdamW")
+    assert choose_adam("auto", True, torch.device("cuda")) == compiled
+    assert choose_adam("deepspeed_cpu", True, torch.device("cpu")) == compiled
+
+
 def test_without_a_compiler(monkeypatch):
     """Offload goes on with torch's AdamW and says so; asking for the compiled one is refused."""
     monkeypatch.setenv("PATH", "")
