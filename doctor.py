@@ -8,6 +8,12 @@ Each line has a mark: ok, note (worth knowing), BAD (will fail, and how to mend 
 is BAD. Nothing is fetched, and nothing is written but, with --full, the compiled optimizer in its cache.
 """
 
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
 from runtime import entry  # first: Ctrl-C is heard while the others are imported
 
 # isort: split
@@ -59,7 +65,7 @@ from utils import prepare_environment
 # Packages.
 
 
-def version_lines():
+def version_lines() -> Iterator[tuple[str, str, str]]:
     """Packages against requirements.txt, and what each of them needs of others."""
     yield OK, "python", platform.python_version()
     same = []
@@ -88,7 +94,7 @@ def version_lines():
         yield from needs_of(name)
 
 
-def needs_of(name):
+def needs_of(name: str) -> Iterator[tuple[str, str, str]]:
     """Lines for what an installed package says that it needs and does not find."""
     from packaging.requirements import Requirement
 
@@ -108,7 +114,7 @@ PLACES = (  # name, path, bytes that should be free, what for, the mark where it
 )
 
 
-def place_line(name, path_of, least, use, mark):
+def place_line(name: str, path_of: Any, least: int, use: Any, mark: str) -> tuple[str, str, str]:
     """The line of a place on a disk."""
     path = path_of()
     if problem := place_problem(name, path):
@@ -119,7 +125,7 @@ def place_line(name, path_of, least, use, mark):
     return NOTE if free < least else OK, name, f"{size_text(free)} free at {path} ({use})"
 
 
-def machine_lines(facts):
+def machine_lines(facts: Any) -> Iterator[tuple[str, str, str]]:
     """System, cores, memory, disks, limits."""
     yield OK if sys.platform == "linux" else BAD, "system", f"{platform.platform()} (Linux is needed)"
     yield OK, "CPU cores", f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} may be used"
@@ -142,7 +148,7 @@ def machine_lines(facts):
 # GPUs.
 
 
-def gpu_lines(facts):
+def gpu_lines(facts: Any) -> Iterator[tuple[str, str, str]]:
     """GPUs, or why torch sees none."""
     if facts.gpus:
         driver = "".join(re.findall(r"Driver Version: (\S+)", facts.smi[1])[:1])
@@ -160,7 +166,7 @@ def gpu_lines(facts):
         yield NOTE, "GPUs", "none: tiny models only"
 
 
-def why_no_gpu(facts):
+def why_no_gpu(facts: Any) -> str:
     """The likely cause, and the fix."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if facts.smi[0]:
@@ -189,7 +195,7 @@ OPS = {  # DeepSpeed's compiled ops that a run here can ask for: what for, and w
 COMPILERS = {"C++": ("c++", "apt install g++"), "ninja": ("ninja", "activate the environment, or pip install ninja")}
 
 
-def compiler_lines(facts):
+def compiler_lines(facts: Any) -> Iterator[tuple[str, str, str]]:
     """What DeepSpeed's compiled optimizer for offload needs, and CUDA's compiler."""
     for name, (program, fix) in COMPILERS.items():
         code, text = output_of(program, "--version")
@@ -209,7 +215,7 @@ def compiler_lines(facts):
         yield OK, "nvcc", f"{nvcc}: CUDA {release[1]}"
 
 
-def op_lines(facts, is_full):
+def op_lines(facts: Any, is_full: bool) -> Iterator[tuple[str, str, str]]:
     """DeepSpeed's compiled ops."""
     with quiet():
         from deepspeed.git_version_info import installed_ops
@@ -241,7 +247,7 @@ def op_lines(facts, is_full):
 # Folders.
 
 
-def row_lines(path, args):
+def row_lines(path: str, args: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
     """How the answers of --train_path come back from a folder's tokenizer; reads no weights."""
     is_checkpoint = {RUN_FILE, "config.json"} & set(os.listdir(path) if os.path.isdir(path) else [])
     if not is_checkpoint and not marked_kind(path):
@@ -253,7 +259,7 @@ def row_lines(path, args):
         yield NOTE if found.num_changed else OK, name, text
 
 
-def show(title, lines):
+def show(title: str, lines: list[str]) -> list:
     """Print a section as it comes; returns the marks."""
     print(f"\n{visible(title)}", flush=True)
     lines, marks = iter(lines), []
@@ -268,7 +274,7 @@ def show(title, lines):
         print(textwrap.fill(text, 100, **indent), flush=True)
 
 
-def main(argv):
+def main(argv: list[str]) -> int:
     """Print all sections; returns the exit code."""
     args = parse_doctor(argv)
     os.environ["HF_HUB_OFFLINE"] = "1"

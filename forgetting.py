@@ -6,6 +6,11 @@
 Takes what predict.py takes. The suite, and how its rows are scored: data/general/README.md.
 """
 
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
 from runtime import entry  # first: Ctrl-C is heard while the others are imported
 
 # isort: split
@@ -37,7 +42,7 @@ from utils import choose_device, choose_precision, prepare_environment, torch_dt
 PACKAGES = ("torch", "transformers", "peft", "rouge-chinese", "jieba")
 
 
-def main(argv):
+def main(argv: list[str]) -> int:
     """Measure a model on the suite, compare with an earlier result, write the result, print the table."""
     args, suite, before = parse_args(argv)
     with holding(args.output_path, check=lambda: output_problems(args)):
@@ -45,7 +50,7 @@ def main(argv):
     return 0
 
 
-def measure(args, suite, before):
+def measure(args: argparse.Namespace, suite: Any, before: dict) -> None:
     """From the checked flags to the table."""
     prepare_environment(args.device)
     opened = open_checkpoint(args.model_path, args.mode, base=args.model_name_or_path)

@@ -6,6 +6,11 @@ Base model, rank and mode are read from the run, of other tools' adapters from a
 --model_name_or_path and --mode). The merged run.json names the base that was really used.
 """
 
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
 from runtime import entry  # first: Ctrl-C is heard while the others are imported
 
 # isort: split
@@ -23,11 +28,16 @@ from runtime.folders import last_named, new_folder
 from runtime.holding import holding, require_there
 from utils import choose_device, prepare_environment, torch_dtype, write_json
 
+if TYPE_CHECKING:
+    import torch
+
+    from modeling.tokenizer import SentencePieceTokenizer
+
 SAMPLE = "发动机水温高，风扇始终是低速转动，高速档不工作。"
 TOLERANCE = 1e-3  # of the largest logit: adapter and merged model are the same function in float32
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     """Merge, check, save."""
     args = merge_parser().parse_args(argv)
     prepare_environment(args.device)
@@ -37,7 +47,7 @@ def main(argv):
         merge(args, output_dir)
 
 
-def merge(args, output_dir):
+def merge(args: argparse.Namespace, output_dir: str) -> None:
     """From the checked flags to the merged folder."""
     opened = open_checkpoint(args.model_dir, args.mode, base=args.model_name_or_path, flag="--model_dir")
     config = opened.config()
@@ -76,7 +86,9 @@ def merge(args, output_dir):
     print(f"saved {output_dir} ({str(dtype).removeprefix('torch.')})")
 
 
-def compare(base_logits, adapter_logits, merged_logits, rounded_logits):
+def compare(
+    base_logits: torch.Tensor, adapter_logits: torch.Tensor, merged_logits: torch.Tensor, rounded_logits: torch.Tensor
+) -> dict:
     """Largest differences of logits on the sample; UserError where the merged model answers differently."""
     check = {
         "max_difference": (merged_logits - adapter_logits).abs().max().item(),
@@ -90,7 +102,7 @@ def compare(base_logits, adapter_logits, merged_logits, rounded_logits):
     return check
 
 
-def write_merged(model, tokenizer, output_dir, run, dtype):
+def write_merged(model: Any, tokenizer: SentencePieceTokenizer, output_dir: str, run: dict, dtype: torch.dtype) -> None:
     """The merged checkpoint; its folder appears whole or not at all."""
     state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
     if bad := finite_problem(state.items()):

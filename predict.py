@@ -7,6 +7,12 @@
 Takes a released checkpoint and every folder that train.py and merge_lora.py save.
 """
 
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
 from runtime import entry  # first: Ctrl-C is heard while the others are imported
 
 # isort: split
@@ -40,7 +46,7 @@ from runtime.streams import progress_bar
 from utils import choose_device, choose_precision, prepare_environment, set_seed, torch_dtype
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     """Answer rows, a prompt or a person."""
     args = parse_predict(argv)
     if world_size() > 1 and not args.test_path:
@@ -80,7 +86,7 @@ def main(argv):
         stop_distributed()
 
 
-def predict_file(answer, rows, args, key):
+def predict_file(answer: Any, rows: Any, args: argparse.Namespace, key: str) -> None:
     """Answer all rows, the longest first, written as they come; at the end the file is put into input order.
 
     Rows that an interrupted run with the same `key` has answered are not answered again.
@@ -117,7 +123,7 @@ def predict_file(answer, rows, args, key):
 
 
 @contextlib.contextmanager
-def telling_what_is_left():
+def telling_what_is_left() -> Iterator[None]:
     """Let Ctrl-C say how the rows that are not answered yet get their answers."""
     try:
         yield

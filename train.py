@@ -4,6 +4,10 @@
         --mode glm3 --train_type lora --output_dir ./output-glm3
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from runtime import entry  # noqa: F401, first: Ctrl-C is heard while the others are imported
 
 # isort: split
@@ -34,8 +38,11 @@ from training.run_log import RunLog, Speed, end
 from training.setup import build_engine, open_base, set_up
 from utils import set_seed
 
+if TYPE_CHECKING:
+    from runtime.watchdog import Watch
 
-def main(argv, watch):
+
+def main(argv: list[str], watch: Watch) -> None:
     """Train: from the flags to the saved weights. watch: what looks after the processes."""
     # Flags, device and processes.
     args = parse_train(argv)
@@ -165,7 +172,7 @@ def main(argv, watch):
     end(args.output_dir, progress, is_last, run_folder.problem)
 
 
-def is_due(step, interval):
+def is_due(step: int, interval: int) -> bool:
     """Is it time for what is done every `interval` steps? 0: never."""
     return interval > 0 and step % interval == 0
 

@@ -1,19 +1,25 @@
 """Devices, precision, seeds; JSON files; rows named in a message."""
 
+from __future__ import annotations
+
 import json
 import os
 import random
 import warnings
+from typing import TYPE_CHECKING, Any
 
 from runtime.exits import UserError
 from runtime.file_kinds import BROUGHT_ELSE, explain
 from runtime.plain_files import parse_json, read_json_text
 from runtime.ranks import local_rank, rank
 
+if TYPE_CHECKING:
+    import torch
+
 MAX_NAMED = 8  # rows named in a message
 
 
-def prepare_environment(device="auto"):
+def prepare_environment(device: str = "auto") -> None:
     """Settings that must be there before the libraries start: threads per rank, the accelerator, quiet libraries.
 
     device: the flag `--device`.
@@ -32,7 +38,7 @@ def prepare_environment(device="auto"):
         keep_freed_memory()
 
 
-def keep_freed_memory():
+def keep_freed_memory() -> None:
     """Let the C library keep the memory of freed tensors for the next ones, as torch does on a GPU.
 
     It would give blocks of 32 MiB and more back at once and get them again, page by page: an eighth of a step's time.
@@ -49,7 +55,7 @@ def keep_freed_memory():
                 return  # another C library
 
 
-def choose_device(name):
+def choose_device(name: str) -> Any:
     """torch.device for `--device auto|cuda|cpu`; UserError where CUDA is asked for and absent.
 
     auto is the GPU of this rank, unless there is none or DS_ACCELERATOR=cpu is set.
@@ -64,7 +70,7 @@ def choose_device(name):
     return torch.device("cuda", local_rank())
 
 
-def choose_precision(name, device):
+def choose_precision(name: str, device: torch.device) -> str:
     """'bf16', 'fp16' or 'fp32' for `--precision`: auto is bf16 where the GPU has it, fp16 elsewhere, fp32 on CPU."""
     import torch
 
@@ -77,14 +83,14 @@ def choose_precision(name, device):
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-def torch_dtype(precision):
+def torch_dtype(precision: str) -> Any:
     """The torch dtype of 'bf16', 'fp16', 'fp32'."""
     import torch
 
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
 
 
-def set_seed(seed):
+def set_seed(seed: int) -> None:
     """Seed Python, numpy and torch; each rank draws its own dropout."""
     import numpy
     import torch
@@ -95,7 +101,7 @@ def set_seed(seed):
     torch.manual_seed(seed)
 
 
-def read_json(path):
+def read_json(path: Any) -> dict:
     """A JSON object from a file; UserError that names the file otherwise."""
     try:
         value = parse_json(read_json_text(path))
@@ -110,24 +116,24 @@ def read_json(path):
     return value
 
 
-def dump_json(value, file):
+def dump_json(value: Any, file: Any) -> None:
     """`write_json` to an open file."""
     json.dump(value, file, ensure_ascii=False, indent=2)
     file.write("\n")
 
 
-def write_json(value, path):
+def write_json(value: Any, path: Any) -> None:
     """A JSON file, indented, with Chinese as it is."""
     with open(path, "w", encoding="utf-8") as file:
         dump_json(value, file)
 
 
-def name_rows(places):
+def name_rows(places: Any) -> str:
     """The first places, and how many more there are."""
     more = len(places) - MAX_NAMED
     return ", ".join(places[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def printable(text):
+def printable(text: str) -> str:
     """The text in one line, with what cannot be shown written as in a Python string."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

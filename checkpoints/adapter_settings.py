@@ -4,15 +4,22 @@ A file of a stranger runs nothing here: no module that it names is imported, and
 matched. Where one chooses the modules, those are taken that the adapter's weights name.
 """
 
+from __future__ import annotations
+
 import math
 import os
 import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from checkpoints.weight_files import PEFT_PREFIX
 from modes import LORA_TARGETS
 from runtime.exits import UserError
 from runtime.plain_files import shown
 from utils import read_json
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 PREFIX_FILE = "prefix_encoder.safetensors"
 ADAPTER_FILE, SETTINGS_FILE = "adapter_model.safetensors", "adapter_config.json"
@@ -33,29 +40,29 @@ OTHER_TYPES = {  # peft_type: what that is
 }
 
 
-def is_names(value):
+def is_names(value: Any) -> bool:
     """Is it a list of names, of modules or of their last dotted parts?"""
     return isinstance(value, list) and all(isinstance(name, str) and re.fullmatch(r"[\w.]+", name) for name in value)
 
 
-def is_number(value):
+def is_number(value: Any) -> Any:
     """Is it a finite number of 0 or more?"""
     return type(value) in (int, float) and 0 <= value < math.inf
 
 
-def is_targets(value):
+def is_targets(value: Any) -> Any:
     """Does it choose linear layers of these models: by name, all of them, or by an expression?"""
     if isinstance(value, str):
         return bool(value)
     return is_names(value) and value and {name.split(".")[-1] for name in value} <= set(LORA_TARGETS)
 
 
-def is_pattern_table(value, is_good):
+def is_pattern_table(value: Any, is_good: Callable) -> bool:
     """Is it a table {pattern: value}, or nothing?"""
     return value is None or isinstance(value, dict) and all(map(is_good, value.values()))
 
 
-def is_rank(value):
+def is_rank(value: Any) -> bool:
     """Is it a whole number of at least 1?"""
     return type(value) is int and value >= 1
 
@@ -101,7 +108,7 @@ REASONS = {  # key that is refused where it has another value than peft's usual 
 }
 
 
-def read_settings(folder, is_own=True):
+def read_settings(folder: str, is_own: bool = True) -> dict:
     """Values of a folder's adapter_config.json as far as they are plain; UserError names what cannot be obeyed.
 
     Needs no library. is_own: train.py saved it, which decides what a message advises.
@@ -121,7 +128,7 @@ def read_settings(folder, is_own=True):
     return values
 
 
-def lora_config(folder, weights_path, shapes, is_own=True, **changes):
+def lora_config(folder: str, weights_path: str, shapes: dict, is_own: bool = True, **changes: Any) -> LoraConfig:
     """peft's LoraConfig of a saved adapter; UserError names a setting, or a weight that does not fit the settings.
 
     weights_path: the file with its weights; shapes: {name: shape} of them, named as `stored_name` does. changes: other
@@ -159,7 +166,7 @@ def lora_config(folder, weights_path, shapes, is_own=True, **changes):
     )
 
 
-def module_ranks(path, shapes, values, advice):
+def module_ranks(path: str, shapes: dict, values: dict, advice: str) -> dict:
     """{module: rank} by the weights; UserError for a weight that is no matrix of a linear layer, or of another rank."""
     ranks, allowed = {}, {values["r"], *(values.get("rank_pattern") or {}).values()}
     for name, shape in shapes.items():

@@ -1,9 +1,13 @@
 """The weights of a base into its network, on one process or split over many."""
 
+from __future__ import annotations
+
 import copy
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 from checkpoints.weight_files import (
     DTYPES,
@@ -22,6 +26,12 @@ from runtime.ranks import is_main, print_rank_0
 from runtime.streams import visible
 from utils import read_json
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import GenerationConfig
+
+    from modeling.family import Family
+
 HINTS = (  # part of a weight's name that no model has: what it tells
     ("base_model.", "it was saved from a model with an adapter: merge it with the tool that made it"),
     (".lora_", "it is an adapter's: merge it with the tool that made it"),
@@ -29,7 +39,7 @@ HINTS = (  # part of a weight's name that no model has: what it tells
 )
 
 
-def empty_model(mode, config):
+def empty_model(mode: Family, config: Any) -> Any:
     """The model without memory: its names and shapes."""
     import torch
 
@@ -37,7 +47,7 @@ def empty_model(mode, config):
         return mode.model_class(config)
 
 
-def check_weights(folder, mode, config, new_prefix=False):
+def check_weights(folder: str, mode: Family, config: Any, new_prefix: bool = False) -> list:
     """Do the files hold what this model needs? Returns the parameter names; UserError names the difference.
 
     The released rotary buffers and a stored copy of a tied output layer are allowed, and with `new_prefix` a missing
@@ -73,7 +83,7 @@ def check_weights(folder, mode, config, new_prefix=False):
     return list(dict(model.named_parameters()))
 
 
-def hint_of(name, found):
+def hint_of(name: str, found: dict) -> str:
     """What a stored weight {name: (shape, dtype name)} tells that the model has no place for."""
     if "prefix_encoder." in name:
         rows = found.get("transformer.prefix_encoder.embedding.weight", ((0,), ""))[0][0]
@@ -81,7 +91,7 @@ def hint_of(name, found):
     return next((hint for part, hint in HINTS if part in name), "wrong --mode or files")
 
 
-def check_dtypes(folder, found):
+def check_dtypes(folder: str, found: dict) -> None:
     """UserError for the first weight of {name: (shape, dtype name)} that is not of 16 or 32 bits, floating point."""
     for name, (_, dtype) in found.items():
         if DTYPES.get(dtype, dtype) not in DTYPES.values():
@@ -90,7 +100,7 @@ def check_dtypes(folder, found):
             raise UserError(f"{folder}: {name} is {kind} ({dtype}): use the fp16 release")
 
 
-def model_for(folder, mode, config, num_stored):
+def model_for(folder: str, mode: Family, config: Any, num_stored: int) -> Any:
     """The model without memory; UserError where config.json describes none, or more layers than weights are stored.
 
     Without the latter, making the layers one by one would never end.
@@ -107,12 +117,20 @@ def model_for(folder, mode, config, num_stored):
         raise UserError(f"{folder}/config.json: no network has these sizes ({error}): download it again") from None
 
 
-def and_others(names):
+def and_others(names: Sequence[str]) -> str:
     """' (and 3 others)', or nothing."""
     return f" (and {len(names) - 1} others)" if len(names) > 1 else ""
 
 
-def load_base(folder, mode, config, dtype, device="cpu", ds_config=None, attn_implementation=None):
+def load_base(
+    folder: str,
+    mode: Family,
+    config: Any,
+    dtype: torch.dtype,
+    device: Any = "cpu",
+    ds_config: dict | None = None,
+    attn_implementation: str | None = None,
+) -> Any:
     """A released or whole saved checkpoint as a model in `dtype` and in eval mode. Collective under ZeRO-3.
 
     ds_config: DeepSpeed's configuration. With stage 3 every rank reads and holds its own part of each weight, in the
@@ -161,7 +179,7 @@ def load_base(folder, mode, config, dtype, device="cpu", ds_config=None, attn_im
     return model.eval()
 
 
-def read_generation_config(folder):
+def read_generation_config(folder: str) -> GenerationConfig | None:
     """The settings in generation_config.json, None without one; UserError that names the file for wrong values."""
     from transformers import GenerationConfig
 
@@ -183,7 +201,7 @@ def read_generation_config(folder):
         raise UserError(f"{path}: {error}: mend or remove it") from None
 
 
-def allocated_model(mode, config, dtype, device):
+def allocated_model(mode: Family, config: Any, dtype: torch.dtype, device: torch.device) -> Any:
     """The model with memory of its own on the device, still to be filled."""
     import torch
 
@@ -200,7 +218,7 @@ def allocated_model(mode, config, dtype, device):
     return model
 
 
-def split_model(mode, config, ds_config):
+def split_model(mode: Family, config: Any, ds_config: Any) -> Any:
     """The model with each parameter split over the ranks (ZeRO-3), still to be filled."""
     import deepspeed
     from transformers.initialization import no_init_weights
@@ -212,7 +230,7 @@ def split_model(mode, config, ds_config):
     return model
 
 
-def new_prefix(prefix_encoder, is_split):
+def new_prefix(prefix_encoder: Any, is_split: bool) -> None:
     """Give a prefix encoder new weights from torch's random generator.
 
     Each rank draws its own (`set_seed`), and what counts is what rank 0 drew: GatheredParameters sends it round under
@@ -227,13 +245,13 @@ def new_prefix(prefix_encoder, is_split):
         prefix_encoder.reset_parameters()
 
 
-def put_whole(parameter, rows):
+def put_whole(parameter: Any, rows: Any) -> bool:
     """Copy a stored tensor into a parameter, in the parameter's precision. Is what it holds now finite?"""
     parameter.copy_(rows[:])
     return is_finite(parameter)
 
 
-def put_part(parameter, rows):
+def put_part(parameter: Any, rows: Any) -> bool:
     """Copy this rank's part of a stored tensor into a parameter that is split over the ranks (ZeRO-3). Collective.
 
     DeepSpeed cuts the flattened tensor into equal parts, `ds_tensor`, the last one padded. Is this rank's part finite?
@@ -252,7 +270,7 @@ def put_part(parameter, rows):
     return is_finite(part)
 
 
-def put_from_main(parameter, rows):
+def put_from_main(parameter: Any, rows: Any) -> bool:
     """Fill a split parameter from the first process, which alone reads the tensor. Collective. Is it finite there?"""
     import deepspeed
 

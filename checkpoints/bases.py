@@ -1,23 +1,30 @@
 """Which base was this trained on? Base models known again by their weights, whatever files these lie in."""
 
+from __future__ import annotations
+
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 from checkpoints.weight_files import stored_tensors
 from runtime.exits import UserError
+
+if TYPE_CHECKING:
+    from checkpoints.opening import Opened
+    from modeling.family import Family
 
 NUM_ROWS = 2  # of a matrix in the sample: each is a wait for the disk
 NUM_THREADS = 16
 OTHER_BASE_FIX = "give its own base with --model_name_or_path, or add --allow_other_base to take this one all the same"
 
 
-def base_name(name):
+def base_name(name: str) -> str:
     """How run.json names a base: a folder by its whole path, a hub name as it is."""
     return os.path.abspath(name) if os.path.isdir(name) else name
 
 
-def base_fingerprint(folder, mode, config):
+def base_fingerprint(folder: str, mode: Family, config: Any) -> str:
     """SHA-256 over a sample of a base model's weights, and the numbers in config.json that its network computes with.
 
     Of every tensor it takes the name, the shape and NUM_ROWS evenly spaced rows (of a vector: all values) as float32.
@@ -36,7 +43,7 @@ def base_fingerprint(folder, mode, config):
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def sample(shape, rows):
+def sample(shape: tuple, rows: Any) -> list:
     """Parts of a stored tensor, not read yet: rows[a:b] is the tensor of these rows."""
     if len(shape) < 2 or not shape[0]:
         return [rows[:]] if len(shape) == 1 else []
@@ -44,7 +51,7 @@ def sample(shape, rows):
     return [rows[n : n + 1] for n in sorted(numbers)]
 
 
-def hash_of(parts):
+def hash_of(parts: Any) -> str:
     """SHA-256 of the values of tensors as float32."""
     digest = hashlib.sha256()
     for part in parts:
@@ -52,7 +59,7 @@ def hash_of(parts):
     return digest.hexdigest()
 
 
-def require_own_base(opened, config):
+def require_own_base(opened: Opened, config: Any) -> None:
     """UserError where the base under an adapter or a prefix encoder is not the one that it was trained on.
 
     opened: an `Opened` checkpoint. A run.json of before there were fingerprints does not tell.
@@ -67,7 +74,7 @@ def require_own_base(opened, config):
         )
 
 
-def known_bases(opened, config):
+def known_bases(opened: Opened, config: Any) -> tuple[str | Any | None, list[Any]]:
     """(fingerprint of the model that an opened checkpoint was trained from or None, those it may be compared with)."""
     own = base_fingerprint(opened.base_folder, opened.mode, config)
     trained_from = own if opened.kind.needs_base else opened.run.get("base_fingerprint")

@@ -1,10 +1,15 @@
 """What lies in a folder, and whether it is whole and would load."""
 
+from __future__ import annotations
+
+import argparse
 import functools
 import math
 import os
 import re
 import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from checkpoints import base_weights, weight_files
 from checkpoints.bases import require_own_base
@@ -17,6 +22,9 @@ from runtime.folders import MANIFEST, PARTIAL, REPLACED, verify
 from runtime.machine import BAD, INSTALL, NOTE, OK, attempt, installed, memory, memory_limit, older, quiet
 from runtime.streams import size_text
 from utils import read_json
+
+if TYPE_CHECKING:
+    from checkpoints.opening import Opened
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 DTYPES = {"F16": "fp16", "float16": "fp16", "BF16": "bf16", "bfloat16": "bf16", "F32": "fp32", "float32": "fp32"}
@@ -39,7 +47,7 @@ BROKEN = (  # (condition, mark, name, what breaks, fix), from the libraries' own
 
 
 
-def broken_lines(facts):
+def broken_lines(facts: Any) -> Iterator[tuple[str, str, str]]:
     """Combinations that are known to fail."""
     found = [(mark, name, f"{what}: {fix}") for condition, mark, name, what, fix in BROKEN if condition(facts)]
     yield from found or [(OK, "pairs", f"none of the {len(BROKEN)} known here")]
@@ -48,7 +56,7 @@ def broken_lines(facts):
 
 
 
-def folder_lines(path, args, facts):
+def folder_lines(path: str, args: argparse.Namespace, facts: Any) -> Iterator[tuple[str, str, str]]:
     """What a folder is, and whether it is whole."""
     names = os.listdir(path) if os.path.isdir(path) else []
     runs = [name for name in names if re.match(r"best(\.|$)|(state|epoch-\d+)-step-\d+", name)]
@@ -76,7 +84,7 @@ def folder_lines(path, args, facts):
         yield (BAD, name, bad[0]) if bad else (OK, name, f"whole: {lines[0][2]}")
 
 
-def manifest_lines(path, args, is_needed=False):
+def manifest_lines(path: str, args: argparse.Namespace, is_needed: bool = False) -> Iterator[tuple[str, str, Any]]:
     """Sizes and, with --full, SHA-256 of the files against the manifest, where there is one."""
     is_told = is_needed and os.path.isfile(os.path.join(path, MANIFEST))
     problems = state_problems(path, args.full) if is_told else verify(path, full=args.full)
@@ -87,7 +95,7 @@ def manifest_lines(path, args, is_needed=False):
     yield from [(BAD, "manifest", problem) for problem in problems]
 
 
-def open_folder(path, args):
+def open_folder(path: str, args: argparse.Namespace) -> tuple[Opened, Any, list[Any] | list[Any] | list[str]]:
     """(opened checkpoint, its configuration, names of the modes that it can be)."""
     found = look_into(path, args.model_name_or_path, flag="folder")
     names = [args.mode] if args.mode else found.modes
@@ -97,7 +105,7 @@ def open_folder(path, args):
     return opened, opened.config(), names
 
 
-def checkpoint_lines(path, args, facts):
+def checkpoint_lines(path: str, args: argparse.Namespace, facts: Any) -> Iterator[tuple[str, str, Any]]:
     """A checkpoint: what it is, whether its files are whole and fit the model."""
     mark, name, found = attempt("what", open_folder, path, args)
     if mark == BAD:
@@ -137,7 +145,7 @@ def checkpoint_lines(path, args, facts):
         yield OK, "loads", f"python predict.py --model_path {path}{flag}"
 
 
-def saved_line(versions):
+def saved_line(versions: Any) -> tuple[str, str, str]:
     """The packages that saved a run, beside those that are here."""
     versions = versions if isinstance(versions, dict) else {}
     others = {name: installed(name) for name in versions if installed(name) != versions[name]}
@@ -145,7 +153,7 @@ def saved_line(versions):
     return NOTE if others else OK, "saved with", text or "versions that run.json does not tell"
 
 
-def measured(shapes, names, paths, counts):
+def measured(shapes: dict, names: Sequence[str], paths: list[str], counts: Any) -> str:
     """Number, precision and bytes of the named weights; adds the number to `counts`."""
     found = [shapes[name] for name in names if name in shapes]
     counts.append(sum(math.prod(shape) for shape, _ in found))
@@ -153,7 +161,7 @@ def measured(shapes, names, paths, counts):
     return f"{counts[-1]:,} in {dtypes}, {size_text(sum(map(os.path.getsize, paths)))} on disk, names and shapes fit"
 
 
-def base_text(opened, config, counts):
+def base_text(opened: Opened, config: Any, counts: Any) -> str:
     """Names and shapes of a whole checkpoint's weights against the model; of a base, is it that of the training?"""
     folder = opened.base_folder
     names = base_weights.check_weights(folder, opened.mode, config, new_prefix=opened.kind.base_makes_it)
@@ -162,14 +170,14 @@ def base_text(opened, config, counts):
     return measured(weight_files.weight_shapes(folder), names, paths, counts)
 
 
-def trained_text(opened, config, counts):
+def trained_text(opened: Opened, config: Any, counts: Any) -> str:
     """Names and shapes of an adapter or a prefix encoder against the model."""
     with quiet():
         found = check_trained(opened, config)
     return measured(found, found, [opened.trained_path], counts)
 
 
-def finite_text(opened):
+def finite_text(opened: Opened) -> str:
     """Every value, read once; UserError for one that is not finite."""
     problems = {opened.base_folder: base_problem(opened.base_folder)}
     if opened.kind.needs_base:
@@ -181,6 +189,6 @@ def finite_text(opened):
 
 
 @functools.lru_cache
-def base_problem(folder):
+def base_problem(folder: str) -> str | None:
     """The first weight that is not finite; asked once for all adapters of a base."""
     return weight_files.finite_problem((name, rows[:]) for name, _, rows in weight_files.stored_tensors(folder))

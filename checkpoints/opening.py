@@ -1,9 +1,13 @@
 """Runs on disk: folders opened and understood, weights saved with the run.json beside them."""
 
+from __future__ import annotations
+
 import functools
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from checkpoints.adapter_settings import SETTINGS_FILE
 from checkpoints.base_weights import check_weights, load_base
@@ -22,13 +26,16 @@ from runtime.ranks import print_rank_0
 from runtime.streams import visible
 from utils import read_json
 
+if TYPE_CHECKING:
+    import torch
+
 RUN_FILE = "run.json"
 CHECKPOINT = r"epoch-\d+-step-(\d+)"
 MOST_NAMED = 4  # checkpoints, or keys of a file, that a message names
 BASE_FIX = "give its place with --model_name_or_path"  # of a base that is not where it was
 
 
-def resolve_folder(name, flag="--model_name_or_path"):
+def resolve_folder(name: str, flag: str = "--model_name_or_path") -> str:
     """Folder of a checkpoint: a local one as it is, a hub name from the hub's cache, which is filled if need be.
 
     Where a repository has its weights in two formats, only the safetensors are fetched. Its code is fetched to lie
@@ -50,7 +57,7 @@ def resolve_folder(name, flag="--model_name_or_path"):
         raise UserError(f"{flag} {name}: cannot be fetched from the hub ({reason}): give a folder") from None
 
 
-def read_config(folder, mode, changes=None):
+def read_config(folder: str, mode: Family, changes: dict | None = None) -> Any:
     """The family's configuration with changed settings; UserError that names the file for values not supported."""
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):
@@ -67,7 +74,7 @@ def read_config(folder, mode, changes=None):
 
 
 @functools.cache
-def tell_unused(path, names):
+def tell_unused(path: str, names: Sequence[str]) -> None:
     """Say once, on the first process, which keys of a file are not used."""
     if names:
         more = f" and {len(names) - MOST_NAMED} others" if len(names) > MOST_NAMED else ""
@@ -75,7 +82,7 @@ def tell_unused(path, names):
         print_rank_0(f"note: {path}: not used here: {said}{more}", file=sys.stderr)
 
 
-def read_tokenizer_settings(folder, mode):
+def read_tokenizer_settings(folder: str, mode: Family) -> dict:
     """What tokenizer_config.json gives the family's tokenizer; keys that it has no use for reach no library."""
     path = os.path.join(folder, "tokenizer_config.json")
     if not os.path.exists(path):
@@ -93,7 +100,7 @@ def read_tokenizer_settings(folder, mode):
     return {name: value for name, value in values.items() if name in settings}
 
 
-def read_tokenizer(folder, mode, config):
+def read_tokenizer(folder: str, mode: Family, config: Any) -> Any:
     """The family's tokenizer; UserError where it is absent or has other ids than the configuration says."""
     vocab_name = mode.tokenizer_class.vocab_files_names["vocab_file"]
     if not os.path.isfile(os.path.join(folder, vocab_name)):
@@ -132,7 +139,7 @@ class Opened:
     """
 
     folder: str
-    mode: Family | None
+    mode: Any  # its Family; None until that is known
     base_folder: str
     kind: SavedKind
     run: dict
@@ -140,24 +147,24 @@ class Opened:
     base_name: str = ""
 
     @property
-    def modes(self):
+    def modes(self) -> list[str]:
         """Names of the modes that it can be."""
         return [self.run["mode"]] if self.run else possible_modes(self.base_folder)
 
     @property
-    def trained_path(self):
+    def trained_path(self) -> str:
         """The file of an adapter or a prefix encoder."""
         return os.path.join(self.folder, self.file)
 
-    def config(self):
+    def config(self) -> Any:
         """Configuration for the base weights with what was trained on top."""
         return read_config(self.base_folder, self.mode, self.config_changes())
 
-    def config_changes(self):
+    def config_changes(self) -> dict:
         """Settings that what was trained brings: those of a prefix encoder."""
         return self.kind.config_changes(self, lambda: trained_shapes(self))
 
-    def tokenizer(self, config):
+    def tokenizer(self, config: Any) -> Any:
         """The tokenizer saved beside the weights, of other tools' adapters and prefix encoders the base's.
 
         UserError where it is another than that of the training.
@@ -172,7 +179,7 @@ class Opened:
         return tokenizer
 
 
-def open_checkpoint(path, mode_name=None, base=None, flag="--model_path"):
+def open_checkpoint(path: str, mode_name: str | None = None, base: Any = None, flag: str = "--model_path") -> Opened:
     """Understand any folder that we save, a released one, one of another tool (foreign.py), or a hub name.
 
     UserError says what is wrong with it. mode_name: the family where the files do not tell. base: where the base model
@@ -188,7 +195,7 @@ def open_checkpoint(path, mode_name=None, base=None, flag="--model_path"):
     return opened
 
 
-def look_into(path, base=None, flag="--model_path"):
+def look_into(path: str, base: Any = None, flag: str = "--model_path") -> Opened:
     """`open_checkpoint` before the family is known: what `Opened.modes` are, is still to be looked at."""
     folder = resolve_folder(path, flag)
     run_path = os.path.join(folder, RUN_FILE)
@@ -208,7 +215,7 @@ def look_into(path, base=None, flag="--model_path"):
     return Opened(folder, None, base_folder, kind, run, file, base_name(name))
 
 
-def read_run(path):
+def read_run(path: str) -> dict:
     """A run.json with what loading needs; UserError names what is not in it."""
     run = read_json(path)
     known = {"mode": list(MODES), "weights": sorted(KINDS)}
@@ -220,7 +227,7 @@ def read_run(path):
     return run
 
 
-def no_checkpoint_problem(flag, path, kind=None):
+def no_checkpoint_problem(flag: str, path: str, kind: Any = None) -> str | None:
     """For a run's folder, or a state, that is given as a model: a message with the checkpoints there are; else None.
 
     kind: of their weights, as run.json has it; None: all.
@@ -241,7 +248,7 @@ def no_checkpoint_problem(flag, path, kind=None):
     return f"{flag} {path}: {what}: name {' or '.join(fitting[:MOST_NAMED])}{more}"
 
 
-def weights_kind(folder):
+def weights_kind(folder: str) -> Any:
     """What a checkpoint's run.json calls its weights; '' where it cannot be read."""
     try:
         return read_run(os.path.join(folder, RUN_FILE))["weights"]
@@ -249,7 +256,7 @@ def weights_kind(folder):
         return ""
 
 
-def resolve_base(name, said, is_given, mode_name=None):
+def resolve_base(name: str, said: str, is_given: bool, mode_name: str | None = None) -> str:
     """Folder of a base model, of the run's family.
 
     said: where the name comes from, for messages. is_given: by a flag. mode_name: of the run; None: any.
@@ -276,7 +283,9 @@ def resolve_base(name, said, is_given, mode_name=None):
     return folder
 
 
-def load_base_and_trained(opened, config, dtype, device, allow_other_base=False):
+def load_base_and_trained(
+    opened: Opened, config: Any, dtype: torch.dtype, device: torch.device, allow_other_base: bool = False
+) -> torch.nn.Module:
     """The base model in `dtype` on the device with the trained weights on it, checked before they are read.
 
     allow_other_base: take another base of the same shapes than that of the training, too.
@@ -285,7 +294,7 @@ def load_base_and_trained(opened, config, dtype, device, allow_other_base=False)
     return put_trained(load_base(opened.base_folder, opened.mode, config, dtype, device), opened)
 
 
-def check_opened(opened, config, allow_other_base=False):
+def check_opened(opened: Opened, config: Any, allow_other_base: bool = False) -> None:
     """Do the files of a checkpoint and of its base belong together and to the family? UserError says what does not."""
     check_weights(opened.base_folder, opened.mode, config, new_prefix=opened.kind.base_makes_it)
     if not allow_other_base:
@@ -294,7 +303,9 @@ def check_opened(opened, config, allow_other_base=False):
         check_trained(opened, config)
 
 
-def load_opened(opened, dtype, device, allow_other_base=False):
+def load_opened(
+    opened: Opened, dtype: torch.dtype, device: torch.device, allow_other_base: bool = False
+) -> tuple[torch.nn.Module, Any]:
     """(model in eval mode on the device, tokenizer) of an opened checkpoint, as `load_base_and_trained` says."""
     config = opened.config()
     tokenizer = opened.tokenizer(config)

@@ -4,6 +4,8 @@ torch.load(weights_only=True) runs no code, but a few bytes can still ask it for
 opcodes are read here first, with stand-ins for tensors and memory, and only those that a network's weights need.
 """
 
+from __future__ import annotations
+
 import collections
 import io
 import mmap
@@ -12,6 +14,7 @@ import pickle
 import tarfile
 import zipfile
 from dataclasses import dataclass
+from typing import Any
 
 from runtime.plain_files import open_plain
 
@@ -53,18 +56,18 @@ class Reader(pickle._Unpickler):
 
     dispatch = {getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in OPCODES}
 
-    def __init__(self, file, more_globals=()):
+    def __init__(self, file: Any, more_globals: tuple[str, ...] = ()) -> None:
         super().__init__(file)
         self.storages, self.more_globals = {}, more_globals
 
-    def load(self):
+    def load(self) -> Any:
         """The value, in stand-ins; UnpicklingError for an opcode that weights do not need."""
         try:
             return super().load()
         except KeyError as error:
             raise pickle.UnpicklingError(f"opcode or key {error}") from None
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> Any:
         """A stand-in for what a pickle names; nothing is imported."""
         if (module, name) == ("collections", "OrderedDict"):
             return collections.OrderedDict
@@ -74,7 +77,7 @@ class Reader(pickle._Unpickler):
             raise pickle.UnpicklingError(f"{module}.{name}")
         return StandIn(name)
 
-    def persistent_load(self, pid):
+    def persistent_load(self, pid: int) -> StandIn:
         """A stand-in for the memory of a tensor: ('storage', class, key, place, number of values, ...)."""
         if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[1], StandIn)):
             raise pickle.UnpicklingError("memory of no known kind")
@@ -87,7 +90,7 @@ class Reader(pickle._Unpickler):
             raise NotPlain
         return StandIn("memory")
 
-    def load_reduce(self):
+    def load_reduce(self) -> None:
         arguments, function = self.stack.pop(), self.stack[-1]
         if function is collections.OrderedDict and arguments == ():
             self.stack[-1] = collections.OrderedDict()
@@ -108,24 +111,24 @@ class Reader(pickle._Unpickler):
         else:
             raise NotPlain
 
-    def load_build(self):
+    def load_build(self) -> None:
         """Attributes of a table, as torch's _metadata, or of one of `more_globals`."""
         self.stack.pop()
         if not isinstance(self.stack[-1], (collections.OrderedDict, StandIn)):
             raise pickle.UnpicklingError("attributes of no known kind")
 
-    def load_newobj(self):
+    def load_newobj(self) -> None:
         """An object of one of `more_globals`."""
         self.stack.pop()
         if self.stack.pop() != StandIn("other"):
             raise pickle.UnpicklingError("an object of no known kind")
         self.append(StandIn("value"))
 
-    def load_setitem(self):
+    def load_setitem(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
         set_items(self.stack[-1], [key, value])
 
-    def load_setitems(self):
+    def load_setitems(self) -> None:
         items = self.pop_mark()
         set_items(self.stack[-1], items)
 
@@ -140,14 +143,14 @@ class Reader(pickle._Unpickler):
     del code, function
 
 
-def set_items(table, items):
+def set_items(table: dict, items: Any) -> None:
     """Put keys and values, one after the other, into a table; its keys are texts and numbers, quick to compare."""
     if not isinstance(table, dict) or len(items) % 2 or not all(type(key) in (str, int) for key in items[::2]):
         raise NotPlain
     table.update(zip(items[::2], items[1::2]))
 
 
-def is_with_attributes(arguments):
+def is_with_attributes(arguments: Any) -> Any:
     """Are these of a plain tensor with attributes of its own, as DeepSpeed writes the parts of ZeRO-3?"""
     if len(arguments) != 4 or arguments[:2] != (StandIn("_rebuild_tensor_v2"), StandIn("Tensor")):
         return False
@@ -156,7 +159,7 @@ def is_with_attributes(arguments):
     return is_tensor and is_sizes(parts[2], parts[3]) and isinstance(arguments[3], dict)
 
 
-def is_sizes(*values):
+def is_sizes(*values: Any) -> bool:
     """Are these tuples of whole numbers that a tensor can have?"""
     return all(
         isinstance(value, tuple) and all(type(n) is int and 0 <= n < 1 << 48 for n in value) and len(value) < 64
@@ -167,10 +170,10 @@ def is_sizes(*values):
 class Bounded(io.RawIOBase):
     """A pickle in a mapped file: no opcode may be longer than a pickle of weights is."""
 
-    def __init__(self, content):
+    def __init__(self, content: Any) -> None:
         self.content, self.at = content, 0
 
-    def read(self, size=-1):
+    def read(self, size: Any = -1) -> bytes:
         if not 0 <= size <= MOST_PICKLE_BYTES:
             raise pickle.UnpicklingError("an opcode that is too long")
         self.at += size
@@ -178,7 +181,7 @@ class Bounded(io.RawIOBase):
             raise pickle.UnpicklingError("too long")
         return self.content[self.at - size : self.at]
 
-    def readline(self, size=-1):
+    def readline(self, size: Any = -1) -> bytes:
         end = self.content.find(b"\n", self.at, self.at + 1000) + 1
         return self.read(end - self.at if end else 0)
 
@@ -212,7 +215,7 @@ def check_pickle(path: str, more_globals: tuple[str, ...] = ()) -> None:
                 raise TooLarge
 
 
-def stored_bytes(file, record):
+def stored_bytes(file: Any, record: dict) -> Any:
     """The bytes of a record that is not packed. zipfile would compare a checksum, and states have none."""
     file.seek(record.header_offset)
     head = file.read(30)
@@ -220,7 +223,7 @@ def stored_bytes(file, record):
     return file.read(record.file_size)
 
 
-def check_old(path, size, more_globals):
+def check_old(path: str, size: Any, more_globals: tuple[str, ...]) -> None:
     """`check_pickle` for a file of before torch 1.6: pickles one after another, then the bytes of tensors."""
     with open_plain(path) as file:
         if not size or file.read(2) == b"PK":
@@ -246,7 +249,7 @@ def check_old(path, size, more_globals):
                 raise TooLarge
 
 
-def is_tar(file):
+def is_tar(file: Any) -> bool:
     """Is it an archive of tar, which torch would take, too?"""
     try:
         file.seek(0)

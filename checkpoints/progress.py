@@ -1,7 +1,10 @@
 """What a run counts, and what its evaluations are compared by."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 SPIKE_AFTER = 20  # updates before the usual loss is known
 SPIKE_DEVIATIONS, SPIKE_FACTOR = 6.0, 1.5  # a spike is that far above the usual loss, by both measures
@@ -16,7 +19,7 @@ class UsualLoss:
     mean: float = 0.0
     variance: float = 0.0
 
-    def is_spike(self, loss):
+    def is_spike(self, loss: float) -> bool:
         """Is this loss far above the usual one? Then it does not count as usual either."""
         distance = loss - self.mean
         if self.count >= SPIKE_AFTER and distance > max(
@@ -54,24 +57,24 @@ class Progress:
     usual_loss: UsualLoss = field(default_factory=UsualLoss)
 
     @classmethod
-    def from_info(cls, info):
+    def from_info(cls, info: dict) -> Progress:
         """The progress in a state's state.json; a new run's without one."""
         values = dict(info["progress"]) if info else {}
         if values:
             values["usual_loss"] = UsualLoss(**values["usual_loss"])
         return cls(**values)
 
-    def forget_best(self, before):
+    def forget_best(self, before: dict) -> None:
         """The weights of the best evaluation could not be saved: before is (best_value, best_step) of what is there."""
         self.best_value, self.best_step = before
 
-    def judge_by(self, metric, rows_key):
+    def judge_by(self, metric: str | None, rows_key: str) -> None:
         """What evaluations are compared by; values of another metric, or of other rows, are forgotten."""
         if self.judged_by not in ("", f"{metric} {rows_key}"):
             self.best_value, self.best_step, self.num_worse = None, 0, 0
         self.judged_by = f"{metric} {rows_key}"
 
-    def is_best(self, metric, value):
+    def is_best(self, metric: str | None, value: Any) -> bool:
         """Note an evaluation: is its value of this metric the best so far? One that is not finite never is."""
         is_finite = value is not None and math.isfinite(value)
         best = self.best_value
@@ -81,7 +84,7 @@ class Progress:
         self.num_worse += 1
         return False
 
-    def count(self, loss, num_labels, num_tokens, is_applied):
+    def count(self, loss: float, num_labels: int, num_tokens: int, is_applied: bool) -> None:
         """An update is done; its loss is a sum over its supervised tokens."""
         self.num_tokens += num_tokens
         self.step += 1

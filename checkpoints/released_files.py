@@ -3,15 +3,21 @@
 The release's own files are copied from the base's folder as they lie there. Nothing of its code is run here.
 """
 
+from __future__ import annotations
+
 import fnmatch
 import json
 import os
 import shutil
+from typing import TYPE_CHECKING, Any
 
 from checkpoints.adapter_settings import PREFIX_FILE, SETTINGS_FILE
 from checkpoints.weight_files import WEIGHT_FILES, write_bin, write_safetensors
 from runtime.streams import size_text
 from utils import read_json, write_json
+
+if TYPE_CHECKING:
+    import torch
 
 # Beside whole checkpoints: the network's code for programs that run it, settings of generation, what licences ask for.
 COMPANIONS = ("*.py", "generation_config.json", "LICENSE*", "MODEL_LICENSE*")
@@ -26,7 +32,7 @@ PREFIX_BIN_FILE = WEIGHT_FILES[1]  # what the official code takes a prefix encod
 MOST_PREFIX_BIN_BYTES = 256 << 20  # of a prefix encoder that is saved a second time under that name
 
 
-def save_config(config, folder, dtype):
+def save_config(config: Any, folder: str, dtype: torch.dtype) -> None:
     """config.json: that of the base's folder, with the prefix's settings and the torch dtype of the weights.
 
     So the release's own keys stay as they are, `_name_or_path`, `auto_map` and `architectures` among them. A model
@@ -41,7 +47,7 @@ def save_config(config, folder, dtype):
     write_json(values, os.path.join(folder, "config.json"))
 
 
-def copy_companions(base_folder, folder):
+def copy_companions(base_folder: str, folder: str) -> None:
     """Copy what COMPANIONS names; a file that is too large or a link out of the base's folder is told and left."""
     for name in sorted(os.listdir(base_folder)):
         path = os.path.join(base_folder, name)
@@ -55,7 +61,7 @@ def copy_companions(base_folder, folder):
             shutil.copyfile(path, os.path.join(folder, name))
 
 
-def lies_in(path, folder):
+def lies_in(path: str, folder: str) -> bool:
     """Is a file, links followed, in the folder? In the hub's cache, also where the links of its folders lead."""
     places = [os.path.realpath(folder)]
     parent = os.path.dirname(places[0])
@@ -64,7 +70,7 @@ def lies_in(path, folder):
     return os.path.dirname(os.path.realpath(path)) in places
 
 
-def write_adapter_settings(folder, base_model):
+def write_adapter_settings(folder: str, base_model: str) -> None:
     """Leave out of peft's adapter_config.json what older peft does not know, as far as it says nothing; name the base.
 
     base_model: the absolute path of a folder, or a hub name.
@@ -78,14 +84,14 @@ def write_adapter_settings(folder, base_model):
     write_json(dict(sorted(values.items())), path)
 
 
-def write_prefix(state, folder):
+def write_prefix(state: dict, folder: str) -> None:
     """A prefix encoder {name: tensor} as safetensors and, unless it is large, as the official code loads it, too."""
     write_safetensors(state, os.path.join(folder, PREFIX_FILE))
     if prefix_bin_bytes(sum(tensor.nbytes for tensor in state.values())):
         write_bin(state, os.path.join(folder, PREFIX_BIN_FILE))
 
 
-def prefix_bin_bytes(num_bytes):
+def prefix_bin_bytes(num_bytes: int) -> int:
     """Bytes of the second file of a prefix encoder of this size: 0 for a large one, which scripts/export_prefix.py
     writes when it is wanted."""
     return num_bytes if num_bytes <= MOST_PREFIX_BIN_BYTES else 0

@@ -1,9 +1,14 @@
 """Checkpoints: gathered, written, checked."""
 
+from __future__ import annotations
+
+import argparse
 import importlib.metadata
 import math
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 from checkpoints.bases import base_name
 from checkpoints.kinds import KINDS
@@ -17,10 +22,14 @@ from runtime.ranks import is_main
 from train_types import TRAIN_TYPES
 from utils import write_json
 
+if TYPE_CHECKING:
+    from modeling.tokenizer import SentencePieceTokenizer
+    from train_types import TrainType
+
 TOKENIZER_BYTES = 4 << 20  # room for what lies beside the weights
 
 
-def gather_weights(model, names, zero3):
+def gather_weights(model: Any, names: Sequence[str], zero3: bool) -> dict:
     """{name: CPU tensor} of the named parameters on rank 0, {} elsewhere. Collective under ZeRO-3."""
     import deepspeed
 
@@ -33,7 +42,7 @@ def gather_weights(model, names, zero3):
     return state
 
 
-def checkpoint_bytes(model, train_type):
+def checkpoint_bytes(model: Any, train_type: TrainType) -> int:
     """About what a checkpoint of this train type takes."""
     kind = KINDS[train_type.weights]
     sizes = [
@@ -44,7 +53,9 @@ def checkpoint_bytes(model, train_type):
     return sum(sizes) + kind.more_bytes(sum(sizes)) + TOKENIZER_BYTES
 
 
-def save_checkpoint(model, tokenizer, folder, train_type, run, zero3):
+def save_checkpoint(
+    model: Any, tokenizer: SentencePieceTokenizer, folder: str, train_type: TrainType, run: dict, zero3: bool
+) -> str | None:
     """Save a run's weights as the table of train types says; `folder` appears whole or not at all. Collective.
 
     lora: adapter_model.safetensors and adapter_config.json. ptuning: prefix_encoder.safetensors and config.json.
@@ -67,7 +78,9 @@ def save_checkpoint(model, tokenizer, folder, train_type, run, zero3):
     return None
 
 
-def write_checkpoint(model, tokenizer, folder, train_type, run, state):
+def write_checkpoint(
+    model: Any, tokenizer: SentencePieceTokenizer, folder: str, train_type: TrainType, run: dict, state: dict
+) -> None:
     """The files of `save_checkpoint`, from gathered weights {name: tensor}."""
     with new_folder(folder) as scratch:
         KINDS[train_type.weights].write(model, scratch, state, run)
@@ -76,7 +89,7 @@ def write_checkpoint(model, tokenizer, folder, train_type, run, state):
         check_written(scratch, state)
 
 
-def check_written(folder, state):
+def check_written(folder: str, state: dict) -> None:
     """Do the files hold as many tensors and values as they should? They are read back from their headers."""
     expected = len(state), sum(tensor.numel() for tensor in state.values())
     for ending, read in ((".safetensors", safetensors_shapes), (".bin", bin_shapes)):
@@ -86,7 +99,7 @@ def check_written(folder, state):
         assert not names or found == expected, f"{folder}: {names}: tensors and values {found}, not {expected}"
 
 
-def describe_run(args, base_folder, precision, **progress):
+def describe_run(args: argparse.Namespace, base_folder: str, precision: str, **progress: Any) -> dict:
     """What run.json says: enough to load the weights and to repeat the run."""
     packages = ("torch", "transformers", "deepspeed", "peft")
     vocabulary = os.path.join(base_folder, MODES[args.mode].tokenizer_class.vocab_files_names["vocab_file"])

@@ -3,9 +3,12 @@
 A file that was edited, by hand or by an accident, is refused by name, and nothing in it is followed out of the folder.
 """
 
+from __future__ import annotations
+
 import os
 import re
 from dataclasses import asdict
+from typing import Any
 
 from checkpoints.progress import Progress
 from runtime.exits import UserError
@@ -21,7 +24,7 @@ ANY_SIGN = ("best_value", "usual_loss.mean", "window_loss")
 MOST = 2**63 - 1  # of any other count; infinity is more
 
 
-def state_problems(folder, full=True):
+def state_problems(folder: str, full: bool = True) -> list[str]:
     """Why a state is not whole, one line each: files that are not as they were saved, or that no process has saved.
 
     full: compare SHA-256 too.
@@ -47,7 +50,7 @@ def state_problems(folder, full=True):
     return [f"{os.path.join(folder, TAG, name)}: is not in {MANIFEST}" for name in extra]
 
 
-def read_info(folder):
+def read_info(folder: str) -> dict:
     """state.json of a state."""
     path = os.path.join(folder, STATE_FILE)
     info = read_json(path)
@@ -71,7 +74,7 @@ def read_info(folder):
     return info
 
 
-def is_like(value, new):
+def is_like(value: Any, new: Any) -> bool:
     """Is a value of a state's progress of the kind that it is in a new run?"""
     if isinstance(new, dict):
         return isinstance(value, dict) and all(name in new and is_like(value[name], new[name]) for name in value)
@@ -80,7 +83,7 @@ def is_like(value, new):
     return type(value) in (int, float) if type(new) is float else type(value) is type(new)
 
 
-def check_range(folder, info, num_steps):
+def check_range(folder: str, info: dict, num_steps: int) -> None:
     """UserError where a count of a state can be that of no run of `num_steps` updates: it was edited.
 
     A state is saved after an update that is not the last one.

@@ -5,6 +5,8 @@ frozen weights are not written), rank-R.pt with the random states of each rank, 
 fingerprint of the run, and the manifest that closes it.
 """
 
+from __future__ import annotations
+
 import collections
 import contextlib
 import os
@@ -14,6 +16,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from checkpoints.opening import CHECKPOINT
 from checkpoints.pickles import check_pickle
@@ -26,11 +30,14 @@ from runtime.folders import PARTIAL, close_folder, require_space
 from runtime.ranks import is_main, world_size
 from utils import write_json
 
+if TYPE_CHECKING:
+    import torch
+
 LEFTOVERS = f"({STATE}(-universal)?|{CHECKPOINT}|best)"  # what a process may leave half written of, in a run's folder
 DEAD_SECONDS = 3  # if an error comes of another process's death, the watch ends this one meanwhile, and says so
 
 
-def safe_classes():
+def safe_classes() -> list:
     """What DeepSpeed's files hold besides tensors and plain Python values."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -39,7 +46,7 @@ def safe_classes():
     return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address, collections.OrderedDict]
 
 
-def load_tensors(path, map_location="cpu"):
+def load_tensors(path: str, map_location="cpu") -> Any:
     """torch.load of a state's file, which may hold nothing that runs; UserError otherwise."""
     import torch
 
@@ -56,7 +63,7 @@ def load_tensors(path, map_location="cpu"):
         raise UserError(f"--resume: {path}: cannot be read ({type(error).__name__}): use another state") from None
 
 
-def state_files(folder):
+def state_files(folder: str) -> Any:
     """DeepSpeed's interface to storage, for one state: notes what it writes, unpickles nothing but tensors.
 
     Errors of the disk are kept in `problem` and not raised: all ranks must come to the end of a save together.
@@ -64,23 +71,23 @@ def state_files(folder):
     from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
     class StateFiles(CheckpointEngine):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.problem, self.written = None, {}
 
-        def create(self, info):
+        def create(self, info: dict) -> None:
             """Nothing to prepare."""
 
-        def commit(self, info):
+        def commit(self, info: dict) -> bool:
             """Nothing to close: `close_state` does that for all ranks."""
             return True
 
-        def makedirs(self, path, exist_ok=False):
+        def makedirs(self, path: str, exist_ok: bool = False) -> None:
             """A folder inside the state's, which is there unless somebody has removed it."""
             with self.noting_problem(), contextlib.suppress(FileExistsError):
                 os.mkdir(path)
 
-        def save(self, state_dict, path):
+        def save(self, state_dict: dict, path: str) -> None:
             """Write a file to the disk."""
             import torch
 
@@ -94,12 +101,12 @@ def state_files(folder):
                     self.written[os.path.relpath(path, folder)] = os.path.getsize(path)
             folders.reached("after a file")
 
-        def load(self, path, map_location=None):
+        def load(self, path: str, map_location=None) -> Any:
             """Read a file."""
             return load_tensors(path, map_location)
 
         @contextlib.contextmanager
-        def noting_problem(self):
+        def noting_problem(self) -> Iterator[None]:
             """Keep the error of a full or broken disk."""
             try:
                 yield
@@ -110,7 +117,7 @@ def state_files(folder):
 
 
 @contextlib.contextmanager
-def without_crc32():
+def without_crc32() -> Iterator[None]:
     """torch.save without the checksums of its file format: the manifest's SHA-256 says more, and costs no waiting."""
     import torch
 
@@ -122,7 +129,7 @@ def without_crc32():
         torch.serialization.set_crc32_options(before)
 
 
-def tensors_in(value, name=""):
+def tensors_in(value: Any, name: str = "") -> Iterator[Any]:
     """Yield (name, tensor) of all tensors inside dicts, lists and tuples."""
     import torch
 
@@ -136,7 +143,7 @@ def tensors_in(value, name=""):
             yield from tensors_in(part, f"{name}.{number}".lstrip("."))
 
 
-def random_states():
+def random_states() -> dict:
     """The random states of this process, as plain values and tensors."""
     import numpy
     import torch
@@ -148,7 +155,7 @@ def random_states():
     return states
 
 
-def set_random_states(states):
+def set_random_states(states: Any) -> None:
     """The inverse of `random_states`."""
     import numpy
     import torch
@@ -164,12 +171,12 @@ def set_random_states(states):
 # Saving.
 
 
-def state_bytes(num_trained, dtype):
+def state_bytes(num_trained: int, dtype: torch.dtype) -> int:
     """About what a state takes: float32 weights and both moments of Adam, and the weights as the model holds them."""
     return num_trained * (12 + dtype.itemsize) + (1 << 20)
 
 
-def write_state(engine, folder, num_bytes):
+def write_state(engine: Any, folder: str, num_bytes: int) -> dict:
     """Write the files of a state beside its name, not yet flushed: {relative path: bytes}. Collective.
 
     num_bytes: about what it will take. UserError, on every rank, where the disk is full: all is as it was before.
@@ -179,7 +186,7 @@ def write_state(engine, folder, num_bytes):
 
     scratch = folder + PARTIAL
 
-    def prepare():
+    def prepare() -> None:
         require_space(os.path.dirname(folder), num_bytes, "a state")
         shutil.rmtree(scratch, ignore_errors=True)
         os.mkdir(scratch)
@@ -200,7 +207,7 @@ def write_state(engine, folder, num_bytes):
     return {name: size for _, written in found for name, size in written.items()}
 
 
-def close_state(folder, info, sizes):
+def close_state(folder: str, info: dict, sizes: dict) -> None:
     """Flush and hash a state that all ranks have written, and give it its name. For the first process.
 
     info: what state.json holds. sizes: what `write_state` returned. OSError leaves everything as it was.
@@ -225,15 +232,15 @@ def close_state(folder, info, sizes):
 # Loading.
 
 
-def universal_folder(state):
+def universal_folder(state: dict) -> Any:
     """Where a state lies that was converted for another number of processes; removed when it has been loaded."""
     return os.path.normpath(state) + "-universal" + PARTIAL
 
 
-def convert(state):
+def convert(state: dict) -> None:
     """Convert a state of another number of processes to DeepSpeed's universal format. Collective."""
 
-    def run():
+    def run() -> None:
         shutil.rmtree(universal_folder(state), ignore_errors=True)
         for name in os.listdir(os.path.join(state, TAG)):  # the converter unpickles whatever it finds
             load_tensors(os.path.join(state, TAG, name), "meta")
@@ -252,7 +259,7 @@ def convert(state):
     on_main(run)
 
 
-def load_state(engine, state, info, seed):
+def load_state(engine: Any, state: dict, info: dict, seed: int) -> None:
     """Load a state into the engine and set the random states. Collective."""
     import torch
     import torch.distributed as dist
@@ -287,7 +294,7 @@ def load_state(engine, state, info, seed):
         on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
-def mend_converted(engine, decays):
+def mend_converted(engine: Any, decays: Any) -> None:
     """What DeepSpeed leaves wrong when it loads a converted state under ZeRO-3.
 
     All parameters share one step counter, to which Adam then adds once for each of them; all groups have the weight

@@ -1,12 +1,16 @@
 """Files of weights: named, checked from their headers, read into a model, written."""
 
+from __future__ import annotations
+
 import errno
 import os
 import re
 import sys
 import warnings
 import zipfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from checkpoints.pickles import NotPlain, TooLarge, check_pickle
 from runtime.exits import UserError
@@ -15,6 +19,9 @@ from runtime.plain_files import open_plain
 from runtime.ranks import is_main
 from runtime.streams import progress_bar
 from utils import read_json, write_json
+
+if TYPE_CHECKING:
+    import torch
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -41,13 +48,13 @@ INNER_PARTS = (
 PEFT_PREFIX = "base_model.model."  # in front of the model's own names in the weights of an adapter
 
 
-def released_name(name):
+def released_name(name: str) -> str:
     """The released name of a stored weight: without `module.` in front (torch's DataParallel), with `transformer.`."""
     name = name.removeprefix("module.")
     return f"transformer.{name}" if name.startswith(INNER_PARTS) else name
 
 
-def stored_name(name):
+def stored_name(name: str) -> str:
     """What a weight in the file of an adapter or a prefix encoder is called here, whatever tool saved it."""
     name = released_name(name)
     if ".lora_" not in name:
@@ -55,7 +62,7 @@ def stored_name(name):
     return PEFT_PREFIX + re.sub(r"\.(lora_[AB])\.default\.", r".\1.", name.removeprefix(PEFT_PREFIX))
 
 
-def weight_files(folder):
+def weight_files(folder: str) -> list[str]:
     """Names of the weight files: the single file, else those in an index; safetensors before .bin.
 
     UserError for a file that is missing or a name that points out of the folder.
@@ -63,7 +70,7 @@ def weight_files(folder):
     return list(weight_table(folder))
 
 
-def weight_table(folder):
+def weight_table(folder: str) -> dict[str, list[Any]] | dict[Any, list[Any]]:
     """{file: names of the weights that the index places in it, none without an index}, as `weight_files` says.
 
     Other files in the folder are never opened. A file may be a link to elsewhere: the hub's cache consists of them,
@@ -91,7 +98,7 @@ def weight_table(folder):
     raise UserError(f"{folder}: no weights in it (none of {', '.join((*WEIGHT_FILES, *INDEX_FILES))})")
 
 
-def weight_shapes(folder):
+def weight_shapes(folder: str) -> dict:
     """{name: (shape, dtype name)} of all weights in a folder, from headers: no weight is read.
 
     UserError for a truncated or unreadable file, and for files that are not of one checkpoint. A name in the index
@@ -113,7 +120,7 @@ def weight_shapes(folder):
     return shapes
 
 
-def saved_dtype(folder):
+def saved_dtype(folder: str) -> Any:
     """torch dtype of the weights in a folder, float32 where they differ."""
     import torch
 
@@ -121,12 +128,12 @@ def saved_dtype(folder):
     return getattr(torch, found.pop()) if len(found) == 1 and found <= set(DTYPES.values()) else torch.float32
 
 
-def file_shapes(path):
+def file_shapes(path: str) -> dict:
     """{name: (shape, dtype name)} of one file of weights, as its names are stored."""
     return safetensors_shapes(path) if path.endswith(".safetensors") else bin_shapes(path)
 
 
-def file_tensors(path):
+def file_tensors(path: str) -> dict:
     """{name: tensor} of one file of weights, as its names are stored."""
     if not path.endswith(".safetensors"):
         return read_bin(path)
@@ -135,13 +142,13 @@ def file_tensors(path):
     return load_file(path)
 
 
-def not_weights(path, usual):
+def not_weights(path: str, usual: Any) -> str:
     """The line for a file that cannot be read: what it is instead, if that shows in its first bytes, else `usual`."""
     said = explain(path, BROUGHT_ELSE) if os.path.isfile(path) else None
     return f"{path}: {said or usual}"
 
 
-def safetensors_shapes(path):
+def safetensors_shapes(path: str) -> dict:
     """Names, shapes and dtypes in one .safetensors file."""
     from safetensors import SafetensorError, safe_open
 
@@ -159,12 +166,12 @@ def safetensors_shapes(path):
         raise UserError(not_weights(path, f"truncated or not safetensors ({error}): download it again")) from None
 
 
-def bin_shapes(path):
+def bin_shapes(path: str) -> dict:
     """Names, shapes and dtypes in one .bin file."""
     return {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in read_bin(path).items()}
 
 
-def read_bin(path):
+def read_bin(path: str) -> dict:
     """{name: tensor} of one .bin file; nothing but tensors is unpickled.
 
     The tensors are parts of the mapped file, of which nothing is read before it is used. Only a file in the format
@@ -205,7 +212,7 @@ def read_bin(path):
     return state
 
 
-def is_plain(value):
+def is_plain(value: Any) -> Any:
     """Is it a tensor like those of a network: not sparse or nested, with data, and of no class of its own?"""
     import torch
 
@@ -214,7 +221,7 @@ def is_plain(value):
     return value.layout == torch.strided and value.device.type == "cpu"
 
 
-def stored_tensors(folder):
+def stored_tensors(folder: str) -> Iterator[tuple[str, tuple[Any, ...], Any]]:
     """(released name, shape, rows) of all stored tensors, file after file; rows[a:b] is the tensor of these rows.
 
     rows[a:b] is part of the mapped file, which is not read before it is used: copy it and let it go. Only a .bin file
@@ -236,13 +243,13 @@ def stored_tensors(folder):
                 yield released_name(name), tuple(rows.shape), rows
 
 
-def file_of(folder, name):
+def file_of(folder: str, name: str) -> str:
     """The file of a folder that holds a weight."""
     paths = {file: map(released_name, file_shapes(os.path.join(folder, file))) for file in weight_files(folder)}
     return next(file for file, names in paths.items() if name in names)
 
 
-def not_finite(path, name, is_finite_there, dtype):
+def not_finite(path: str, name: str, is_finite_there: bool, dtype: torch.dtype) -> UserError:
     """The error for a weight that holds NaN or an infinity: in its file, or (is_finite_there) only in this dtype."""
     if is_finite_there:
         what = str(dtype).removeprefix("torch.")
@@ -253,7 +260,7 @@ def not_finite(path, name, is_finite_there, dtype):
     )
 
 
-def is_finite(tensor):
+def is_finite(tensor: torch.Tensor) -> bool:
     """Are all values finite? A sum is quick and not finite if a value is not; it can also run over, hence two looks."""
     import torch
 
@@ -264,20 +271,20 @@ def is_finite(tensor):
     return all(torch.isfinite(p.sum(dtype=torch.float32)) or torch.isfinite(p).all() for p in pieces)
 
 
-def loading_bar(total):
+def loading_bar(total: int) -> Any:
     """A bar over the weights, on the first process and on a terminal only."""
     return progress_bar(
         total=total, desc="loading", unit="weight", leave=False, disable=not (is_main() and sys.stderr.isatty())
     )
 
 
-def finite_problem(named_tensors):
+def finite_problem(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
     """The first of (name, tensor) that holds an infinity or NaN, as a line; None without one."""
     bad = next((name for name, tensor in named_tensors if not is_finite(tensor)), None)
     return None if bad is None else f"{bad} holds values that are not finite"
 
 
-def write_safetensors(state, path):
+def write_safetensors(state: dict, path: str) -> None:
     """One .safetensors file."""
     from safetensors.torch import save_file
 
@@ -285,7 +292,7 @@ def write_safetensors(state, path):
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})
 
 
-def write_bin(state, path):
+def write_bin(state: dict, path: str) -> None:
     """One .bin file of plain tensors, as released ones are."""
     import torch
 
@@ -294,7 +301,7 @@ def write_bin(state, path):
 
 
 @contextmanager
-def disk_errors():
+def disk_errors() -> Iterator[None]:
     """safetensors' and torch's errors for a full or broken disk as the OSError that it is; others stay."""
     from safetensors import SafetensorError
 
@@ -306,7 +313,7 @@ def disk_errors():
         raise OSError(int(found[1] or errno.EIO), str(error)) from None
 
 
-def write_weights(state, folder, max_shard_size=MAX_SHARD_SIZE):
+def write_weights(state: dict, folder: str, max_shard_size: Any = MAX_SHARD_SIZE) -> None:
     """model.safetensors, or shards with an index, under the released parameter names."""
     from huggingface_hub import split_torch_state_dict_into_shards
 

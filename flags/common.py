@@ -1,9 +1,13 @@
 """Every flag of the scripts but train.py's, once, with the checks on their combinations; and what all scripts share."""
 
+from __future__ import annotations
+
 import argparse
 import math
 import os
 import re
+from collections.abc import Callable
+from typing import Any
 
 from checkpoints.kinds import has, marked_kind
 from checkpoints.opening import RUN_FILE, no_checkpoint_problem
@@ -17,31 +21,33 @@ MAX_NAME = 200  # bytes of a file's name; most file systems have 255, and ending
 class OneLineParser(argparse.ArgumentParser):
     """argparse whose errors are one line; flags are typed in full, so that none is taken for another."""
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
 
-    def error(self, message):
+    def error(self, message: str) -> None:
         fail(f"{message} (see --help)", prog=self.prog)
 
-    def typed(self, argv):
+    def typed(self, argv: list[str]) -> set[str]:
         """Names of the flags that stand on the command line."""
         given = {word.split("=")[0] for word in argv}
         return {action.dest for action in self._actions if given & set(action.option_strings)}
 
 
-def expanded_path(text):
+def expanded_path(text: str) -> str:
     """A path as a flag gives it, `~` for the home folder: a shell expands it at the start of a word only."""
     return os.path.expanduser(text)
 
 
-def true_or_false(text):
+def true_or_false(text: str) -> bool:
     """'True' or 'False' in any case; `bool` as a type would call every text true."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
 
 
-def add_device_flags(parser, precision="auto: bf16 where the GPU has it, fp16 on older GPUs, fp32 on CPU"):
+def add_device_flags(
+    parser: argparse.ArgumentParser, precision: str = "auto: bf16 where the GPU has it, fp16 on older GPUs, fp32 on CPU"
+) -> None:
     """--device and --precision, alike everywhere."""
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: a GPU if there is one")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help=precision)
@@ -54,7 +60,7 @@ def add_device_flags(parser, precision="auto: bf16 where the GPU has it, fp16 on
     )
 
 
-def add_row_flags(parser):
+def add_row_flags(parser: argparse.ArgumentParser) -> None:
     """Names of the fields of a row."""
     parser.add_argument(
         "--prompt_column",
@@ -63,7 +69,7 @@ def add_row_flags(parser):
     parser.add_argument("--response_column", default="output", help="field that holds the answer, a string or a number")
 
 
-def add_answered_row_flags(parser):
+def add_answered_row_flags(parser: argparse.ArgumentParser) -> None:
     """Those of rows to answer, which a run.json beside the model gives where they are left out (lengths.py)."""
     parser.add_argument(
         "--max_src_len", type=int, help="tokens of the question; the rest is cut; left out: the run's own, else 1024"
@@ -75,7 +81,7 @@ def add_answered_row_flags(parser):
     parser.add_argument("--response_column", help="field that holds the answer; left out: the run's own, else output")
 
 
-def add_base_flag(parser):
+def add_base_flag(parser: argparse.ArgumentParser) -> None:
     """Where the base model of an adapter or a prefix encoder is now."""
     parser.add_argument(
         "--model_name_or_path",
@@ -90,7 +96,7 @@ def add_base_flag(parser):
     )
 
 
-def add_model_flags(parser):
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The model that answers: whatever is saved here, a released one, or one of another tool."""
     parser.add_argument(
         "--model_path",
@@ -102,7 +108,7 @@ def add_model_flags(parser):
     add_base_flag(parser)
 
 
-def add_normalize_flag(parser, when=""):
+def add_normalize_flag(parser: argparse.ArgumentParser, when: str = "") -> None:
     """--no_normalize, alike wherever answers are scored."""
     parser.add_argument(
         "--no_normalize",
@@ -112,7 +118,7 @@ def add_normalize_flag(parser, when=""):
     )
 
 
-def collect(function, *values, prefix=""):
+def collect(function: Callable, *values: Any, prefix: str = "") -> list[str]:
     """The problem that a call raises, as a list."""
     try:
         function(*values)
@@ -121,7 +127,9 @@ def collect(function, *values, prefix=""):
     return []
 
 
-def range_problems(args, at_least_one="", at_least_zero="", share="", seed=""):
+def range_problems(
+    args: argparse.Namespace, at_least_one: str = "", at_least_zero: str = "", share: str = "", seed: str = ""
+) -> list:
     """Numbers outside their range."""
     problems = []
     for names, rule, good in (
@@ -142,7 +150,7 @@ def range_problems(args, at_least_one="", at_least_zero="", share="", seed=""):
     return problems
 
 
-def model_problems(args, flag, path):
+def model_problems(args: argparse.Namespace, flag: str, path: str) -> list[str]:
     """Is there a checkpoint at `path`, and is it of --mode? Fills in a missing args.mode; hub names come later."""
     if not os.path.isdir(path):
         if os.path.exists(path):
@@ -153,7 +161,7 @@ def model_problems(args, flag, path):
     return folder_problems(args, flag, path)
 
 
-def opened_problems(args, flag, path):
+def opened_problems(args: argparse.Namespace, flag: str, path: str) -> list[str]:
     """`model_problems` of what a command opens on top of a base, too: opening it says what is wrong with it."""
     if has(path, RUN_FILE):
         return []
@@ -162,7 +170,7 @@ def opened_problems(args, flag, path):
     return model_problems(args, flag, path)
 
 
-def folder_problems(args, flag, path):
+def folder_problems(args: argparse.Namespace, flag: str, path: str) -> list[str]:
     """Problems of a local checkpoint folder."""
     if problem := no_checkpoint_problem(flag, path):
         return [problem]
@@ -188,7 +196,7 @@ def folder_problems(args, flag, path):
     return []
 
 
-def place_problem(flag, path):
+def place_problem(flag: str, path: str) -> str | None:
     """Why nothing can be made at `path`, or None: the nearest folder that exists must be one to write in."""
     if not path:
         return f"{flag} '': is empty: name a place"

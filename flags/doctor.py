@@ -1,5 +1,9 @@
 """The flags of doctor.py, with their checks."""
 
+from __future__ import annotations
+
+import argparse
+
 from flags.common import OneLineParser, add_row_flags, collect, expanded_path
 from generation.lengths import columns_of
 from modes import MODES
@@ -7,7 +11,7 @@ from rows.reading import data_files
 from runtime.exits import fail
 
 
-def doctor_parser():
+def doctor_parser() -> OneLineParser:
     """Flags of doctor.py."""
     parser = OneLineParser(prog="doctor.py", description="Look at this machine, the packages and checkpoint folders.")
     parser.add_argument(
@@ -39,7 +43,7 @@ def doctor_parser():
     return parser
 
 
-def parse_doctor(argv):
+def parse_doctor(argv: list[str]) -> argparse.Namespace:
     """Checked flags of doctor.py; ends with exit code 2 and all problems at once."""
     parser = doctor_parser()
     args = parser.parse_args(argv)

@@ -1,5 +1,9 @@
 """The flags of forgetting.py, with their checks."""
 
+from __future__ import annotations
+
+import argparse
+
 from evaluation.forgetting import read_before
 from evaluation.general_suite import GENERAL, read_suite
 from flags.common import (
@@ -17,7 +21,7 @@ from runtime.exits import fail
 from runtime.ranks import world_size
 
 
-def forgetting_parser():
+def forgetting_parser() -> OneLineParser:
     """Flags of forgetting.py. Answers are greedy and questions are never cut."""
     parser = OneLineParser(prog="forgetting.py", description="Measure what fine-tuning made a model forget.")
     add_model_flags(parser)
@@ -45,7 +49,7 @@ def forgetting_parser():
     return parser
 
 
-def parse_args(argv):
+def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[dict], dict]:
     """(checked flags, rows of the suite, result of --before or {}); ends with exit code 2 and all problems at once."""
     parser = forgetting_parser()
     args = parser.parse_args(argv)
@@ -67,7 +71,7 @@ def parse_args(argv):
     return args, suite, before
 
 
-def output_problems(args):
+def output_problems(args: argparse.Namespace) -> list[str]:
     """Is --output_path a file that may be written?"""
     inputs = [path for path in (args.before, args.suite) if path]
     return output_file_problems(args.output_path, inputs, args.overwrite)

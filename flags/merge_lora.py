@@ -1,5 +1,8 @@
 """The flags of merge_lora.py, with their checks."""
 
+from __future__ import annotations
+
+import argparse
 import os
 
 from checkpoints.kinds import KINDS, kind_of, merge_problem
@@ -9,7 +12,7 @@ from modes import MODES
 from runtime.exits import UserError
 
 
-def merge_parser():
+def merge_parser() -> OneLineParser:
     """Flags of merge_lora.py."""
     parser = OneLineParser(prog="merge_lora.py", description="Merge a LoRA adapter into its base: a plain checkpoint.")
     parser.add_argument(
@@ -26,7 +29,7 @@ def merge_parser():
     return parser
 
 
-def check_arguments(args, output_dir):
+def check_arguments(args: argparse.Namespace, output_dir: str) -> None:
     """UserError where --model_dir is no adapter, or the merged model cannot be written."""
     folder = args.model_dir
     [mergeable] = [kind for kind in KINDS.values() if kind.not_mergeable is None]
@@ -48,7 +51,7 @@ def check_arguments(args, output_dir):
         raise UserError(problem)
 
 
-def output_problems(output_dir):
+def output_problems(output_dir: str) -> list[str]:
     """Why the merged model cannot be written there, a line in a list."""
     if os.path.exists(output_dir):
         return [f"--output_dir {output_dir}: exists: choose a new folder"]

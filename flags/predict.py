@@ -1,8 +1,12 @@
 """The flags of predict.py, with their checks."""
 
+from __future__ import annotations
+
+import argparse
 import math
 import os
 import re
+from collections.abc import Collection
 
 from checkpoints.opening import CHECKPOINT
 from flags.common import (
@@ -22,7 +26,7 @@ from runtime.exits import fail
 from runtime.ranks import is_main, launcher_problem
 
 
-def add_sampling_flags(parser):
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """How the tokens of an answer are chosen."""
     parser.add_argument("--do_sample", action="store_true", help="draw tokens; off: always the likeliest")
     parser.add_argument("--temperature", type=float, default=0.8, help="with --do_sample: below 1 is more careful")
@@ -31,7 +35,7 @@ def add_sampling_flags(parser):
     parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 avoids repetition; 1: off")
 
 
-def sampling_problems(args, typed):
+def sampling_problems(args: argparse.Namespace, typed: Collection[str]) -> list:
     """What is wrong with --max_src_len of a question to answer and with the flags of `add_sampling_flags`.
 
     typed: names of the flags on the command line.
@@ -53,7 +57,7 @@ def sampling_problems(args, typed):
     return problems
 
 
-def predict_parser():
+def predict_parser() -> OneLineParser:
     """Flags of predict.py."""
     parser = OneLineParser(prog="predict.py", description="Answer rows of a file, one prompt, or a conversation.")
     add_model_flags(parser)
@@ -90,7 +94,7 @@ def predict_parser():
     return parser
 
 
-def parse_predict(argv):
+def parse_predict(argv: list[str]) -> argparse.Namespace:
     """Checked flags of predict.py; ends with exit code 2 and all problems at once."""
     parser = predict_parser()
     args = parser.parse_args(argv)
@@ -145,7 +149,7 @@ def output_file_problems(path: str, inputs: list[str], overwrite: bool) -> list[
     return [problem] if problem else []
 
 
-def model_label(path):
+def model_label(path: str) -> str:
     """A short name for a model: its folder, with the run's folder in front of a checkpoint's."""
     parts = [part for part in os.path.abspath(path).split(os.sep) if part]
     is_of_run = parts and re.match(rf"best$|{CHECKPOINT}", parts[-1])

@@ -1,7 +1,11 @@
 """Every flag of train.py, once, with the checks on their combinations."""
 
+from __future__ import annotations
+
 import argparse
 import os
+from collections.abc import Collection
+from typing import Any
 
 from checkpoints.state_checks import STATE
 from evaluation.general_suite import GENERAL
@@ -251,7 +255,7 @@ def add_train_type_flags(parser: argparse.ArgumentParser) -> None:
     lora.add_argument("--lora_module_name", default="query_key_value", help="linear layers that get matrices, by comma")
 
 
-def parse_train(argv):
+def parse_train(argv: list[str]) -> argparse.Namespace:
     """Checked flags of train.py; ends with exit code 2 and all problems at once. `args.mode` is filled in."""
     parser = train_parser()
     args = parser.parse_args(argv)
@@ -261,7 +265,7 @@ def parse_train(argv):
     return args
 
 
-def train_problems(args, typed):
+def train_problems(args: argparse.Namespace, typed: Collection[str]) -> list:
     """Everything that is wrong with the flags and can be known before a weight is read."""
     problems = range_problems(
         args,
@@ -304,7 +308,7 @@ def train_problems(args, typed):
     return problems
 
 
-def evaluation_problems(args, typed):
+def evaluation_problems(args: argparse.Namespace, typed: Collection[str]) -> list:
     """Flags of the evaluation and of general rows that mean nothing without others."""
     problems = []
     if not args.eval_path and not args.eval_ratio:
@@ -356,7 +360,7 @@ def family_problems(args: argparse.Namespace) -> list[str]:
     return problems
 
 
-def length_problems(args):
+def length_problems(args: argparse.Namespace) -> list[str]:
     """Does --max_src_len leave room for an answer in --max_len, and for a question?"""
     reserved = MODES[args.mode].prompt.RESERVED
     most = args.max_len - reserved - 1
@@ -375,7 +379,7 @@ def length_problems(args):
     return []
 
 
-def hold_output(args):
+def hold_output(args: argparse.Namespace) -> None:
     """Make --output_dir and keep other commands out of it until the process ends. For the first process.
 
     Only under the lock is it sure to be new, empty or that of the run that is resumed, so this is looked at again. The
@@ -386,7 +390,7 @@ def hold_output(args):
         raise UserError(problems[0])
 
 
-def output_problems(output_dir, model_path, resume):
+def output_problems(output_dir: str, model_path: str, resume: str | None) -> list[str]:
     """The output folder must be new, empty or that of the run that is resumed, and not the model's.
 
     What a killed run leaves of its lock does not count.
@@ -410,25 +414,25 @@ def output_problems(output_dir, model_path, resume):
     return [problem] if problem else []
 
 
-def names_in(folder):
+def names_in(folder: str) -> list[str]:
     """What lies in a folder besides a lock."""
     return [name for name in os.listdir(folder) if name != ENDING]
 
 
-def is_run_folder(folder):
+def is_run_folder(folder: str) -> bool:
     """Is the folder empty, or does it hold what train.py writes first?"""
     names = names_in(folder)
     return not names or any(name.startswith(("fingerprint.json", "state-step-")) for name in names)
 
 
-def check_folder(args, folder):
+def check_folder(args: argparse.Namespace, folder: str) -> None:
     """Check what a hub name left open until its config.json was there."""
     folder_faults = folder_problems(args, "--model_name_or_path", folder)
     if problems := folder_faults or family_problems(args) + length_problems(args):
         fail(problems)
 
 
-def check_limits(args, base):
+def check_limits(args: argparse.Namespace, base: Any) -> None:
     """Refuse flags that ask for more than the model has."""
     config = base.config
     for flag, most in (("lora_dim", config.hidden_size), ("pre_seq_len", config.window)):

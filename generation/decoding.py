@@ -3,6 +3,10 @@
 Shapes: B rows still in the batch, N rows of the result, V vocabulary.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 import torch
 
 from generation.kv_cache import RoomyCache
@@ -10,7 +14,15 @@ from generation.kv_cache import RoomyCache
 STEPS_BETWEEN_CHECKS = 4  # on a GPU, where a look at the result waits for all that was started
 
 
-def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, check_every=None, **model_kwargs):
+def decode(
+    model: Any,
+    input_ids: torch.Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    check_every: int | None = None,
+    **model_kwargs: Any,
+) -> torch.Tensor:
     """For `model.generate(..., custom_generate=decode)`: the tokens that generate's own loop gives, sooner.
 
     input_ids: (N, prompt), padded on the left. Returns (N, prompt + new): prompts and answers, in the given order,
@@ -59,14 +71,14 @@ def decode(model, input_ids, logits_processor, stopping_criteria, generation_con
     return output[:, : start + 1]
 
 
-def longer_mask(attention_mask, length):
+def longer_mask(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
     """The mask (N, prompt) with ones up to (N, length); None where it hides nothing, so that no layer needs one."""
     if attention_mask is None or attention_mask.all():
         return None
     return torch.nn.functional.pad(attention_mask, (0, length - attention_mask.shape[1]), value=1)
 
 
-def keep_rows(logits_processor, indices):
+def keep_rows(logits_processor: Any, indices: torch.Tensor) -> None:
     """Keep the rows `indices` of what processors know about rows: the repetition penalty, their left padding."""
     for processor in logits_processor:
         if isinstance(getattr(processor, "prompt_ignore_length", None), torch.Tensor):

@@ -3,18 +3,27 @@
 Shapes: B rows, G key/value heads, L tokens, D head size.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from transformers.cache_utils import Cache, DynamicLayer
+
+if TYPE_CHECKING:
+    import torch
 
 
 class RoomyLayer(DynamicLayer):
     """Keys and values (B, G, L, D) of one layer: the front part of larger tensors, its `rooms`."""
 
-    def __init__(self, capacity):
+    def __init__(self, capacity: int) -> None:
         super().__init__()
         self.capacity = capacity
         self.rooms = None
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
         """Put new keys and values (B, G, new, D) behind the cached ones; returns all of them, as views."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -27,7 +36,7 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (room[:, :, :stop] for room in self.rooms)
         return self.keys, self.values
 
-    def make_rooms(self, key_states, value_states, start, stop):
+    def make_rooms(self, key_states: torch.Tensor, value_states: torch.Tensor, start: Any, stop: int) -> None:
         """Room for `capacity` tokens, or for twice as many as are needed; what is cached moves in."""
         size = self.capacity if stop <= self.capacity else 2 * stop
         rooms = []
@@ -40,22 +49,22 @@ class RoomyLayer(DynamicLayer):
 
     # What follows makes new `keys` and `values`: they are no longer part of the rooms.
 
-    def reset(self):
+    def reset(self) -> None:
         """Forget everything."""
         self.keys = self.values = self.rooms = None
         self.is_initialized = False
 
-    def reorder_cache(self, beam_idx):
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Take the rows `beam_idx` (B,), as beam search does."""
         super().reorder_cache(beam_idx)
         self.rooms = None
 
-    def batch_repeat_interleave(self, repeats):
+    def batch_repeat_interleave(self, repeats: int) -> None:
         """Have every row `repeats` times."""
         super().batch_repeat_interleave(repeats)
         self.rooms = None
 
-    def batch_select_indices(self, indices):
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices`."""
         super().batch_select_indices(indices)
         self.rooms = None
@@ -67,11 +76,11 @@ class RoomyCache(Cache):
     `prompt_layout` is what ChatGLM-6B keeps here: a tuple of (B,) tensors, or None.
     """
 
-    def __init__(self, num_layers, capacity):
+    def __init__(self, num_layers: int, capacity: int) -> None:
         super().__init__(layers=[RoomyLayer(capacity) for _ in range(num_layers)])
         self.prompt_layout = None
 
-    def batch_select_indices(self, indices):
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices` of all that is cached."""
         super().batch_select_indices(indices)
         if self.prompt_layout is not None:

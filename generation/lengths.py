@@ -1,10 +1,18 @@
 """What an answering command takes over from the run that made its model, and what fits into the model's window."""
 
+from __future__ import annotations
+
+import argparse
 import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from checkpoints.opening import RUN_FILE, read_run
 from rows.checks import Columns
 from runtime.exits import UserError
+
+if TYPE_CHECKING:
+    from modeling.family import Prompt
 
 LEAST_SRC_LEN = 16  # tokens: the words around the question, and something of it
 
@@ -20,7 +28,7 @@ RUN_FLAGS = {
 }
 
 
-def take_from_run(args, names):
+def take_from_run(args: argparse.Namespace, names: Sequence[str]) -> list:
     """Fill in the flags of these names that were left out: the run's own, else the usual ones.
 
     Returns lines that say what of the run's is not the usual. UserError for a run.json with values that cannot be.
@@ -40,13 +48,13 @@ def take_from_run(args, names):
     return notes
 
 
-def settle_columns(args):
+def settle_columns(args: argparse.Namespace) -> tuple[Columns, list[Any]]:
     """(fields of the rows to answer, lines that say what of them comes from the run)."""
     notes = take_from_run(args, ("prompt_column", "response_column")) if args.test_path else []
     return columns_of(args), notes
 
 
-def settle_lengths(args, config, prompt):
+def settle_lengths(args: argparse.Namespace, config: Any, prompt: Prompt) -> list[str]:
     """Fill in --max_src_len: the run's own, else the usual one, lowered where the window is too small for it.
 
     Returns lines that say so. UserError where --max_src_len was given and does not fit with --max_new_tokens, or where
@@ -64,7 +72,9 @@ def settle_lengths(args, config, prompt):
     return [f"--max_src_len {room}: more does not fit, with --max_new_tokens, the model's window of {config.window}"]
 
 
-def window_problem(max_src_len, max_new_tokens, config, prompt, flag="max_new_tokens"):
+def window_problem(
+    max_src_len: int, max_new_tokens: int, config: Any, prompt: Prompt, flag: str = "max_new_tokens"
+) -> str | None:
     """Why questions and answers of these lengths do not fit the model's window, with the fix; None where they do.
 
     flag: what the length of answers is called.
@@ -84,6 +94,6 @@ def window_problem(max_src_len, max_new_tokens, config, prompt, flag="max_new_to
     )
 
 
-def columns_of(args):
+def columns_of(args: argparse.Namespace) -> Columns:
     """The row's field names that the flags give."""
     return Columns(prompt=args.prompt_column, response=args.response_column)

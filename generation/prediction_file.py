@@ -1,22 +1,29 @@
 """The file of answers: written row by row, taken up again, put in order."""
 
+from __future__ import annotations
+
+import argparse
 import glob
 import hashlib
 import json
 import os
+from typing import TYPE_CHECKING, Any
 
 from runtime.distributed import barrier
 from runtime.exits import UserError
 from runtime.folders import whole_file
 from runtime.ranks import is_main
 
+if TYPE_CHECKING:
+    from checkpoints.opening import Opened
 
-def part_path(path, rank):
+
+def part_path(path: str, rank: int) -> str:
     """Where a rank writes its answers until all are there."""
     return f"{path}.rank{rank}.partial"
 
 
-def read_parts(path):
+def read_parts(path: str) -> tuple[dict[Any, Any], dict[Any, Any]]:
     """({file: its key, None where it has no answer}, {row number: line}) of what interrupted runs have answered.
 
     Torn last lines are left out.
@@ -38,7 +45,7 @@ def read_parts(path):
     return keys, lines
 
 
-def take_up(path, key, overwrite):
+def take_up(path: str, key: str, overwrite: bool) -> dict:
     """{row number: line} of the answers that are there; afterwards they lie in the first rank's part. Collective."""
     keys, lines = read_parts(path)
     others = [part for part, found in keys.items() if found not in (None, key)]
@@ -60,7 +67,7 @@ def take_up(path, key, overwrite):
     return lines
 
 
-def key_of(args, opened, rows, precision):
+def key_of(args: argparse.Namespace, opened: Opened, rows: Any, precision: str) -> str:
     """SHA-256 of what decides the answers: rows, flags, and the model's files by name, size and time."""
     free = "test_path output_path overwrite batch_size batch_tokens local_rank device prompt allow_other_base".split()
     flags = {name: value for name, value in sorted(vars(args).items()) if name not in free} | {"precision": precision}
@@ -74,7 +81,7 @@ def key_of(args, opened, rows, precision):
     return hashlib.sha256(json.dumps([flags, files, queries]).encode()).hexdigest()
 
 
-def output_row(number, row, result):
+def output_row(number: Any, row: dict, result: dict) -> dict:
     """One line of the output: the question, the reference if there is one, and the answer or answers.
 
     stopped: the answer ended by itself; cut: it was ended at --max_new_tokens; empty; repeated: it ends in a loop.
@@ -98,7 +105,7 @@ def output_row(number, row, result):
     return line
 
 
-def is_repeated(text):
+def is_repeated(text: str) -> bool:
     """Does the text end in a loop, the same 1 to 100 characters four times over, twenty characters in all?"""
     text = text.rstrip()
     for period in range(1, min(100, (len(text) + 1) // 4) + 1):
@@ -110,7 +117,7 @@ def is_repeated(text):
     return False
 
 
-def describe_answers(lines, max_new_tokens):
+def describe_answers(lines: list[dict], max_new_tokens: int) -> str:
     """The rates of stopped, cut, empty and repeated answers, as a line."""
     shares = {}
     for name in ("stopped", "cut", "empty", "repeated"):
@@ -122,7 +129,7 @@ def describe_answers(lines, max_new_tokens):
     )
 
 
-def describe_cut_questions(lines, max_src_len):
+def describe_cut_questions(lines: list[dict], max_src_len: int) -> str:
     """How many questions were cut and by how much, as a line."""
     cuts = [line["source_tokens_cut"] for line in lines if "source_tokens_cut" in line]
     if not cuts:
@@ -133,7 +140,7 @@ def describe_cut_questions(lines, max_src_len):
     )
 
 
-def put_in_order(path, num_rows):
+def put_in_order(path: str, num_rows: int) -> list:
     """Join the ranks' parts into one file in input order, then remove them; the rows of the file.
 
     RuntimeError where they do not hold one answer for each of the rows: the parts stay as they are then.

@@ -1,10 +1,14 @@
 """A conversation on the terminal: lines are edited, kept while it lasts, and what is typed wrongly does not end it."""
 
+from __future__ import annotations
+
 import codecs
 import locale
 import os
 import signal
 import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from runtime import entry
 
@@ -12,7 +16,7 @@ from runtime import entry
 from runtime.entry import listen, listen_as_before
 
 
-def prepare_terminal():
+def prepare_terminal() -> None:
     """Let lines be edited, with those before them at hand, where somebody types. Needs no line editor to go on.
 
     The editor moves and deletes by whole characters only where the locale says that they are UTF-8, as Python does.
@@ -34,13 +38,13 @@ class LineDropped(Exception):
     """Ctrl-C on a line that something stands on."""
 
 
-def on_interrupt(number, frame):
+def on_interrupt(number: Any, frame: Any) -> NoReturn:
     """Ctrl-C at the prompt: only the line editor knows what has been typed, and only now."""
     readline = sys.modules.get("readline")
     raise LineDropped if readline and readline.get_line_buffer() else KeyboardInterrupt
 
 
-def read_line():
+def read_line() -> str | None:
     """The next question; None at the end: an empty line or Ctrl-D. Ctrl-C drops what was typed, or is raised."""
     while True:
         before = listen(on_interrupt, [signal.SIGINT])
@@ -55,7 +59,7 @@ def read_line():
             listen_as_before(before)
 
 
-def talk(answer):
+def talk(answer: Any) -> None:
     """Ask and answer until the end; earlier turns are part of the prompt. Ctrl-C ends an answer, not the talk.
 
     answer: an `Answerer`.
@@ -81,7 +85,7 @@ def talk(answer):
         history.append((query, text))
 
 
-def describe_lost(answer, query, history, encoded):
+def describe_lost(answer: Any, query: str, history: Sequence, encoded: Any) -> str:
     """What of a conversation found no room in its prompt, `encoded`, as a line; '' where all did."""
     num_left_out = 0
     while num_left_out < len(history) and answer.prompt_ids(query, history[num_left_out + 1 :]) == encoded:

@@ -173,7 +173,7 @@ def parse_line(text: str, place: str) -> Any:
     raise UserError(f"{place}: {text.strip()[:60]!r}: not a JSON object ({reason}): {fix}")
 
 
-def advice(text: str, at: int) -> str:
+def advice(text: str, at: int) -> str | None:
     """What to do about a text that is no JSON from a character on, where its fault is a usual one; else None."""
     before, behind = text[:at].rstrip(), text[at : at + 100].lstrip()
     if behind.startswith(("'", "None", "True", "False")):
@@ -224,7 +224,7 @@ class JsonText:
         self.text, self.at = "", 0
         self.num_lines, self.counted = 0, 0  # lines before the character `counted`
 
-    def refill(self, size: int) -> bool:
+    def refill(self, size: int) -> Any:
         """Drop what has been read and add `size` characters; False, and nothing changes, at the end of the file."""
         try:
             piece = self.file.read(size)
@@ -243,7 +243,7 @@ class JsonText:
             if self.at < len(self.text) or not self.refill(ARRAY_PIECE):
                 return self.text[self.at : self.at + 1]
 
-    def take(self, expected: str) -> bool:
+    def take(self, expected: str) -> Any:
         """Step over the next character, which is one of those expected, and return it."""
         found = self.peek()
         if not found or found not in expected:
@@ -303,7 +303,7 @@ class JsonText:
         raise AssertionError(f"{self.path} has changed while it was read")
 
 
-def decode_line(line: int, place: str) -> str:
+def decode_line(line: bytes, place: str) -> str:
     """UTF-8 text of bytes; UserError with the place otherwise."""
     try:
         return line.decode("utf-8")
@@ -322,7 +322,7 @@ def read_rows(
     columns: Columns,
     need_response: bool = True,
     bad_rows: list[str] | None = None,
-    notes: Notes = None,
+    notes: Notes | None = None,
 ) -> Iterator[dict]:
     """Yield {"query", "answer", "place", "joint"} of every row, see `check_row`; UserError for the first that is bad.
 
@@ -357,7 +357,11 @@ def no_row(paths: list[str]) -> UserError:
 
 
 def check_items(
-    part: Part, columns: Columns, need_response: bool = True, bad_rows: list[str] | None = None, notes: Notes = None
+    part: Part,
+    columns: Columns,
+    need_response: bool = True,
+    bad_rows: list[str] | None = None,
+    notes: Notes | None = None,
 ) -> Iterator[tuple[int, dict]]:
     """Yield (number, checked row) of the items of a Part.
 

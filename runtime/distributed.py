@@ -1,15 +1,19 @@
 """The process group: begun, ended, and what all ranks do together."""
 
+from __future__ import annotations
+
 import contextlib
 import random
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 from runtime.exits import UserError
 from runtime.ranks import is_main, world_size
 
 
-def free_port():
+def free_port() -> int:
     """A TCP port of this machine that nobody listens on now.
 
     It is none of those that the system gives to outgoing connections, one of which may take it before it is used.
@@ -22,7 +26,7 @@ def free_port():
             return port
 
 
-def stop_distributed(engine=None):
+def stop_distributed(engine: Any = None) -> None:
     """Leave together and cleanly: gloo's worker thread may abort an interpreter that ends at once."""
     import torch.distributed as dist
 
@@ -36,7 +40,7 @@ def stop_distributed(engine=None):
         time.sleep(0.3)
 
 
-def sum_over_ranks(*values, group=None):
+def sum_over_ranks(*values: Any, group: Any = None) -> list:
     """Sums of numbers over all processes, as floats. Collective, and waits for the GPU."""
     import torch
     import torch.distributed as dist
@@ -46,13 +50,13 @@ def sum_over_ranks(*values, group=None):
     return numbers.tolist()
 
 
-def on_main(function):
+def on_main(function: Callable) -> Any:
     """Call a function on the first process; every rank gets what it returns. Collective, where there are ranks.
 
     Its UserError is raised on every rank, and an OSError as a UserError.
     """
     dist = sys.modules.get("torch.distributed")  # without it there are no ranks, and no need to import it
-    result = [None, None]
+    result: list[Any] = [None, None]
     if is_main():
         try:
             result[0] = function()
@@ -67,7 +71,7 @@ def on_main(function):
     return result[0]
 
 
-def barrier():
+def barrier() -> None:
     """Wait for all ranks, where there are several."""
     import torch.distributed as dist
 
@@ -75,7 +79,7 @@ def barrier():
         dist.barrier()
 
 
-def gather(value):
+def gather(value: Any) -> list[None]:
     """The values of all ranks, a list. Collective."""
     import torch.distributed as dist
 

@@ -5,11 +5,15 @@ works, a terminal that closes (SIGHUP) and SIGTERM do the same: all three are a 
 that what is half written goes.
 """
 
+from __future__ import annotations
+
 import codecs
 import errno
 import os
 import signal
 import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from runtime.exits import EXIT_SIGNAL, EXIT_UNREAD, ending
 
@@ -17,19 +21,19 @@ SAID = {signal.SIGINT: "stopped", signal.SIGHUP: "stopped: the terminal has gone
 ended_by = []  # SIGHUP or SIGTERM, from when it has come
 
 
-def program():
+def program() -> str:
     """The command's name, as its messages begin."""
     return os.path.basename(sys.argv[0])
 
 
-def on_signal(number, frame):
+def on_signal(number: Any, frame: Any) -> None:
     """SIGHUP and SIGTERM as Ctrl-C; once is enough: a launcher sends several."""
     if not ended_by:
         ended_by.append(number)
         raise KeyboardInterrupt
 
 
-def stopped(interrupt):
+def stopped(interrupt: Any) -> NoReturn:
     """End at once after a signal, in one line. The usual way out would wait for threads that are at work."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
     from runtime.ranks import is_main
@@ -49,14 +53,14 @@ def stopped(interrupt):
     os._exit(EXIT_SIGNAL + number)
 
 
-def on_error(kind, error, trace):
+def on_error(kind: Any, error: BaseException, trace: Any) -> None:
     """In place of `sys.excepthook`: a line for Ctrl-C, the traceback for all else."""
     if issubclass(kind, KeyboardInterrupt):
         stopped(error)
     sys.__excepthook__(kind, error, trace)
 
 
-def prepare_streams():
+def prepare_streams() -> None:
     """What a terminal cannot show is written as `\\u6c34`, what it would obey as `\\x1b`; what it sends in another
     encoding is read as U+FFFD.
 
@@ -79,7 +83,7 @@ def prepare_streams():
         sys.stdin.reconfigure(encoding="utf-8" if is_ascii else None, errors="replace")
 
 
-def outlive_terminal():
+def outlive_terminal() -> None:
     """Leave out what is written to a terminal that has gone: who lets SIGHUP be ignored wants the command done."""
     from runtime.streams import LastingStream
 
@@ -88,7 +92,7 @@ def outlive_terminal():
             setattr(sys, name, LastingStream(getattr(sys, name), errno.EIO))
 
 
-def listen(handler, numbers=(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)):
+def listen(handler: Callable, numbers: Sequence[int] = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)) -> dict:
     """Let `handler` hear these signals, but for those that the parent ignores (nohup, a shell's background).
 
     Returns what heard them before: {number: handler}, for `listen_as_before`.
@@ -97,18 +101,18 @@ def listen(handler, numbers=(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)):
     return {number: signal.signal(number, handler) for number in heard}
 
 
-def listen_as_before(handlers):
+def listen_as_before(handlers: dict) -> None:
     """The inverse of `listen`."""
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
-def discard_output():
+def discard_output() -> None:
     """What standard output still holds cannot be written, and ending must not try it again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def run(main):
+def run(main: Callable) -> None:
     """Run `main(argv)` and end with the exit code that it returns; what the user can mend is one line (`ending`)."""
     prepare_streams()
     outlive_terminal()

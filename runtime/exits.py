@@ -1,9 +1,12 @@
 """How commands end: the exit codes, what the user can fix, and what ends a run whose numbers went bad."""
 
+from __future__ import annotations
+
 import errno
 import os
 import sys
 import time
+from typing import NoReturn
 
 from runtime.ranks import is_main, rank
 from runtime.streams import shortened, visible
@@ -41,7 +44,7 @@ class FolderGone(Exception):
 class NotStarted(Exception):
     """The processes of a run did not come together. The message is for the user; `code`: the exit code."""
 
-    def __init__(self, message, code=EXIT_STALLED):
+    def __init__(self, message: str, code: int = EXIT_STALLED) -> None:
         super().__init__(message)
         self.code = code
 
@@ -69,7 +72,7 @@ def ending(error: BaseException) -> tuple[str, int] | None:
     return None
 
 
-def fail(problems, prog=None, code=EXIT_WRONG_INPUT):
+def fail(problems: str | list[str], prog: str | None = None, code: int = EXIT_WRONG_INPUT) -> NoReturn:
     """End the program with an exit code and a line for each problem (a message or a list of them).
 
     All ranks usually find the same: the first one speaks. Another waits until the launcher has ended it, and speaks

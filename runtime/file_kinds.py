@@ -1,8 +1,10 @@
 """Files that are something else than what a flag asks for: recognised by their first bytes, named, with what to do."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from runtime.plain_files import open_plain
 
@@ -24,7 +26,7 @@ def starts_with(*starts: bytes) -> Callable[[bytes], bool]:
     return lambda head: head.startswith(starts)
 
 
-def from_pandas(function):
+def from_pandas(function: str) -> str:
     """How a table becomes rows."""
     return f"convert it to JSON Lines, with pandas for example: pandas.{function}(FILE).{TO_JSON_LINES}"
 
@@ -33,18 +35,18 @@ is_page = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|\?xml)\b", re.IGN
 is_header = re.compile(r"""\ufeff?(["']?)[^\W\d][\w .-]*\1([,;\t]\1[^\W\d][\w .-]*\1)+\r?(\n|\Z)""").match
 
 
-def is_table(head):
+def is_table(head: bytes) -> re.Match | None:
     """Is the first line two or more names with separators? A row of JSON Lines begins with a brace."""
     return is_header(head.decode("utf-8", "ignore"))
 
 
-def is_weights(head):
+def is_weights(head: bytes) -> bool:
     """Does it begin as torch.save or safetensors write it?"""
     is_torch = head.startswith(b"PK\x03\x04") and b"/data.pkl" in head[:300]
     return is_torch or (head[8:10] == b'{"' and head[5:8] == bytes(3))
 
 
-def is_json(head):
+def is_json(head: bytes) -> bool:
     """Does it begin as rows do? Then the name of the file does not matter."""
     return head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[")
 
@@ -87,7 +89,7 @@ def kind_of(path: str) -> str | None:
     return None
 
 
-def explain(path: str, kinds=KINDS) -> str | None:
+def explain(path: str, kinds: Any = KINDS) -> str | None:
     """'is WHAT: NEXT STEP' of a file that is one of `kinds`, names in KINDS; None where it is none of them."""
     name = kind_of(path)
     return f"is {KINDS[name].what}: {KINDS[name].next_step}" if name in kinds else None

@@ -1,5 +1,7 @@
 """Folders that appear whole or not at all: written beside their name, flushed, closed by a manifest, renamed."""
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import fcntl
@@ -12,7 +14,9 @@ import shutil
 import stat
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from runtime.exits import UserError
 from runtime.plain_files import open_plain, parse_json, read_json_text
@@ -25,16 +29,16 @@ UMASK = os.umask(0)  # it can only be read by setting it
 os.umask(UMASK)
 
 
-def reached(point):
+def reached(point: str) -> None:
     """Called at the named points of a save. Does nothing; tests put a function here that ends the process."""
 
 
-def new_file(path):
+def new_file(path: Any) -> Any:
     """A new file to write bytes to. Tests put one on a full disk in its place."""
     return open(path, "wb")
 
 
-def flush_path(path):
+def flush_path(path: Any) -> None:
     """Wait until a file, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -43,7 +47,7 @@ def flush_path(path):
         os.close(handle)
 
 
-def file_entry(path):
+def file_entry(path: Any) -> dict:
     """{"bytes", "sha256"} of a file."""
     digest = hashlib.sha256()
     with open_plain(path) as file:
@@ -52,7 +56,7 @@ def file_entry(path):
     return {"bytes": os.path.getsize(path), "sha256": digest.hexdigest()}
 
 
-def files_in(folder):
+def files_in(folder: str) -> list:
     """Paths of all files below a folder, relative to it, sorted; without the manifest."""
     found = []
     for parent, _, names in os.walk(folder):
@@ -60,7 +64,7 @@ def files_in(folder):
     return sorted(name for name in found if name != MANIFEST)
 
 
-def seal(scratch, sizes=None):
+def seal(scratch: str, sizes: dict | None = None) -> None:
     """Flush what lies in `scratch` and close it with a manifest.
 
     sizes: {relative path: bytes} that must be there. OSError where they are not.
@@ -87,7 +91,7 @@ def seal(scratch, sizes=None):
     flush_path(scratch)
 
 
-def close_folder(scratch, folder, sizes=None):
+def close_folder(scratch: str, folder: str, sizes: dict | None = None) -> None:
     """`seal` what lies in `scratch`, and give it its name. A folder that has the name goes."""
     seal(scratch, sizes)
     reached("before the rename")
@@ -101,7 +105,7 @@ def close_folder(scratch, folder, sizes=None):
 
 
 @contextlib.contextmanager
-def new_folder(folder):
+def new_folder(folder: str) -> Iterator[str]:
     """A folder to write in that gets its name when all is there and on the disk: whole or absent.
 
     The folder that it lies in must be there. Where that goes meanwhile, it stays away: OSError.
@@ -125,7 +129,7 @@ def new_folder(folder):
             os.close(handle)
 
 
-def is_still(path, handle):
+def is_still(path: Any, handle: Any) -> bool:
     """Is an open file or folder the one that has this path now?"""
     try:
         return os.path.samestat(os.stat(path), os.fstat(handle))
@@ -134,7 +138,7 @@ def is_still(path, handle):
 
 
 @contextlib.contextmanager
-def whole_file(path, **how):
+def whole_file(path: Any, **how: Any) -> Iterator[Any]:
     """A file to write text to that gets its name when all is in it: what was there before stays until then.
 
     how: more arguments of `open`. Nothing is left of it where the block fails.
@@ -149,7 +153,7 @@ def whole_file(path, **how):
             os.remove(scratch)
 
 
-def read_manifest(folder):
+def read_manifest(folder: str) -> dict | None:
     """{relative path: (bytes, SHA-256)} of a closed folder; None where its manifest is none, or names nothing."""
     path = os.path.join(folder, MANIFEST)
     try:
@@ -163,7 +167,7 @@ def read_manifest(folder):
         return None
 
 
-def path_problem(folder, name):
+def path_problem(folder: str, name: str) -> str | None:
     """Why `name` is no regular file inside a folder, or None: a link leads anywhere, a pipe or a device has no end."""
     parts = name.split(os.sep)
     if os.path.isabs(name) or os.path.normpath(name) != name or ".." in parts:
@@ -177,7 +181,7 @@ def path_problem(folder, name):
     return None
 
 
-def verify(folder, full=True):
+def verify(folder: str, full: bool = True) -> list[str]:
     """What is wrong with the files of a closed folder, one line each; nothing for a folder without a manifest.
 
     full: compare SHA-256 too; otherwise sizes only. Only regular files inside the folder are read.
@@ -189,7 +193,7 @@ def verify(folder, full=True):
     if expected is None:
         return [f"{path}: not a manifest: copy the folder again"]
 
-    def problem(name):
+    def problem(name: str) -> str | None:
         target = os.path.join(folder, name)
         try:
             if said := path_problem(folder, name):
@@ -206,12 +210,12 @@ def verify(folder, full=True):
         return [f"{line}: copy the folder again" for line in threads.map(problem, sorted(expected)) if line]
 
 
-def is_whole(folder, full=True):
+def is_whole(folder: str, full: bool = True) -> bool:
     """Was the folder closed, and are its files as they were then?"""
     return os.path.lexists(os.path.join(folder, MANIFEST)) and not verify(folder, full)
 
 
-def try_lock(path):
+def try_lock(path: Any) -> int | None:
     """A handle with the lock of a folder, None where a living process has it. OSError on file systems without locks."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -226,7 +230,7 @@ def try_lock(path):
 
 
 @contextlib.contextmanager
-def scratch_folder(parent, purpose):
+def scratch_folder(parent: str, purpose: str) -> Iterator[str]:
     """A new folder in `parent` for this process alone; it goes at the end, and with it those that the dead have left.
 
     A process holds the lock of its folder as long as it lives. Locks are not seen from other hosts everywhere, so a
@@ -257,13 +261,13 @@ def scratch_folder(parent, purpose):
             os.close(handle)
 
 
-def last_named(path):
+def last_named(path: str) -> str:
     """A path whose last part is a name: `.` and `..` get those of the folders that they are."""
     path = os.path.normpath(path)
     return os.path.abspath(path) if os.path.basename(path) in (".", "..") else path
 
 
-def numbered(parent, pattern):
+def numbered(parent: str, pattern: str) -> list[str]:
     """Names of the folders in `parent` that match a pattern with one group, the number; newest (highest) first."""
     try:
         names = os.listdir(parent)
@@ -273,7 +277,7 @@ def numbered(parent, pattern):
     return [name for _, name in sorted(found, reverse=True) if os.path.isdir(os.path.join(parent, name))]
 
 
-def remove_leftovers(parent, pattern):
+def remove_leftovers(parent: str, pattern: str) -> None:
     """Remove what a killed process has left of folders of these names, half written or half removed.
 
     A folder that was being replaced gets its name back where the new one did not get it.
@@ -289,7 +293,7 @@ def remove_leftovers(parent, pattern):
                 os.rename(path, path.removesuffix(REPLACED))
 
 
-def keep_newest(saved, pattern, limit):
+def keep_newest(saved: dict, pattern: str, limit: int) -> None:
     """Remove the folders of a kind beside `saved`, which is whole, but for it and the newest before it: `limit` in all.
 
     0: keep all. Those with a higher number, of a run that went back since, do not count and stay.
@@ -305,7 +309,7 @@ def keep_newest(saved, pattern, limit):
             print(f"\n{path} was not removed: {error.strerror}", file=sys.stderr, flush=True)
 
 
-def require_space(path, num_bytes, what):
+def require_space(path: Any, num_bytes: int, what: str) -> None:
     """UserError where `num_bytes` more do not fit on the disk of `path`, which need not exist yet."""
     place = os.path.abspath(path)
     while not os.path.exists(place):

@@ -7,6 +7,8 @@ holds nothing, and the next command takes it over. A file and not the folder its
 files that are open for writing only.
 """
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import fcntl
@@ -16,6 +18,8 @@ import socket
 import stat
 import sys
 import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from runtime.distributed import on_main
 from runtime.exits import FolderGone, UserError
@@ -32,11 +36,11 @@ holds = {}  # {absolute path: Hold} of this process
 class Hold:
     """A lock that this process has. directory, lock: handles of the folder that the lock file lies in, and of that."""
 
-    def __init__(self, said, folder, name, made, directory, lock):
+    def __init__(self, said: str, folder: str, name: str, made: Any, directory: int, lock: int) -> None:
         self.said, self.folder, self.name = said, folder, name
         self.made, self.directory, self.lock = made, directory, lock
 
-    def is_there(self):
+    def is_there(self) -> bool:
         """Is the folder where it was, with the lock file in it?"""
         try:
             return is_same(os.stat(self.folder), os.fstat(self.directory)) and lies_there(
@@ -45,7 +49,7 @@ class Hold:
         except OSError:
             return False
 
-    def end(self):
+    def end(self) -> None:
         """Let the lock go and remove its file, and folders that were made for it and are empty."""
         is_there = self.is_there()
         with contextlib.suppress(OSError):
@@ -56,12 +60,12 @@ class Hold:
         remove_empty(self.made if is_there else [])
 
 
-def is_same(one, other):
+def is_same(one: Any, other: Any) -> bool:
     """Are two results of `stat` of one file?"""
     return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
 
 
-def lies_there(name, directory, handle):
+def lies_there(name: str, directory: int, handle: int) -> bool:
     """Is an open file the one that has this name in the folder now?"""
     try:
         return is_same(os.stat(name, dir_fd=directory, follow_symlinks=False), os.fstat(handle))
@@ -69,7 +73,7 @@ def lies_there(name, directory, handle):
         return False
 
 
-def place_of(path, is_inside):
+def place_of(path: str, is_inside: bool) -> tuple[str, str]:
     """(folder, name) of the lock file of a path."""
     if is_inside:
         return path, ENDING
@@ -79,7 +83,7 @@ def place_of(path, is_inside):
     return folder or ".", f".{name}{ENDING}"
 
 
-def make_folders(folder):
+def make_folders(folder: str) -> list:
     """Make a folder with its parents; returns those that were not there, the deepest first."""
     missing, place = [], os.path.normpath(folder)
     while place and not os.path.lexists(place):
@@ -97,14 +101,14 @@ def make_folders(folder):
     return made
 
 
-def remove_empty(folders):
+def remove_empty(folders: Any) -> None:
     """Remove folders that nothing lies in."""
     for folder in folders:
         with contextlib.suppress(OSError):
             os.rmdir(folder)
 
 
-def take(path, flag, is_inside=False, seconds=0):
+def take(path: str, flag: str, is_inside: bool = False, seconds: float = 0) -> None:
     """Keep all other commands from writing to `path`, which need not be there, until `release` or the process's end.
 
     is_inside: `path` is a folder that this command works in: it is made, and the lock file lies in it; otherwise the
@@ -151,7 +155,7 @@ def take(path, flag, is_inside=False, seconds=0):
         time.sleep(POLL_SECONDS)
 
 
-def holder_in(handle, place):
+def holder_in(handle: int, place: str) -> str:
     """What a lock file says of its holder, ` (process 12 on HOST)`, or ''; UserError where it is none of ours."""
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         raise UserError(f"{place}: is no file, and the lock goes there: remove or rename it")
@@ -161,7 +165,7 @@ def holder_in(handle, place):
     return f" ({text.decode('utf-8', 'replace').strip()})" if text else ""
 
 
-def lock(handle, place):
+def lock(handle: int, place: str) -> bool:
     """Lock an open file; is it ours now? On a file system that has no locks a line says so, and it is."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -175,7 +179,7 @@ def lock(handle, place):
     return True
 
 
-def write_holder(handle):
+def write_holder(handle: int) -> None:
     """Say who holds the lock; where the disk is full nobody does."""
     try:
         os.ftruncate(handle, 0)
@@ -185,26 +189,26 @@ def write_holder(handle):
             os.ftruncate(handle, 0)
 
 
-def close(handles, made):
+def close(handles: Any, made: Any) -> None:
     """Undo what has been opened and made."""
     for handle in handles:
         os.close(handle)
     remove_empty(made)
 
 
-def release(path):
+def release(path: str) -> None:
     """Let go what `take` took; nothing where it did not."""
     if hold := holds.pop(os.path.abspath(path), None):
         hold.end()
 
 
-def release_all():
+def release_all() -> None:
     """`release` everything: the process ends."""
     for path in list(holds):
         release(path)
 
 
-def forget():
+def forget() -> None:
     """In a forked child: the locks are its parent's, and must go with it."""
     for hold in holds.values():
         os.close(hold.lock)
@@ -216,14 +220,16 @@ os.register_at_fork(after_in_child=forget)
 
 
 @contextlib.contextmanager
-def holding(path, flag="--output_path", is_inside=False, check=lambda: ()):
+def holding(
+    path: str, flag: str = "--output_path", is_inside: bool = False, check: Callable | None = lambda: ()
+) -> Iterator[None]:
     """`take` while the block runs. Collective where there are ranks: the first process holds it for all.
 
     check: called under the lock; what was true of the path before may not be any more. Returns problems, or raises
     UserError.
     """
 
-    def begin():
+    def begin() -> None:
         take(path, flag, is_inside)
         if problems := list(check()):
             raise UserError(problems[0])
@@ -235,7 +241,7 @@ def holding(path, flag="--output_path", is_inside=False, check=lambda: ()):
         release(path)
 
 
-def require_there(path):
+def require_there(path: str) -> None:
     """FolderGone where the folder in which this process holds `path` has gone; nothing where it does not hold it."""
     hold = holds.get(os.path.abspath(path))
     if hold and not hold.is_there():
@@ -245,6 +251,6 @@ def require_there(path):
         )
 
 
-def place_now(path):
+def place_now(path: str) -> str:
     """The folder that a held path's lock lies in, by a name that also works where it was renamed."""
     return f"/proc/self/fd/{holds[os.path.abspath(path)].directory}"

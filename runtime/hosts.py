@@ -1,5 +1,7 @@
 """How the processes of a run find each other: where they meet, who came, and what listens for whom."""
 
+from __future__ import annotations
+
 import base64
 import binascii
 import contextlib
@@ -14,12 +16,17 @@ import socket
 import sys
 import threading
 import time
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from runtime.distributed import free_port
 from runtime.exits import EXIT_STALLED, EXIT_WRONG_INPUT, NotStarted, UserError
 from runtime.ranks import is_main, local_rank, print_rank_0, rank, world_size
 from runtime.streams import visible
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import TCPStore
 
 START_MINUTES = 10.0  # of --start_timeout
 GROUP_TIMEOUT = datetime.timedelta(hours=2)  # of the process group: a save or an evaluation may take long
@@ -43,7 +50,7 @@ class Place(NamedTuple):
     own: str  # the address of this host on the way there
 
 
-def is_one_host():
+def is_one_host() -> bool:
     """Are all processes on this host, as far as the launcher tells?"""
     local_size = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE")
     if local_size is None and os.environ.get("MASTER_ADDR") in LOOPBACK:
@@ -51,12 +58,12 @@ def is_one_host():
     return world_size() == 1 or local_size == str(world_size())
 
 
-def is_server():
+def is_server() -> bool:
     """Is torch's store in this process? torchrun has one of its own, which all processes use."""
     return is_main() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
-def host_name():
+def host_name() -> Any:
     """This host, as messages name it."""
     return visible(socket.gethostname())
 
@@ -64,7 +71,7 @@ def host_name():
 # ---------------------------------------------------------------- the network
 
 
-def find_place():
+def find_place() -> Place:
     """The Place where the processes meet; UserError where this host knows no way to it."""
     port = os.environ.get("MASTER_PORT", "29500")
     if not port.isdecimal() or not 0 < int(port) < 1 << 16:
@@ -89,7 +96,7 @@ def find_place():
     raise UserError(f"MASTER_ADDR={name}: there is no way to it from {host_name()}: {fix}")
 
 
-def interface_of(address):
+def interface_of(address: Any) -> str | None:
     """Name of the network interface that has this address; None where there is none."""
     import psutil  # DeepSpeed needs it, too
 
@@ -99,7 +106,7 @@ def interface_of(address):
     return None
 
 
-def choose_interface(place):
+def choose_interface(place: Place) -> str:
     """Let gloo and NCCL use the interface on the way to the first process, unless the environment names another.
 
     gloo would take the address that the host's own name has, which in most /etc/hosts is one that only this host
@@ -115,7 +122,7 @@ def choose_interface(place):
 # ---------------------------------------------------------------- the meeting
 
 
-def start_distributed(device, minutes=START_MINUTES):
+def start_distributed(device: torch.device, minutes: float = START_MINUTES) -> None:
     """Join the process group (nccl on GPUs, gloo on CPUs); one process without a launcher is a group of one.
 
     minutes: how long the processes wait for each other, 0: without end. UserError for an address or a port that is not
@@ -155,14 +162,14 @@ def start_distributed(device, minutes=START_MINUTES):
     deepspeed.init_distributed(dist_backend=backend, timeout=GROUP_TIMEOUT, verbose=False)  # takes the group over
 
 
-def control_group(device):
+def control_group(device: torch.device) -> Any:
     """A process group for small numbers on the CPU: the usual one there, another one beside a GPU's. Collective."""
     import torch.distributed as dist
 
     return None if device.type == "cpu" else dist.new_group(backend="gloo")
 
 
-def meet(minutes):
+def meet(minutes: float) -> Any:
     """torch's store, when all processes are there; the first one says who they are. Collective."""
     from torch.distributed import PrefixStore
 
@@ -192,13 +199,13 @@ def meet(minutes):
     return store
 
 
-def run_key():
+def run_key() -> str:
     """The same for all processes of a run, and hardly for those of another."""
     words = [word for word in sys.argv if not word.startswith(("--local_rank", "--local-rank"))]
     return hashlib.sha256(json.dumps([world_size(), words]).encode()).hexdigest()[:16]
 
 
-def serve(place):
+def serve(place: Place) -> TCPStore:
     """torch's store with its server in this process, which listens at one address: torch would take all of them."""
     from torch.distributed import TCPStore
 
@@ -222,11 +229,11 @@ def serve(place):
     )
 
 
-def reach(place, end, minutes):
+def reach(place: Place, end: Any, minutes: float) -> Any:
     """torch's store in the first process; NotStarted where none answers until `end`."""
     from torch.distributed import TCPStore
 
-    def connect():
+    def connect() -> None:
         with contextlib.suppress(RuntimeError):  # torch's DistError
             found.append(TCPStore(place.name, place.port, is_master=False, timeout=datetime.timedelta(minutes=1)))
 
@@ -258,7 +265,7 @@ def reach(place, end, minutes):
     )
 
 
-def ask(roll, key, end):
+def ask(roll: Any, key: str, end: Any) -> Any:
     """A value of the store when it is there; None where `end` comes first, or the store has gone."""
     with contextlib.suppress(RuntimeError):  # torch's DistError
         while time.monotonic() < end:
@@ -268,7 +275,7 @@ def ask(roll, key, end):
     return None
 
 
-def call_roll(roll, end, minutes, place):
+def call_roll(roll: Any, end: Any, minutes: float, place: Place) -> dict:
     """Wait for all processes: {"hosts": [[host, interface] of each rank]}, or {"problem", "code"}."""
     missing, hosts = set(range(world_size())), {}
     while True:
@@ -294,7 +301,7 @@ def call_roll(roll, end, minutes, place):
     return {"problem": problem, "code": EXIT_STALLED}
 
 
-def describe(hosts):
+def describe(hosts: Any) -> str:
     """Hosts, with their processes and the interface, as a line."""
     counts = {}
     for host in map(tuple, hosts):
@@ -302,7 +309,7 @@ def describe(hosts):
     return ", ".join(f"{count} on {host} over {interface}" for (host, interface), count in counts.items())
 
 
-def describe_missing(ranks):
+def describe_missing(ranks: Any) -> str:
     """Ranks as a text; with their hosts, where the launcher knows them."""
     named = launched_hosts()
     groups = {}
@@ -315,7 +322,7 @@ def describe_missing(ranks):
     return "; ".join(texts)
 
 
-def launched_hosts():
+def launched_hosts() -> dict:
     """{rank: its host in the hostfile}, from the words of DeepSpeed's launcher that started this process."""
     try:
         with open(f"/proc/{os.getppid()}/cmdline", "rb") as file:
@@ -327,7 +334,7 @@ def launched_hosts():
         return {}
 
 
-def wait_for_others(roll, waits=False):
+def wait_for_others(roll: Any, waits: Any = False) -> None:
     """In the first process, whose end takes the store away: wait until the others have read the answer.
 
     waits: for those, too, that have not come yet.
@@ -341,7 +348,7 @@ def wait_for_others(roll, waits=False):
             time.sleep(POLL_SECONDS)
 
 
-def leave_word(code):
+def leave_word(code: int) -> None:
     """This process ends before it met the others: let those on other hosts know, who would wait in vain."""
     if is_one_host() or code == 0:
         return  # the launcher ends all processes of a host
@@ -359,10 +366,10 @@ def leave_word(code):
 
 
 @contextlib.contextmanager
-def ending_in(minutes):
+def ending_in(minutes: float) -> Iterator[None]:
     """End the process where the block, the start, takes longer: a library that waits cannot be interrupted."""
 
-    def end():
+    def end() -> NoReturn:
         print(
             f"\n{os.path.basename(sys.argv[0])}: error: --start_timeout {minutes:g}: {host_name()} met the other"
             " processes, but could not connect with all of them: open all ports between the hosts, or name another"
@@ -385,7 +392,7 @@ def ending_in(minutes):
 # ---------------------------------------------------------------- lifelines
 
 
-def open_lifelines(listener, token, seconds):
+def open_lifelines(listener: Any, token: Any, seconds: float) -> dict:
     """{connection: rank} of the ranks that come to a listener within `seconds` and show the token.
 
     token: bytes, TOKEN_BYTES long. Others may connect and say what they like: each has STRANGER_SECONDS and as many
@@ -394,7 +401,7 @@ def open_lifelines(listener, token, seconds):
     lines, strangers, end = {}, {}, time.monotonic() + seconds  # strangers: {connection: (bytes so far, its end)}
     size = TOKEN_BYTES + 4
 
-    def close(line):
+    def close(line: Any) -> None:
         selector.unregister(line)
         strangers.pop(line)
         line.close()
@@ -440,7 +447,7 @@ def open_lifelines(listener, token, seconds):
     return lines
 
 
-def join_lifeline(address, token, seconds):
+def join_lifeline(address: Any, token: Any, seconds: float) -> Any:
     """The connection of this rank to the first one's listener; OSError where it is not taken within `seconds`."""
     line = socket.create_connection(address, timeout=seconds)
     try:

@@ -1,16 +1,19 @@
 """Files of JSON Lines that grow while a command works, and survive its death."""
 
+from __future__ import annotations
+
 import errno
 import json
 import os
 import sys
 import threading
+from typing import Any
 
 
 class JsonLines:
     """A JSON Lines file that outlives a full disk: lines that cannot be written wait for the next one."""
 
-    def __init__(self, path, up_to_step):
+    def __init__(self, path: str, up_to_step: int) -> None:
         """Goes on after the lines up to a step; half a line of a killed process is dropped.
 
         Lines of later steps stay until they are written again: a run may go back, be killed, and go on from where it
@@ -23,19 +26,19 @@ class JsonLines:
             self.records = [record for record in found if record["step"] <= up_to_step]
             self.rewrite([record for record in found if record["step"] > up_to_step] if up_to_step else [])
 
-    def rewrite(self, later):
+    def rewrite(self, later: Any) -> None:
         """Write the file anew, whole or not at all, with these lines of later steps at its end."""
         with open(self.path + ".partial", "w", encoding="utf-8") as file:
             file.writelines(to_line(record) for record in [*self.records, *later])
         os.replace(self.path + ".partial", self.path)
         self.later = later
 
-    def add(self, record):
+    def add(self, record: dict) -> None:
         """Append a record."""
         with self.lock:
             self.append(record)
 
-    def append(self, record):
+    def append(self, record: dict) -> None:
         """`add`, for one thread at a time."""
         self.records.append(record)
         self.waiting += to_line(record).encode()
@@ -56,12 +59,12 @@ class JsonLines:
         self.is_complaining = bool(self.waiting)
 
 
-def to_line(record):
+def to_line(record: dict) -> str:
     """A record as a line of JSON."""
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def read_records(path):
+def read_records(path: str) -> list[dict[Any, Any]]:
     """The records of a JSON Lines file, those that are not whole left out; none where it is not there."""
     if not os.path.exists(path):
         return []
@@ -69,7 +72,7 @@ def read_records(path):
         return [record for line in file if (record := parse(line))]
 
 
-def parse(line):
+def parse(line: Any) -> dict | None:
     """The record in a line, None where it is not whole."""
     try:
         record = json.loads(line)

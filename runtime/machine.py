@@ -1,5 +1,7 @@
 """What this machine has: packages, memory, GPUs."""
 
+from __future__ import annotations
+
 import contextlib
 import importlib.metadata
 import io
@@ -12,14 +14,19 @@ import subprocess
 import sys
 import warnings
 from collections import namedtuple
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from runtime.exits import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 OK, NOTE, BAD = "ok", "note", "BAD"  # marks of a check
 
 
-def attempt(name, function, *values):
+def attempt(name: str, function: Callable, *values: Any) -> tuple[str, str, Any] | tuple[str, str, str]:
     """The line of a check, (mark, name, text): what the function returns, or BAD and the reason."""
     try:
         return OK, name, function(*values)
@@ -30,7 +37,7 @@ def attempt(name, function, *values):
 
 
 @contextlib.contextmanager
-def quiet():
+def quiet() -> Iterator[None]:
     """Without what libraries print and warn. stderr stays: DeepSpeed hands it to compilers as a file."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -47,7 +54,7 @@ IMPORTS = {
 }
 
 
-def output_of(*command):
+def output_of(*command: Any) -> tuple[None, str] | tuple[int, str]:
     """(exit code, output) of a program; (None, "") where it is missing or hangs."""
     try:
         process = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=30)
@@ -56,7 +63,7 @@ def output_of(*command):
     return process.returncode, process.stdout.strip() or process.stderr.strip()
 
 
-def installed(name):
+def installed(name: str) -> str | None:
     """Version of a package, None where it is missing."""
     try:
         return importlib.metadata.version(name)
@@ -64,17 +71,17 @@ def installed(name):
         return None
 
 
-def numbers(version):
+def numbers(version: Any) -> tuple[int, ...]:
     """'2.13.0+cpu' -> (2, 13, 0)."""
     return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
 
 
-def older(name, version):
+def older(name: str, version: Any) -> bool:
     """Is a package there, and older than this?"""
     return installed(name) is not None and numbers(installed(name)) < numbers(version)
 
 
-def pins(python=sys.version_info[:2]):
+def pins(python: Any = sys.version_info[:2]) -> dict:
     """{name: version} of requirements.txt for a version of Python."""
     found = {}
     for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines():
@@ -84,14 +91,14 @@ def pins(python=sys.version_info[:2]):
     return found
 
 
-def memory():
+def memory() -> tuple[int, int]:
     """(total, available) bytes of this machine."""
     with open("/proc/meminfo", encoding="ascii") as file:
         values = dict(re.findall(r"^(\w+): +(\d+) kB", file.read(), re.M))
     return int(values["MemTotal"]) * 1024, int(values["MemAvailable"]) * 1024
 
 
-def memory_limit(groups="/proc/self/cgroup", root="/sys/fs/cgroup"):
+def memory_limit(groups: Any = "/proc/self/cgroup", root: Any = "/sys/fs/cgroup") -> float:
     """Least memory limit in bytes of this process's control groups, version 1 or 2; infinite without one."""
     limits = [math.inf]
     for _, kinds, path in re.findall(r"^(\d+):(|memory):(.*)$", pathlib.Path(groups).read_text(), re.M):
@@ -118,7 +125,7 @@ class Facts:
     smi: tuple = (None, "")  # exit code and output of nvidia-smi
 
 
-def find_gpus(facts):
+def find_gpus(facts: Any) -> None:
     """Fill in the facts of GPUs."""
     facts.smi = output_of("nvidia-smi")
     facts.driver_cuda = "".join(re.findall(r"CUDA\D*Version: (\d+\.\d+)", facts.smi[1])[:1])
@@ -136,7 +143,7 @@ def find_gpus(facts):
     facts.warned = [" ".join(str(warning.message).split()) for warning in warned]
 
 
-def peak_memory(device):
+def peak_memory(device: torch.device) -> int:
     """Most memory that this process has held: on its GPU, or its resident memory on a CPU. Bytes."""
     import resource
 
@@ -150,7 +157,7 @@ def peak_memory(device):
 PACKAGES = ("torch", "transformers", "deepspeed", "peft")
 
 
-def machine():
+def machine() -> dict:
     """What the comparison runs on, and the versions."""
     with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
         names = re.findall(r"^model name\s*: (.*)$", file.read(), re.M)

@@ -1,10 +1,12 @@
 """Files as users and strangers give them: only regular ones are opened, and JSON is read within limits."""
 
+from __future__ import annotations
+
 import collections
 import json
 import os
 import stat
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from runtime.exits import UserError
 
@@ -44,7 +46,7 @@ class KeyTwice(ValueError):
     """A key that stands twice in an object."""
 
 
-def make_object(pairs):
+def make_object(pairs: Any) -> dict:
     """The object of (key, value) pairs; json alone would keep the last of two values and say nothing."""
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -52,14 +54,14 @@ def make_object(pairs):
     return found
 
 
-def whole_number(text):
+def whole_number(text: str) -> int:
     """The number of a JSON text; ValueError for more digits than any number here has."""
     if len(text) > MOST_DIGITS:
         raise ValueError(f"a whole number of {len(text)} digits")
     return int(text)
 
 
-def parse_json(text: str):
+def parse_json(text: str) -> Any:
     """The value of a JSON text; ValueError, or RecursionError for brackets by the thousand."""
     try:
         return json.loads(text, object_pairs_hook=make_object, parse_int=whole_number)
@@ -76,7 +78,7 @@ def read_json_text(path: str) -> str:
     return content.decode("utf-8-sig")
 
 
-def shown(value) -> str:
+def shown(value: Any) -> str:
     """A value of a stranger's file, short enough for a message."""
     text = repr(value[: 2 * MOST_SHOWN] if isinstance(value, str) else value)
     return text if len(text) <= MOST_SHOWN else text[: MOST_SHOWN - 3] + "..."

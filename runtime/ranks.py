@@ -1,9 +1,12 @@
 """Which process of a launch this one is, from the variables that launchers set."""
 
+from __future__ import annotations
+
 import os
+from typing import Any
 
 
-def launched_number(name, alone):
+def launched_number(name: str, alone: bool) -> int:
     """A number that the launcher gives each process; `alone` where there is one process, or no launcher.
 
     Variables that an earlier launch left in the shell name no rank: see `launcher_problem`.
@@ -12,7 +15,7 @@ def launched_number(name, alone):
     return int(os.environ.get(name) or alone) if is_launched else alone
 
 
-def launcher_problem():
+def launcher_problem() -> str | None:
     """What is wrong with the launcher's variables, or None: those of a launcher are there together, or none is."""
     values = {name: os.environ[name] for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK") if os.environ.get(name)}
     for name, value in values.items():
@@ -28,32 +31,32 @@ def launcher_problem():
     return None
 
 
-def rank():
+def rank() -> bool:
     """Number of this process over all hosts, 0 without a launcher."""
     return launched_number("RANK", 0)
 
 
-def local_rank():
+def local_rank() -> bool:
     """Number of this process on its host, 0 without a launcher."""
     return launched_number("LOCAL_RANK", 0)
 
 
-def is_main():
+def is_main() -> bool:
     """Is this the first process of all hosts? True without a launcher."""
     return rank() == 0
 
 
-def is_local_main():
+def is_local_main() -> bool:
     """Is this the first process of its host?"""
     return local_rank() == 0
 
 
-def world_size():
+def world_size() -> bool:
     """Number of processes over all hosts, 1 without a launcher."""
     return launched_number("WORLD_SIZE", 1)
 
 
-def print_rank_0(*values, **kwargs):
+def print_rank_0(*values: Any, **kwargs: Any) -> None:
     """Print on the first process only."""
     if is_main():
         print(*values, **kwargs, flush=True)

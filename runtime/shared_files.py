@@ -1,7 +1,10 @@
 """What all hosts of a run must have: the output folder that they share, the same rows."""
 
+from __future__ import annotations
+
 import os
 import time
+from typing import Any
 
 from runtime.distributed import on_main
 from runtime.exits import UserError
@@ -11,7 +14,7 @@ from runtime.ranks import is_local_main, world_size
 SHARE_SECONDS = 10  # a network file system may show a new file to other hosts late
 
 
-def check_shared(folder):
+def check_shared(folder: str) -> None:
     """UserError where a host does not see what the first process writes into this folder. Collective.
 
     The states of a run have files of every process, and lie in one folder.
@@ -21,7 +24,7 @@ def check_shared(folder):
     if is_one_host():
         return
 
-    def write():
+    def write() -> str:
         os.makedirs(folder, exist_ok=True)
         name = os.path.join(folder, f".shared-{os.urandom(8).hex()}")
         with open(name, "x", encoding="utf-8"):
@@ -44,7 +47,7 @@ def check_shared(folder):
         )
 
 
-def check_same(what, value):
+def check_same(what: str, value: Any) -> None:
     """UserError where a value, such as the hash of a file, is not that of the first process. Collective."""
     import torch.distributed as dist
 

@@ -4,6 +4,8 @@ A thread in each process looks every second. Between the processes it keeps life
 first one. The system closes them where a process dies, however it dies and whatever the others wait for.
 """
 
+from __future__ import annotations
+
 import contextlib
 import faulthandler
 import os
@@ -15,6 +17,8 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 from runtime.entry import listen, listen_as_before, prepare_streams
 from runtime.exits import EXIT_LEFT, EXIT_STALLED, NotStarted, ending, fail
@@ -34,7 +38,7 @@ KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 class Watch:
     """The watch of one process. `asked` says why the run should leave, or is None."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.asked = None
         self.is_training = False
         self.step_timeout = 0
@@ -43,7 +47,7 @@ class Watch:
         self.thread = None
         self.is_over = threading.Event()
 
-    def start(self, output_dir, step_timeout):
+    def start(self, output_dir: str, step_timeout: float) -> None:
         """Watch from now on; the process group must be there. step_timeout: seconds, 0 is off. Collective."""
         self.output_dir, self.step_timeout = output_dir, step_timeout
         self.launchers = launchers()
@@ -52,7 +56,7 @@ class Watch:
         self.thread = threading.Thread(target=self.look, daemon=True, name="watch")
         self.thread.start()
 
-    def connect(self):
+    def connect(self) -> None:
         """Make the lifelines. Collective."""
         import torch.distributed as dist
 
@@ -78,7 +82,7 @@ class Watch:
         if problem:  # a wall between the hosts: the run works, but the death of a process shows late
             print(f"note: no connection to watch the processes of other hosts: {problem}", file=sys.stderr, flush=True)
 
-    def on_signal(self, number, frame):
+    def on_signal(self, number: Any, frame: Any) -> None:
         """Leave when the step is done. More signals change nothing: launchers send several."""
         is_news, name = self.asked is None, SAID.get(number) or signal.Signals(number).name
         self.asked = self.asked or name
@@ -88,23 +92,23 @@ class Watch:
         if is_news and not self.is_training:
             sys.exit(EXIT_LEFT)
 
-    def begin(self, step, rows, row_numbers):
+    def begin(self, step: int, rows: Any, row_numbers: list[int]) -> None:
         """A micro-batch of a step begins, of these rows of `rows`: `--step_timeout` counts from here."""
         self.is_training = True
         self.work = (time.monotonic(), step, rows, row_numbers)
 
-    def rest(self):
+    def rest(self) -> None:
         """No step is being worked on; what follows (a save) may take its time."""
         self.work = None
 
-    def look(self):
+    def look(self) -> None:
         """The thread. Where it fails the run ends: the death of a process would go unnoticed from then on."""
         try:
             self.look_around()
         except Exception as error:
             self.leave_at_once(1, f"the watch over the processes failed: {error!r}")
 
-    def look_around(self):
+    def look_around(self) -> None:
         """Wait for news from the other processes, and look at the clock and the launcher."""
         selector = selectors.DefaultSelector()
         for line in self.lines:
@@ -118,7 +122,7 @@ class Watch:
             if work and self.step_timeout and time.monotonic() - work[0] > self.step_timeout:
                 self.stalled()
 
-    def hear(self, line, selector):
+    def hear(self, line: Any, selector: Any) -> None:
         """News from another process: it ends, it stalls, or it is dead (and the connection at its end)."""
         try:
             words = line.recv(100).decode().split()
@@ -138,18 +142,18 @@ class Watch:
             self.tell(f"end {code}")
             self.leave_at_once(code)
 
-    def tell(self, message):
+    def tell(self, message: str) -> None:
         """Send a message over all lifelines."""
         for line in list(self.lines):
             with contextlib.suppress(OSError):
                 line.sendall(f"{message}\n".encode())
 
-    def end(self, code):
+    def end(self, code: int) -> None:
         """This process ends now with this exit code: no longer watch, and let the others know."""
         self.is_over.set()
         self.tell(f"end {code}")
 
-    def leave_at_once(self, code, message=None):
+    def leave_at_once(self, code: int, message: str | None = None) -> NoReturn:
         """End the process although its main thread waits for something that will never come."""
         if message:
             print(f"\ntrain.py: error: {message}", file=sys.stderr)
@@ -159,7 +163,7 @@ class Watch:
         sys.stderr.flush()
         os._exit(code)
 
-    def stalled(self):
+    def stalled(self) -> NoReturn:
         """Write down what every process was doing, then end."""
         self.tell("stalled")
         path = os.path.join(self.output_dir, f"stalled-rank-{rank()}.txt")
@@ -176,14 +180,14 @@ class Watch:
         )
 
 
-def finish_closing():
+def finish_closing() -> None:
     """Let the thread that closes a state come to its end: all ranks have written theirs, it must not be lost."""
     for thread in threading.enumerate():
         if thread.name == CLOSING:
             thread.join(CLOSING_SECONDS)
 
 
-def keep_alive(line):
+def keep_alive(line: Any) -> Any:
     """Let the system notice a host that is gone."""
     line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in KEEP_ALIVE.items():
@@ -192,7 +196,7 @@ def keep_alive(line):
     return line
 
 
-def launchers(number=2):
+def launchers(number: Any = 2) -> list:
     """Process ids of the DeepSpeed launcher's processes above this one, at most `number`.
 
     `deepspeed` starts a second process, which starts the ranks; a signal to the first one alone does not reach them.
@@ -213,7 +217,7 @@ def launchers(number=2):
 
 
 @contextlib.contextmanager
-def together():
+def together() -> Iterator[Any]:
     """Run a command whose processes end together, with one exit code; what the user can mend is one line (`ending`).
 
     Yields the watch, to be started when the process group is there.
@@ -245,7 +249,7 @@ def together():
         listen_as_before(before)
 
 
-def end_process_group(code):
+def end_process_group(code: int) -> None:
     """Leave at once where the process group is still there: its threads may abort an interpreter that ends (gloo)."""
     if "torch" not in sys.modules:  # --help, or a wrong flag
         return

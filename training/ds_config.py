@@ -1,8 +1,12 @@
 """The DeepSpeed JSON: found, read, checked against the flags, filled in."""
 
+from __future__ import annotations
+
+import argparse
 import difflib
 import json
 import os
+from typing import Any
 
 from runtime.exits import UserError
 from training.optimizer import ADAM
@@ -22,7 +26,7 @@ INSTEAD = {"activation_checkpointing": "--gradient_checkpointing"}  # names that
 CONFIG_FOLDER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
 
 
-def find_ds_file(name):
+def find_ds_file(name: str) -> str:
     """Path of `--ds_file`: as given, or inside configs/. UserError where neither exists."""
     for path in (name, os.path.join(CONFIG_FOLDER, name)):
         if os.path.isfile(path):
@@ -31,17 +35,17 @@ def find_ds_file(name):
     raise UserError(f"--ds_file {name}: no such file here or in configs/: use one of {known} or give a path")
 
 
-def is_own_file(path):
+def is_own_file(path: str) -> bool:
     """Is a file one of configs/, which come with the program?"""
     return os.path.dirname(os.path.abspath(path)) == CONFIG_FOLDER
 
 
-def what_counts(config):
+def what_counts(config: Any) -> dict:
     """The part of a file that decides a run: without names that mean nothing, and without what flags give."""
     return {key: value for key, value in config.items() if key in NAMES and key not in ("optimizer", "checkpoint")}
 
 
-def read_ds_file(name):
+def read_ds_file(name: str) -> dict:
     """The JSON object of `--ds_file`; UserError that names file and fault."""
     config = read_json(find_ds_file(name))
     for key in config:
@@ -68,7 +72,7 @@ def read_ds_file(name):
     return config
 
 
-def value_at(config, path, default="auto"):
+def value_at(config: Any, path: str, default: Any = "auto") -> Any:
     """The value at a dotted path of the JSON; `default` where a part of the path is absent."""
     for key in path.split("."):
         if not isinstance(config, dict) or key not in config:
@@ -77,7 +81,7 @@ def value_at(config, path, default="auto"):
     return config
 
 
-def values_of_flags(args, world_size):
+def values_of_flags(args: argparse.Namespace, world_size: int) -> dict:
     """{key path in the DeepSpeed JSON: (flag, value)} for everything that flags decide."""
     batch = args.per_device_train_batch_size
     accumulation = args.gradient_accumulation_steps
@@ -91,7 +95,7 @@ def values_of_flags(args, world_size):
     }
 
 
-def conflicts(config, args, world_size):
+def conflicts(config: Any, args: argparse.Namespace, world_size: int) -> list:
     """Problems: values that the file and the flags give differently ("auto" and equal values are fine)."""
     problems = []
     for path, (flag, value) in values_of_flags(args, world_size).items():
@@ -126,7 +130,7 @@ def conflicts(config, args, world_size):
     return problems
 
 
-def wanted_precision(config, precision):
+def wanted_precision(config: Any, precision: str) -> str:
     """--precision, or where that is auto the one that the file switches on."""
     if precision == "auto":
         for name in ("bf16", "fp16"):
@@ -135,7 +139,9 @@ def wanted_precision(config, precision):
     return precision
 
 
-def complete_config(config, args, world_size, precision, load_universal=False):
+def complete_config(
+    config: Any, args: argparse.Namespace, world_size: int, precision: str, load_universal: bool = False
+) -> Any:
     """The configuration that DeepSpeed gets: the file, with what the flags decide filled in.
 
     load_universal: a state was converted for this number of processes and will be loaded.
@@ -162,7 +168,7 @@ def complete_config(config, args, world_size, precision, load_universal=False):
     return config
 
 
-def check_config(config, name):
+def check_config(config: Any, name: str) -> None:
     """Refuse, in one line, a configuration that DeepSpeed itself refuses: `name` is the file that it came from."""
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
     from pydantic import ValidationError
@@ -177,6 +183,6 @@ def check_config(config, name):
         raise UserError(f"--ds_file {name}: {' '.join(str(error).split())}: DeepSpeed refuses it") from error
 
 
-def offloads(config):
+def offloads(config: Any) -> Any:
     """Does the configuration keep optimizer state in host memory?"""
     return value_at(config, "zero_optimization.offload_optimizer.device", "none") != "none"

@@ -1,7 +1,11 @@
 """Which state a run goes on from, and whether it is that of this run."""
 
+from __future__ import annotations
+
+import argparse
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from checkpoints.opening import CHECKPOINT
 from checkpoints.state_checks import STATE, check_range, read_info, state_problems
@@ -12,6 +16,10 @@ from runtime.folders import file_entry, numbered, remove_leftovers, whole_file
 from training.ds_config import what_counts
 from training.going_on import start_hashes
 from utils import dump_json, read_json
+
+if TYPE_CHECKING:
+    from rows.batches import Split
+    from training.setup import Setup
 
 FINGERPRINT_FILE = "fingerprint.json"  # in the run's folder
 # What may differ between a run and the one that goes on: where things lie (their contents are compared), what is
@@ -24,7 +32,9 @@ FREE_FLAGS = (
 ).split()
 
 
-def choose_state(args, current, split, num_steps):
+def choose_state(
+    args: argparse.Namespace, current: dict, split: Split, num_steps: int
+) -> tuple[str | None, dict | None]:
     """(folder, state.json) of the state that `--resume` means, checked against this run; (None, None): begin anew.
 
     current: the run's `fingerprint`. num_steps: its updates. UserError names what differs. For the first process.
@@ -48,7 +58,7 @@ def choose_state(args, current, split, num_steps):
     return folder, info
 
 
-def check_own_folder(output_dir, current):
+def check_own_folder(output_dir: str, current: dict) -> None:
     """May a run begin anew where no state is? UserError where the folder has checkpoints of another run."""
     kept = numbered(output_dir, CHECKPOINT)
     path = os.path.join(output_dir, FINGERPRINT_FILE)
@@ -60,7 +70,7 @@ def check_own_folder(output_dir, current):
         )
 
 
-def find_state(resume, output_dir):
+def find_state(resume: str | None, output_dir: str) -> tuple[str | None, list[str]]:
     """(folder of the state to resume from or None, lines that say what was skipped) for `--resume`.
 
     auto: the newest whole state in output_dir. UserError where a named state is not whole.
@@ -79,7 +89,7 @@ def find_state(resume, output_dir):
     return None, skipped
 
 
-def fingerprint(args, base_folder, rows_key, setup, optimizer_name):
+def fingerprint(args: argparse.Namespace, base_folder: str, rows_key: str, setup: Setup, optimizer_name: str) -> dict:
     """Everything that decides the weights of a run besides the split of its updates: {name: value}.
 
     Reads the base weights once, for their SHA-256.
@@ -101,13 +111,13 @@ def fingerprint(args, base_folder, rows_key, setup, optimizer_name):
     }
 
 
-def write_fingerprint(output_dir, current):
+def write_fingerprint(output_dir: str, current: dict) -> None:
     """Say in the run's folder, before anything else lies there, whose it is: whole or not at all."""
     with whole_file(os.path.join(output_dir, FINGERPRINT_FILE)) as file:
         dump_json(current, file)
 
 
-def differences(saved, current):
+def differences(saved: dict, current: dict) -> list:
     """What differs between two fingerprints, one line each."""
     lines = []
     for name in sorted({*saved, *current}):
@@ -123,7 +133,7 @@ def differences(saved, current):
     return [line for line in lines if line.startswith("--")] or lines
 
 
-def check_same_run(folder, info, current, split):
+def check_same_run(folder: str, info: dict, current: dict, split: Split) -> list:
     """Is this the run that saved the state? UserError names what differs. Returns notes on why bits may differ.
 
     split: (micro-batch, accumulation, processes). Another split is fine where an update has as many rows.

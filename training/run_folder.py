@@ -1,5 +1,8 @@
 """What a run leaves in its folder: checkpoints, the best one, states to resume from, and how many are kept."""
 
+from __future__ import annotations
+
+import argparse
 import contextlib
 import functools
 import os
@@ -7,6 +10,7 @@ import shutil
 import sys
 import threading
 from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from checkpoints.opening import CHECKPOINT, RUN_FILE, read_run
 from checkpoints.saving import describe_run, save_checkpoint
@@ -22,6 +26,10 @@ from runtime.watchdog import CLOSING
 from train_types import count_parameters
 from training.resuming import FREE_FLAGS
 
+if TYPE_CHECKING:
+    from checkpoints.progress import Progress
+    from training.setup import Setup
+
 STATES_KEPT = 2  # without --save_total_limit: should one turn out damaged, there is another
 
 
@@ -31,17 +39,19 @@ class RunFolder:
     compared: what a state is compared with when it is resumed from, {"fingerprint", "split"}.
     """
 
-    def __init__(self, args, base, setup, engine, log, compared):
+    def __init__(
+        self, args: argparse.Namespace, base: Any, setup: Setup, engine: Any, log: Any, compared: dict
+    ) -> None:
         self.args, self.base, self.setup, self.engine = args, base, setup, engine
         self.log, self.compared = log, compared
         self.problem, self.is_closing, self.closing = None, False, None
 
     @functools.cached_property
-    def counts(self):
+    def counts(self) -> Any:
         """(trained, all) numbers of weights."""
         return count_parameters(self.engine.module)
 
-    def require(self):
+    def require(self) -> None:
         """FolderGone on the first process where --output_dir was removed or renamed; the others end by the watch.
 
         Where it was renamed, nothing half written is left in it.
@@ -56,7 +66,7 @@ class RunFolder:
             print(file=sys.stderr)  # off the bar's line
             raise
 
-    def save_weights(self, step, epoch, name=None, **more):
+    def save_weights(self, step: int, epoch: int, name: str | None = None, **more: Any) -> None:
         """A checkpoint epoch-E-step-S, or one with a name of its own; more: what else its run.json says."""
         self.finish_state()
         path = os.path.join(self.args.output_dir, name or f"epoch-{epoch}-step-{step}")
@@ -70,12 +80,12 @@ class RunFolder:
         if self.problem is None:
             on_main(lambda: keep_newest(path, CHECKPOINT, self.args.save_total_limit))
 
-    def take_best(self, state, step):
+    def take_best(self, state: dict, step: int) -> None:
         """Copy best/, the weights of this step, from beside a state that lies in another folder. Collective."""
         path = os.path.join(self.args.output_dir, "best")
         source = os.path.join(os.path.dirname(os.path.abspath(state)), "best")
 
-        def copy():
+        def copy() -> None:
             try:
                 if os.path.exists(path):
                     return
@@ -91,14 +101,14 @@ class RunFolder:
 
         on_main(copy)
 
-    def is_own(self, run):
+    def is_own(self, run: dict) -> Any:
         """Is a run.json of this run, as far as it tells?"""
         flags = {name: value for name, value in vars(self.args).items() if name not in FREE_FLAGS}
         told = run["flags"] if isinstance(run.get("flags"), dict) else {}
         is_same_base = run.get("base_fingerprint", self.base.fingerprint) == self.base.fingerprint
         return is_same_base and all(told.get(name, value) == value for name, value in flags.items())
 
-    def save_state(self, progress):
+    def save_state(self, progress: Progress) -> None:
         """A state state-step-S of all ranks. The loop waits until it is written; flushing, hashing and naming it is
         done by a thread of the first process while the training goes on."""
         self.finish_state()
@@ -117,7 +127,7 @@ class RunFolder:
             self.closing = Closing(path, {**values, "world_size": world_size()}, sizes, self.args, self.log)
             self.closing.start()
 
-    def finish_state(self):
+    def finish_state(self) -> None:
         """Wait until the last state has its name. Collective."""
         if self.is_closing:
             self.is_closing = False
@@ -128,12 +138,12 @@ class RunFolder:
 class Closing(threading.Thread):
     """Gives a written state its name, and removes the oldest; says so when that is done."""
 
-    def __init__(self, path, info, sizes, args, log):
+    def __init__(self, path: str, info: dict, sizes: dict, args: argparse.Namespace, log: Any) -> None:
         super().__init__(name=CLOSING, daemon=True)
         self.path, self.info, self.sizes, self.args, self.log = path, info, sizes, args, log
         self.problem = None
 
-    def run(self):
+    def run(self) -> None:
         try:
             close_state(self.path, self.info, self.sizes)
             keep_newest(self.path, STATE, self.args.save_total_limit or STATES_KEPT)
@@ -145,13 +155,13 @@ class Closing(threading.Thread):
             return  # the main thread says so
         self.log.saved(self.info["progress"]["step"], self.path, self.problem)
 
-    def result(self):
+    def result(self) -> str | None:
         """Why it could not be done, or None; waits for the end."""
         self.join()
         return self.problem
 
 
-def last_checkpoint(output_dir):
+def last_checkpoint(output_dir: str) -> str | None:
     """The last checkpoint of a run that has come to its end; None where it has not, or the checkpoint is not whole."""
     for event in reversed(read_records(os.path.join(output_dir, "events.jsonl"))):
         if event["event"] == "done":

@@ -1,9 +1,13 @@
 """What a run shows and keeps: progress bar, train_log.jsonl, events.jsonl, TensorBoard, loss.png. On rank 0 only."""
 
+from __future__ import annotations
+
 import math
 import os
 import sys
 import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from evaluation.metrics import METRICS
 from reports.plots import picture
@@ -13,18 +17,21 @@ from runtime.ranks import is_main, print_rank_0
 from runtime.streams import progress_bar
 from utils import name_rows
 
+if TYPE_CHECKING:
+    from checkpoints.progress import Progress
+
 
 class Speed:
     """Tokens per second since it was last taken."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.num_tokens, self.start = 0, time.monotonic()
 
-    def count(self, num_tokens):
+    def count(self, num_tokens: int) -> None:
         """These are done, too."""
         self.num_tokens += num_tokens
 
-    def take(self):
+    def take(self) -> float | None:
         """The speed, and begin again."""
         now = time.monotonic()
         speed = per_second(self.num_tokens, now - self.start)
@@ -32,7 +39,7 @@ class Speed:
         return speed
 
 
-def per_second(amount, seconds):
+def per_second(amount: float, seconds: float) -> float | None:
     """A rate; None where no time has passed: no clock is so fine."""
     return amount / seconds if seconds > 0 else None
 
@@ -40,7 +47,7 @@ def per_second(amount, seconds):
 class RunLog:
     """Writes one record at a time to every place; does nothing on other ranks."""
 
-    def __init__(self, output_dir, num_steps, step=0, evaluated_step=None):
+    def __init__(self, output_dir: str, num_steps: int, step: int = 0, evaluated_step: int | None = None) -> None:
         """step: updates that are done already, where a run is resumed: its log goes on after them; evaluated_step:
         those whose evaluation is done, left out: the same."""
         evaluated_step = step if evaluated_step is None else evaluated_step
@@ -66,12 +73,12 @@ class RunLog:
             total=num_steps, initial=step, desc="training", unit="step", dynamic_ncols=True, mininterval=interval
         )
 
-    def event(self, step, event, **values):
+    def event(self, step: int, event: str, **values: Any) -> None:
         """Keep something that happened at a step and is not a figure: a save, a spike, the end."""
         if self.enabled:
             self.events.add({"step": step, "event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **values})
 
-    def bad_rows(self, messages):
+    def bad_rows(self, messages: list[str]) -> None:
         """Keep what is wrong with each row that was left out: bad_rows.txt."""
         if not self.enabled or not messages:
             return
@@ -82,12 +89,12 @@ class RunLog:
         except OSError as error:
             print(f"{path}: {error.strerror}: the run goes on without it", file=sys.stderr, flush=True)
 
-    def saved(self, step, path, problem):
+    def saved(self, step: int, path: str, problem: str | None) -> None:
         """A checkpoint or state is saved, or not, and why."""
         print_rank_0(f"\n{path} was not saved, the run goes on: {problem}" if problem else f"\nsaved {path}")
         self.event(step, "not saved" if problem else "saved", path=path, **({"problem": problem} if problem else {}))
 
-    def evaluated(self, step, scores, is_best):
+    def evaluated(self, step: int, scores: dict, is_best: bool) -> None:
         """Figures over the held-out rows: eval_log.jsonl, TensorBoard and a line."""
         if not self.enabled:
             return
@@ -98,11 +105,11 @@ class RunLog:
         shown = ", ".join(f"{name} {scores[name]:.4g}" for name in names)
         print(f"\nstep {step}: evaluation: {shown}{' (the best so far)' if is_best else ''}", flush=True)
 
-    def seconds(self):
+    def seconds(self) -> Any:
         """Since the run began, the time before it was resumed included."""
         return time.monotonic() - self.started
 
-    def done(self, progress, trained, total, peak_memory):
+    def done(self, progress: Progress, trained: int, total: int, peak_memory: int) -> None:
         """The run has come to its end; what it took."""
         self.event(
             progress.step,
@@ -116,18 +123,26 @@ class RunLog:
             best_value=progress.best_value,
         )
 
-    def spike(self, step, loss, usual_loss, places):
+    def spike(self, step: int, loss: float, usual_loss: float, places: Any) -> None:
         """The loss of an update is far above the usual one: keep the places of its rows, and show the first."""
         places = list(places)
         print_rank_0(f"\nstep {step}: loss {loss:.4f}, usually {usual_loss:.4f}; rows {name_rows(places)}")
         self.event(step, "loss spike", loss=loss, usual_loss=usual_loss, rows=places)
 
-    def advance(self):
+    def advance(self) -> None:
         """One update is done."""
         if self.enabled:
             self.bar.update()
 
-    def record(self, step, epoch, loss, learning_rate, grad_norm, tokens_per_second):
+    def record(
+        self,
+        step: int,
+        epoch: int,
+        loss: float | None,
+        learning_rate: float,
+        grad_norm: float | None,
+        tokens_per_second: float,
+    ) -> None:
         """Show and keep one line of figures. loss: per supervised token; grad_norm: before clipping.
 
         What is not finite is kept as null: JSON has no other word for it.
@@ -156,7 +171,7 @@ class RunLog:
             refresh=sys.stderr.isatty(),
         )
 
-    def add_scalar(self, name, value, step):
+    def add_scalar(self, name: str, value: Any, step: int) -> None:
         """A point of TensorBoard's curves, which end where the disk is full."""
         if self.writer is None:
             return
@@ -166,7 +181,7 @@ class RunLog:
             print(f"\ntensorboard: {error.strerror}: its curves end here", file=sys.stderr, flush=True)
             self.writer = None
 
-    def close(self):
+    def close(self) -> None:
         """Draw loss.png and close the files."""
         if not self.enabled:
             return
@@ -180,10 +195,10 @@ class RunLog:
             print(f"\n{self.output_dir}: {error.strerror}: no loss.png", file=sys.stderr, flush=True)
 
 
-def draw_loss(records, path, evaluations=()):
+def draw_loss(records: list[dict], path: str, evaluations: Sequence[dict] = ()) -> None:
     """Loss, that of held-out rows where there are any, and learning rate over the updates, as a PNG."""
 
-    def curve(axis, lines, **style):
+    def curve(axis: Any, lines: Sequence[dict], **style: Any) -> None:
         losses = [math.nan if line["loss"] is None else line["loss"] for line in lines]
         axis.plot([line["step"] for line in lines], losses, marker=".", **style)
 
@@ -202,7 +217,7 @@ def draw_loss(records, path, evaluations=()):
         rate.set_ylim(bottom=0)
 
 
-def end(output_dir, progress, is_last, problem):
+def end(output_dir: str, progress: Progress, is_last: bool, problem: str | None) -> None:
     """The last words of a run: it is done, or it leaves because it was asked to."""
     step, num_left_out = progress.step, progress.step - progress.num_applied
     if num_left_out:

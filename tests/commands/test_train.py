@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import predict
 import train
 from checkpoints.opening import load_opened, open_checkpoint
+from training import setup
 
 BASE = str(GOLDEN_FOLDERS["glm3"])
 SHORT = 40  # --max_src_len
@@ -67,8 +68,8 @@ def runs(tmp_path_factory):
     before, patch, num_threads = dict(os.environ), pytest.MonkeyPatch(), torch.get_num_threads()
     torch.set_num_threads(1)  # the model is too small for two
     # DeepSpeed keeps the process group: one serves all runs.
-    start = train.start_distributed
-    patch.setattr(train, "start_distributed", lambda *values: torch.distributed.is_initialized() or start(*values))
+    start = setup.start_distributed
+    patch.setattr(setup, "start_distributed", lambda *values: torch.distributed.is_initialized() or start(*values))
     patch.setattr(train, "stop_distributed", lambda engine: engine.destroy())
     patch.setattr(train, "check_skipped", lambda *values: NOTED["skipped"].append(values[:3]))
     for name, more in (

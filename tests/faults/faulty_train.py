@@ -24,10 +24,8 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from checkpoints import states  # noqa: E402
-from runtime import (
-    folders,  # noqa: E402
-    watchdog,  # noqa: E402
-)
+from runtime import folders, watchdog  # noqa: E402
+from training import setup  # noqa: E402
 
 POINTS = ("before a file", "after a file", "before the manifest", "before the rename", "after the rename")
 REPLACING = "between the renames"  # reached only where a folder of the name is there already
@@ -94,7 +92,7 @@ def hang(rank, step):
 def nan(step):
     """The loss is not finite in a step: a weight is not."""
     begin = watchdog.Watch.begin
-    load_base = train.load_base
+    load_base = setup.load_base
     models = []
 
     def loaded(*args, **kwargs):
@@ -110,12 +108,12 @@ def nan(step):
                 parameter = next(p for n, p in models[0].named_parameters() if "layers.1.mlp.dense_4h_to_h" in n)
                 parameter.view(-1)[0] = float("nan")
 
-    train.load_base, watchdog.Watch.begin = loaded, spoil
+    setup.load_base, watchdog.Watch.begin = loaded, spoil
 
 
 def inf(step):
     """The gradients are not finite from a step on."""
-    begin, count_parameters = watchdog.Watch.begin, train.count_parameters
+    begin, count_parameters = watchdog.Watch.begin, setup.count_parameters
     now = []
 
     def hooked(model):
@@ -128,7 +126,7 @@ def inf(step):
         now.append(number)
         begin(self, number, *rows)
 
-    train.count_parameters, watchdog.Watch.begin = hooked, note
+    setup.count_parameters, watchdog.Watch.begin = hooked, note
 
 
 def ask(step):

@@ -23,6 +23,7 @@ from flags import common
 from modes import MODES
 from rows import cache as row_cache
 from runtime import hosts, watchdog
+from training import setup
 
 ROOT = Path(common.__file__).resolve().parent.parent
 FOLDERS = {mode.name: ROOT / "tests" / "golden" / mode.package for mode in MODES.values()}
@@ -123,7 +124,7 @@ class Sandbox:
 
     def allow_weights(self):
         """For errors that show only when weights are read."""
-        for module in (base_weights, opening):
+        for module in (base_weights, opening, setup):
             self.monkeypatch.setattr(module, "load_base", LOAD_BASE)
 
 
@@ -144,9 +145,10 @@ def sandbox(tmp_path, tmp_path_factory, monkeypatch, capsys):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(row_cache, "cache_folder", lambda: str(cache))
-    for module in (base_weights, opening):
+    for module in (base_weights, opening, setup):
         monkeypatch.setattr(module, "load_base", too_late)
-    monkeypatch.setattr(hosts, "start_distributed", lambda device, minutes=0: None)
+    for module in (hosts, setup):
+        monkeypatch.setattr(module, "start_distributed", lambda device, minutes=0: None)
     monkeypatch.setattr(watchdog.Watch, "start", lambda *args: None)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: int(os.environ.get("RANK", "0")))
     environment = dict(os.environ)
