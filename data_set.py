@@ -36,8 +36,8 @@ def load_data(args: argparse.Namespace, tokenizer: SentencePieceTokenizer, mode:
         print_rank_0(describe_counts(counts, args.max_len, args.max_src_len, args.is_skip, what))
         return found
 
-    rows = encoded(args.train_path)
-    held_out = encoded(args.eval_path, "held-out rows") if args.eval_path else None
+    rows: EncodedRows | RowSet = encoded(args.train_path)
+    held_out: EncodedRows | RowSet | None = encoded(args.eval_path, "held-out rows") if args.eval_path else None
     if args.eval_ratio:
         rows, held_out = hold_out(rows, args.eval_ratio, args.seed)
     if args.replay_path:

@@ -125,7 +125,7 @@ def place_line(name: str, path_of: Any, least: int, use: Any, mark: str) -> tupl
     return NOTE if free < least else OK, name, f"{size_text(free)} free at {path} ({use})"
 
 
-def machine_lines(facts: Any) -> Iterator[tuple[str, str, str]]:
+def machine_lines(facts: Any) -> Iterator[Any]:
     """System, cores, memory, disks, limits."""
     yield OK if sys.platform == "linux" else BAD, "system", f"{platform.platform()} (Linux is needed)"
     yield OK, "CPU cores", f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} may be used"
@@ -259,10 +259,10 @@ def row_lines(path: str, args: argparse.Namespace) -> Iterator[tuple[str, str, s
         yield NOTE if found.num_changed else OK, name, text
 
 
-def show(title: str, lines: list[str]) -> list:
+def show(title: str, lines: Iterator[Any]) -> list[str]:
     """Print a section as it comes; returns the marks."""
     print(f"\n{visible(title)}", flush=True)
-    lines, marks = iter(lines), []
+    marks: list[str] = []
     while True:
         found = attempt("not looked at", next, lines, None)  # a library that is missing ends its own section only
         line = found if found[0] == BAD else found[2]
@@ -270,7 +270,7 @@ def show(title: str, lines: list[str]) -> list:
             return marks
         marks.append(line[0])
         text = f"  {line[0]:<4}  {visible(line[1]):<14}  {visible(line[2])}"
-        indent = {"subsequent_indent": " " * 24, "break_long_words": False, "break_on_hyphens": False}
+        indent: dict[str, Any] = {"subsequent_indent": " " * 24, "break_long_words": False, "break_on_hyphens": False}
         print(textwrap.fill(text, 100, **indent), flush=True)
 
 

@@ -58,7 +58,7 @@ def merge(args: argparse.Namespace, output_dir: str) -> None:
     import torch
 
     # In float32 from end to end: the delta is added before anything is rounded to the checkpoint's precision.
-    model = load_base_and_trained(opened, config, torch.float32, device, args.allow_other_base).eval()
+    model: Any = load_base_and_trained(opened, config, torch.float32, device, args.allow_other_base).eval()
     ids = torch.tensor([opened.mode.prompt.encode_prompt(tokenizer, SAMPLE)[0]], device=device)
     with torch.no_grad():
         with model.disable_adapter():
@@ -90,7 +90,7 @@ def compare(
     base_logits: torch.Tensor, adapter_logits: torch.Tensor, merged_logits: torch.Tensor, rounded_logits: torch.Tensor
 ) -> dict:
     """Largest differences of logits on the sample; UserError where the merged model answers differently."""
-    check = {
+    check: dict[str, Any] = {
         "max_difference": (merged_logits - adapter_logits).abs().max().item(),
         "max_difference_saved": (rounded_logits - adapter_logits).abs().max().item(),
         "adapter_effect": (adapter_logits - base_logits).abs().max().item(),

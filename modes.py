@@ -17,6 +17,8 @@ MODES: dict[str, Family] = {
 # The linear layers of any family that can get matrices, by the last part of their names.
 LORA_TARGETS = tuple(dict.fromkeys(target for mode in MODES.values() for target in mode.lora_targets))
 
+PREFIX_ENCODERS = tuple(f"{mode.prefix_encoder}." for mode in MODES.values() if mode.prefix_encoder)
+
 # Known by their model_type, to be refused by name: {model_type: what it is}.
 OTHER_FAMILIES = {
     "glm": "GLM-4",
@@ -40,6 +42,11 @@ OTHER_FAMILIES = {
 }
 CHATGLM_VOCABULARY = 65024  # padded_vocab_size of ChatGLM2-6B and ChatGLM3-6B
 GLM4_VOCABULARY = 150000  # GLM-4 has 151552; its config.json has ChatGLM3's keys
+
+
+def is_prefix(name: str) -> bool:
+    """Is a parameter part of a prefix encoder?"""
+    return name.startswith(PREFIX_ENCODERS)
 
 
 def other_family(folder: str, config: dict) -> str | None:

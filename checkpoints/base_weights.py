@@ -20,6 +20,7 @@ from checkpoints.weight_files import (
     stored_tensors,
     weight_shapes,
 )
+from modes import PREFIX_ENCODERS, is_prefix
 from runtime.exits import UserError
 from runtime.plain_files import shown
 from runtime.ranks import is_main, print_rank_0
@@ -55,7 +56,7 @@ def check_weights(folder: str, mode: Family, config: Any, new_prefix: bool = Fal
     """
     found = weight_shapes(folder)
     found = {name: value for name, value in found.items() if not name.endswith("inv_freq")}
-    if found and all("prefix_encoder." in name for name in found):
+    if found and all(map(is_prefix, found)):
         raise UserError(
             f"{folder}: holds a prefix encoder alone: name the base model that it was trained on; predict.py takes both"
             f" (python predict.py --model_path {folder} --model_name_or_path BASE)"
@@ -65,7 +66,7 @@ def check_weights(folder: str, mode: Family, config: Any, new_prefix: bool = Fal
     tied = set(model.all_tied_weights_keys)
     missing = [n for n in wanted if n not in found and n not in tied]
     if new_prefix:
-        missing = [n for n in missing if "prefix_encoder." not in n]
+        missing = [n for n in missing if not is_prefix(n)]
     unexpected = [n for n in found if n not in wanted]
     wrong_shape = [n for n in wanted if n in found and found[n][0] != wanted[n]]
     check_dtypes(folder, found)  # before the shapes: those of quantised weights differ, too
@@ -85,8 +86,8 @@ def check_weights(folder: str, mode: Family, config: Any, new_prefix: bool = Fal
 
 def hint_of(name: str, found: dict) -> str:
     """What a stored weight {name: (shape, dtype name)} tells that the model has no place for."""
-    if "prefix_encoder." in name:
-        rows = found.get("transformer.prefix_encoder.embedding.weight", ((0,), ""))[0][0]
+    if is_prefix(name):
+        rows = next((found[n][0][0] for n in found if n.removesuffix("embedding.weight") in PREFIX_ENCODERS), 0)
         return f"it is a prefix encoder's, and config.json has no pre_seq_len: set it to {rows}"
     return next((hint for part, hint in HINTS if part in name), "wrong --mode or files")
 
@@ -129,20 +130,19 @@ def load_base(
     dtype: torch.dtype,
     device: Any = "cpu",
     ds_config: dict | None = None,
-    attn_implementation: str | None = None,
 ) -> Any:
     """A released or whole saved checkpoint as a model in `dtype` and in eval mode. Collective under ZeRO-3.
 
     ds_config: DeepSpeed's configuration. With stage 3 every rank reads and holds its own part of each weight, in the
     place that the configuration names; otherwise all weights go to `device`, one by one. Weights other than a new
-    prefix must all be there, and all must be finite: UserError names the difference.
+    prefix must all be there, and all must be finite: UserError names the difference. The attention is the one
+    that `config._attn_implementation` names.
     """
     import torch
 
     config = copy.deepcopy(config)  # what is set here belongs to this model alone
     config.name_or_path = folder
     config.dtype = dtype
-    config._attn_implementation = attn_implementation
     generation_config = read_generation_config(folder)
     is_split = ds_config is not None and ds_config.get("zero_optimization", {}).get("stage") == 3
     model = split_model(mode, config, ds_config) if is_split else allocated_model(mode, config, dtype, device)
@@ -166,9 +166,9 @@ def load_base(
                     bad = name, is_finite(rows[:])
                 bar.update()
             missing.discard(name)
-    missing = sorted(name for name in missing if "prefix_encoder." not in name)
-    if missing or unexpected or wrong:
-        raise UserError(f"{folder}: missing {missing}, unexpected {unexpected}, wrong {wrong}")
+    lacking = sorted(name for name in missing if not is_prefix(name))
+    if lacking or unexpected or wrong:
+        raise UserError(f"{folder}: missing {lacking}, unexpected {unexpected}, wrong {wrong}")
     if bad:
         raise not_finite(os.path.join(folder, file_of(folder, bad[0])), *bad, dtype)
     for name, parameter in model.named_parameters():

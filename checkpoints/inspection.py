@@ -8,7 +8,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from checkpoints import base_weights, weight_files
@@ -153,7 +153,7 @@ def saved_line(versions: Any) -> tuple[str, str, str]:
     return NOTE if others else OK, "saved with", text or "versions that run.json does not tell"
 
 
-def measured(shapes: dict, names: Sequence[str], paths: list[str], counts: Any) -> str:
+def measured(shapes: dict, names: Iterable[str], paths: list[str], counts: Any) -> str:
     """Number, precision and bytes of the named weights; adds the number to `counts`."""
     found = [shapes[name] for name in names if name in shapes]
     counts.append(sum(math.prod(shape) for shape, _ in found))

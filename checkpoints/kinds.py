@@ -36,7 +36,7 @@ from checkpoints.weight_files import (
     weight_table,
     write_weights,
 )
-from modes import MODES
+from modes import PREFIX_ENCODERS, is_prefix
 from runtime.exits import UserError
 from train_types import add_lora
 from utils import read_json
@@ -204,13 +204,6 @@ def train_adapter(model: Any, opened: Opened, shapes: Shapes, args: argparse.Nam
 
 # Prefix encoders.
 
-PREFIX_ENCODERS = tuple(f"{mode.prefix_encoder}." for mode in MODES.values() if mode.prefix_encoder)
-
-
-def is_prefix(name: str) -> bool:
-    """Is a parameter part of a prefix encoder?"""
-    return name.startswith(PREFIX_ENCODERS)
-
 
 def prefix_lies_in(folder: str) -> bool:
     """By the file's name, or by the names of all weights, as the official code saves it."""
@@ -235,7 +228,8 @@ def no_named_base(folder: str) -> str:
 
 def settings_by_weights(shapes: Shapes) -> dict:
     """{"pre_seq_len", "prefix_projection"} by the weights of a prefix encoder."""
-    tables = [shape for name, (shape, _) in shapes.items() if name.endswith("prefix_encoder.embedding.weight")]
+    names = [f"{start}embedding.weight" for start in PREFIX_ENCODERS]
+    tables = [shape for name, (shape, _) in shapes.items() if name in names]
     return {
         "pre_seq_len": tables[0][0] if tables else 0,
         "prefix_projection": any(".trans." in name for name in shapes),

@@ -54,6 +54,9 @@ class StandIn:
 class Reader(pickle._Unpickler):
     """Reads a pickle without making a tensor. storages: {key: (values, bytes)} of the memory that it asks for."""
 
+    stack: list  # these three are the library's
+    append: Any
+    pop_mark: Any
     dispatch = {getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in OPCODES}
 
     def __init__(self, file: Any, more_globals: tuple[str, ...] = ()) -> None:
@@ -77,7 +80,7 @@ class Reader(pickle._Unpickler):
             raise pickle.UnpicklingError(f"{module}.{name}")
         return StandIn(name)
 
-    def persistent_load(self, pid: int) -> StandIn:
+    def persistent_load(self, pid: Any) -> StandIn:
         """A stand-in for the memory of a tensor: ('storage', class, key, place, number of values, ...)."""
         if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[1], StandIn)):
             raise pickle.UnpicklingError("memory of no known kind")
@@ -139,7 +142,7 @@ class Reader(pickle._Unpickler):
         (pickle.SETITEM, load_setitem),
         (pickle.SETITEMS, load_setitems),
     ):
-        dispatch[code[0]] = function
+        dispatch[code[0]] = function  # type: ignore[assignment]
     del code, function
 
 
@@ -215,7 +218,7 @@ def check_pickle(path: str, more_globals: tuple[str, ...] = ()) -> None:
                 raise TooLarge
 
 
-def stored_bytes(file: Any, record: dict) -> Any:
+def stored_bytes(file: Any, record: Any) -> Any:
     """The bytes of a record that is not packed. zipfile would compare a checksum, and states have none."""
     file.seek(record.header_offset)
     head = file.read(30)

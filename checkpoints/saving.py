@@ -6,7 +6,7 @@ import argparse
 import importlib.metadata
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 TOKENIZER_BYTES = 4 << 20  # room for what lies beside the weights
 
 
-def gather_weights(model: Any, names: Sequence[str], zero3: bool) -> dict:
+def gather_weights(model: Any, names: Collection[str], zero3: bool) -> dict:
     """{name: CPU tensor} of the named parameters on rank 0, {} elsewhere. Collective under ZeRO-3."""
     import deepspeed
 

@@ -46,7 +46,7 @@ def safe_classes() -> list:
     return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address, collections.OrderedDict]
 
 
-def load_tensors(path: str, map_location="cpu") -> Any:
+def load_tensors(path: str, map_location: Any = "cpu") -> Any:
     """torch.load of a state's file, which may hold nothing that runs; UserError otherwise."""
     import torch
 
@@ -73,7 +73,8 @@ def state_files(folder: str) -> Any:
     class StateFiles(CheckpointEngine):
         def __init__(self) -> None:
             super().__init__()
-            self.problem, self.written = None, {}
+            self.problem: Any = None
+            self.written: dict[str, int] = {}
 
         def create(self, info: dict) -> None:
             """Nothing to prepare."""
@@ -101,7 +102,7 @@ def state_files(folder: str) -> Any:
                     self.written[os.path.relpath(path, folder)] = os.path.getsize(path)
             folders.reached("after a file")
 
-        def load(self, path: str, map_location=None) -> Any:
+        def load(self, path: str, map_location: Any = None) -> Any:
             """Read a file."""
             return load_tensors(path, map_location)
 
@@ -148,7 +149,8 @@ def random_states() -> dict:
     import numpy
     import torch
 
-    name, keys, *rest = numpy.random.get_state()
+    state: Any = numpy.random.get_state()
+    name, keys, *rest = state
     states = {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest], "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -197,7 +199,7 @@ def write_state(engine: Any, folder: str, num_bytes: int) -> dict:
     engine._copy_recovery_script = lambda path: None  # DeepSpeed writes it past `files`
     engine.save_checkpoint(scratch, TAG, save_latest=False, exclude_frozen_parameters=True)
     files.save(random_states(), os.path.join(scratch, f"rank-{dist.get_rank()}.pt"))
-    found = [None] * world_size()
+    found: list[Any] = [None] * world_size()
     dist.all_gather_object(found, (files.problem, files.written))
     for problem, _ in found:
         if problem:
@@ -223,21 +225,12 @@ def close_state(folder: str, info: dict, sizes: dict) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-# Finding.
-
-
-# Comparing with the run.
-
-
-# Loading.
-
-
-def universal_folder(state: dict) -> Any:
+def universal_folder(state: str) -> str:
     """Where a state lies that was converted for another number of processes; removed when it has been loaded."""
     return os.path.normpath(state) + "-universal" + PARTIAL
 
 
-def convert(state: dict) -> None:
+def convert(state: str) -> None:
     """Convert a state of another number of processes to DeepSpeed's universal format. Collective."""
 
     def run() -> None:
@@ -259,7 +252,7 @@ def convert(state: dict) -> None:
     on_main(run)
 
 
-def load_state(engine: Any, state: dict, info: dict, seed: int) -> None:
+def load_state(engine: Any, state: str, info: dict, seed: int) -> None:
     """Load a state into the engine and set the random states. Collective."""
     import torch
     import torch.distributed as dist

@@ -49,8 +49,9 @@ def measure_losses(
 
     encoded = [encode_row(row["query"], row["answer"], tokenizer, prompt, MAX_LEN, None) for row in suite]
     rows: list[dict] = [{} for _ in suite]
+    device: Any = model.device
     for numbers in in_batches("losses", [len(row["input_ids"]) for row in encoded], args):
-        batch = to_device(collate([encoded[n] for n in numbers], tokenizer.pad_token_id), model.device)
+        batch = to_device(collate([encoded[n] for n in numbers], tokenizer.pad_token_id), device)
         for n, (loss_sum, num_tokens) in zip(numbers, row_losses(model, batch)):
             row = suite[n]
             if not math.isfinite(loss_sum):

@@ -46,7 +46,7 @@ def true_or_false(text: str) -> bool:
 
 
 def add_device_flags(
-    parser: argparse.ArgumentParser, precision: str = "auto: bf16 where the GPU has it, fp16 on older GPUs, fp32 on CPU"
+    parser: Any, precision: str = "auto: bf16 where the GPU has it, fp16 on older GPUs, fp32 on CPU"
 ) -> None:
     """--device and --precision, alike everywhere."""
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: a GPU if there is one")
@@ -60,7 +60,7 @@ def add_device_flags(
     )
 
 
-def add_row_flags(parser: argparse.ArgumentParser) -> None:
+def add_row_flags(parser: Any) -> None:
     """Names of the fields of a row."""
     parser.add_argument(
         "--prompt_column",
@@ -108,7 +108,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add_base_flag(parser)
 
 
-def add_normalize_flag(parser: argparse.ArgumentParser, when: str = "") -> None:
+def add_normalize_flag(parser: Any, when: str = "") -> None:
     """--no_normalize, alike wherever answers are scored."""
     parser.add_argument(
         "--no_normalize",

@@ -103,8 +103,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         problems.append(f"--output_path {args.output_path}: is a folder: name a file")
     elif os.path.exists(args.output_path) and any(os.path.samefile(args.output_path, path) for path in inputs):
         problems.append(f"--output_path {args.output_path}: is an input: choose another file")
-    elif found := place_problem("--output_path", args.output_path):
-        problems.append(found)
+    elif problem := place_problem("--output_path", args.output_path):
+        problems.append(problem)
     elif found := collect(read_report, args.output_path):
         problems += found
     if problems:

@@ -313,9 +313,11 @@ def evaluation_problems(args: argparse.Namespace, typed: Collection[str]) -> lis
     problems = []
     if not args.eval_path and not args.eval_ratio:
         flags = "eval_step eval_generate task no_normalize eval_max_new_tokens metric_for_best_model"
-        flags = [*flags.split(), "early_stopping_patience"]
+        flags += " early_stopping_patience"
         problems += [
-            f"--{name}: needs --eval_path or --eval_ratio: add one or remove it" for name in flags if name in typed
+            f"--{name}: needs --eval_path or --eval_ratio: add one or remove it"
+            for name in flags.split()
+            if name in typed
         ]
     if args.eval_generate and find_task(args.task).all_answers:
         problems.append(

@@ -19,7 +19,7 @@ class RoomyLayer(DynamicLayer):
     def __init__(self, capacity: int) -> None:
         super().__init__()
         self.capacity = capacity
-        self.rooms = None
+        self.rooms: list[torch.Tensor] | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -54,7 +54,7 @@ class RoomyLayer(DynamicLayer):
         self.keys = self.values = self.rooms = None
         self.is_initialized = False
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         """Take the rows `beam_idx` (B,), as beam search does."""
         super().reorder_cache(beam_idx)
         self.rooms = None

@@ -166,7 +166,7 @@ def parse_line(text: str, place: str) -> Any:
     except json.JSONDecodeError as error:
         reason, at = f"{error.msg.removesuffix(' at')} at column {error.colno}", error.pos
     except (ValueError, RecursionError) as error:  # thousands of brackets
-        reason, at = error, 0
+        reason, at = str(error), 0
     fix = advice(text, at) or "mend or remove it"
     if at >= len(text.rstrip()):
         fix = "mend it, or write each row in one line (jq -c . FILE > rows.jsonl)"
@@ -408,4 +408,4 @@ def parse_item(item: Any, place: str) -> list:
 def wrapping_key(head: str) -> str | None:
     """The key of the rows where a text begins as an object around a list of them; None elsewhere."""
     found = re.match(r'\s*\{\s*"([^"\\]+)"\s*:\s*\[\s*\{', head)
-    return found and found[1]
+    return found[1] if found else None

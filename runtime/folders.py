@@ -293,7 +293,7 @@ def remove_leftovers(parent: str, pattern: str) -> None:
                 os.rename(path, path.removesuffix(REPLACED))
 
 
-def keep_newest(saved: dict, pattern: str, limit: int) -> None:
+def keep_newest(saved: str, pattern: str, limit: int) -> None:
     """Remove the folders of a kind beside `saved`, which is whole, but for it and the newest before it: `limit` in all.
 
     0: keep all. Those with a higher number, of a run that went back since, do not count and stay.

@@ -241,7 +241,7 @@ def holding(
         release(path)
 
 
-def require_there(path: str) -> None:
+def require_there(path: Any) -> None:
     """FolderGone where the folder in which this process holds `path` has gone; nothing where it does not hold it."""
     hold = holds.get(os.path.abspath(path))
     if hold and not hold.is_there():

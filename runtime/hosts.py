@@ -145,7 +145,7 @@ def start_distributed(device: torch.device, minutes: float = START_MINUTES) -> N
     deepspeed.utils.logger.setLevel("WARNING")
     backend = "gloo" if device.type == "cpu" else "nccl"
     store = meet(minutes)
-    several = {} if device.type == "cpu" or world_size() == 1 else {"device_id": device}
+    several: dict[str, Any] = {} if device.type == "cpu" or world_size() == 1 else {"device_id": device}
     try:
         dist.init_process_group(
             backend, store=store, rank=rank(), world_size=world_size(), timeout=GROUP_TIMEOUT, **several
@@ -413,7 +413,8 @@ def open_lifelines(listener: Any, token: Any, seconds: float) -> dict:
             for line in [line for line, (_, last) in strangers.items() if time.monotonic() > last]:
                 close(line)
             for key, _ in selector.select(POLL_SECONDS):
-                line = key.fileobj
+                found_line: Any = key.fileobj
+                line = found_line
                 with contextlib.suppress(OSError):
                     if line is listener:
                         line, _ = listener.accept()

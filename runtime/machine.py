@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 OK, NOTE, BAD = "ok", "note", "BAD"  # marks of a check
 
 
-def attempt(name: str, function: Callable, *values: Any) -> tuple[str, str, Any] | tuple[str, str, str]:
+def attempt(name: str, function: Callable, *values: Any) -> tuple[str, str, Any]:
     """The line of a check, (mark, name, text): what the function returns, or BAD and the reason."""
     try:
         return OK, name, function(*values)

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 
-def launched_number(name: str, alone: bool) -> int:
+def launched_number(name: str, alone: int) -> int:
     """A number that the launcher gives each process; `alone` where there is one process, or no launcher.
 
     Variables that an earlier launch left in the shell name no rank: see `launcher_problem`.
@@ -31,12 +31,12 @@ def launcher_problem() -> str | None:
     return None
 
 
-def rank() -> bool:
+def rank() -> int:
     """Number of this process over all hosts, 0 without a launcher."""
     return launched_number("RANK", 0)
 
 
-def local_rank() -> bool:
+def local_rank() -> int:
     """Number of this process on its host, 0 without a launcher."""
     return launched_number("LOCAL_RANK", 0)
 
@@ -51,7 +51,7 @@ def is_local_main() -> bool:
     return local_rank() == 0
 
 
-def world_size() -> bool:
+def world_size() -> int:
     """Number of processes over all hosts, 1 without a launcher."""
     return launched_number("WORLD_SIZE", 1)
 

@@ -53,7 +53,7 @@ def check_same(what: str, value: Any) -> None:
 
     if is_one_host():
         return
-    found = [None] * world_size()
+    found: list[Any] = [None] * world_size()
     dist.all_gather_object(found, (host_name(), value))
     others = sorted({host for host, other in found if other != found[0][1]})
     if others:

@@ -66,7 +66,7 @@ class LastingStream(OtherStream):
     only: the one error number for which it is; None: all.
     """
 
-    def __init__(self, stream: Any, only: bool | None = None) -> None:
+    def __init__(self, stream: Any, only: int | None = None) -> None:
         super().__init__(stream)
         self.only = only
 

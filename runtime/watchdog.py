@@ -39,12 +39,12 @@ class Watch:
     """The watch of one process. `asked` says why the run should leave, or is None."""
 
     def __init__(self) -> None:
-        self.asked = None
+        self.asked: str | None = None
         self.is_training = False
-        self.step_timeout = 0
+        self.step_timeout = 0.0
         self.lines = {}  # {connection: rank at its other end}
-        self.work = None  # (time when it began, step, EncodedRows, numbers of its rows)
-        self.thread = None
+        self.work: tuple | None = None  # (time when it began, step, EncodedRows, numbers of its rows)
+        self.thread: threading.Thread | None = None
         self.is_over = threading.Event()
 
     def start(self, output_dir: str, step_timeout: float) -> None:
@@ -60,7 +60,8 @@ class Watch:
         """Make the lifelines. Collective."""
         import torch.distributed as dist
 
-        place, problem = [None], None
+        place: list[Any] = [None]
+        problem: str | None = None
         if is_main():
             found = find_place()
             listener = socket.create_server((found.own, 0), family=found.family, backlog=1024)

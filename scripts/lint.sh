@@ -8,3 +8,4 @@ if [ "${1:-}" = --fix ]; then
 fi
 ruff check .
 ruff format --check .
+mypy # type hints: in every room, each function has them

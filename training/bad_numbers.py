@@ -49,7 +49,7 @@ def explain_bad_loss(
     A second pass, without dropout, over each row of the update alone: the rows whose loss is not finite, and the
     first module, in the order in which they end, whose output is not.
     """
-    sizes = gather([len(numbers) for numbers in update.micro_batches])
+    sizes: list[Any] = gather([len(numbers) for numbers in update.micro_batches])
     found: dict[str, Any] = {"weights": bad_weight(model), "rows": []}
     model.eval()
     for numbers, *sizes_of_ranks in zip(update.micro_batches, *sizes):
@@ -59,7 +59,7 @@ def explain_bad_loss(
             loss, module = first_bad_module(model, batch)
             if number is not None and not math.isfinite(loss):
                 found["rows"].append((rows.place(number), module))
-    gathered = gather(found)
+    gathered: list[Any] = gather(found)
     bad = [pair for part in gathered for pair in part["rows"]]
     weight = next((part["weights"] for part in gathered if part["weights"]), None)
     text = f"step {step}: the loss is not finite, the update was not applied"

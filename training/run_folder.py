@@ -44,10 +44,12 @@ class RunFolder:
     ) -> None:
         self.args, self.base, self.setup, self.engine = args, base, setup, engine
         self.log, self.compared = log, compared
-        self.problem, self.is_closing, self.closing = None, False, None
+        self.problem: str | None = None
+        self.is_closing = False
+        self.closing: Closing | None = None
 
     @functools.cached_property
-    def counts(self) -> Any:
+    def counts(self) -> tuple[int, int]:
         """(trained, all) numbers of weights."""
         return count_parameters(self.engine.module)
 
@@ -80,7 +82,7 @@ class RunFolder:
         if self.problem is None:
             on_main(lambda: keep_newest(path, CHECKPOINT, self.args.save_total_limit))
 
-    def take_best(self, state: dict, step: int) -> None:
+    def take_best(self, state: str, step: int) -> None:
         """Copy best/, the weights of this step, from beside a state that lies in another folder. Collective."""
         path = os.path.join(self.args.output_dir, "best")
         source = os.path.join(os.path.dirname(os.path.abspath(state)), "best")
@@ -96,12 +98,12 @@ class RunFolder:
                     return
                 reason = f"the weights of step {step} of this run are not in {source}"
             except (OSError, UserError) as error:
-                reason = getattr(error, "strerror", None) or error
+                reason = str(getattr(error, "strerror", None) or error)
             print(f"note: {path} is not there before an evaluation is better than that of step {step}: {reason}")
 
         on_main(copy)
 
-    def is_own(self, run: dict) -> Any:
+    def is_own(self, run: dict) -> bool:
         """Is a run.json of this run, as far as it tells?"""
         flags = {name: value for name, value in vars(self.args).items() if name not in FREE_FLAGS}
         told = run["flags"] if isinstance(run.get("flags"), dict) else {}
@@ -141,7 +143,7 @@ class Closing(threading.Thread):
     def __init__(self, path: str, info: dict, sizes: dict, args: argparse.Namespace, log: Any) -> None:
         super().__init__(name=CLOSING, daemon=True)
         self.path, self.info, self.sizes, self.args, self.log = path, info, sizes, args, log
-        self.problem = None
+        self.problem: str | None = None
 
     def run(self) -> None:
         try:

@@ -137,11 +137,11 @@ class RunLog:
     def record(
         self,
         step: int,
-        epoch: int,
+        epoch: float,
         loss: float | None,
         learning_rate: float,
         grad_norm: float | None,
-        tokens_per_second: float,
+        tokens_per_second: float | None,
     ) -> None:
         """Show and keep one line of figures. loss: per supervised token; grad_norm: before clipping.
 

@@ -115,8 +115,8 @@ def build_engine(
 def load_model(args: argparse.Namespace, base: Base, setup: Setup, ds_config: dict) -> torch.nn.Module:
     """The network with the base's weights, and what trains in it. Under ZeRO-3 the weights are split over the ranks
     while they load. UserError where there is no room for what it will leave on the disk."""
-    attention = ATTENTION[args.attention]
-    model = load_base(base.folder, base.mode, base.config, setup.dtype, setup.device, ds_config, attention)
+    base.config._attn_implementation = ATTENTION[args.attention]
+    model = load_base(base.folder, base.mode, base.config, setup.dtype, setup.device, ds_config)
     if base.start:
         model = put_start(model, base.start, args)
     else:

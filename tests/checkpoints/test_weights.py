@@ -172,6 +172,11 @@ def test_differences_are_named(golden, tmp_path):
     assert str(caught.value) == f"{folder}: missing {[names[0]]}, unexpected ['extra'], wrong {[names[1]]}"
 
 
+def with_attention(config, name):
+    config._attn_implementation = name
+    return config
+
+
 def test_settings_of_generation(tmp_path):
     mode = MODES["glm3"]
     folder = rewrite("glm3", tmp_path / "model")
@@ -191,7 +196,7 @@ def test_settings_of_generation(tmp_path):
 def test_attention_is_chosen(golden):
     logits = []
     for name in ("eager", "sdpa"):
-        model = load_base(golden.folder, golden.mode, golden.config(), torch.float32, attn_implementation=name)
+        model = load_base(golden.folder, golden.mode, with_attention(golden.config(), name), torch.float32)
         assert model.config._attn_implementation == name
         logits.append(model(golden.tensors["one.input_ids"]).logits)
     assert (logits[0] - logits[1]).abs().max() < 1e-4

@@ -1,5 +1,6 @@
 """Every entry of the tables is finished."""
 
+import ast
 import inspect
 
 import pytest
@@ -102,3 +103,36 @@ def test_no_module_asks_for_a_mode_by_name():
     for path in [*ROOT.glob("*.py"), *(ROOT / "modeling").glob("*.py")]:
         text = path.read_text(encoding="utf-8")
         assert 'mode == "' not in text and 'mode.name == "' not in text, path
+
+
+def names_asked(path):
+    """Names of saved kinds that a source compares with, looks up, or has as keys, outside the table itself."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        parts = []
+        if isinstance(node, ast.Compare):
+            parts = [node.left, *node.comparators]
+        elif isinstance(node, ast.Subscript):
+            parts = [node.slice]
+        elif isinstance(node, ast.Dict):
+            parts = [key for key in node.keys if key]
+        for part in parts:
+            values = part.elts if isinstance(part, ast.Tuple | ast.List | ast.Set) else [part]
+            yield from (v.value for v in values if isinstance(v, ast.Constant) and v.value in KINDS)
+
+
+def test_no_code_asks_for_a_saved_kind_by_name():
+    """Adding one is an entry of the table: what differs between kinds is in it."""
+    table = ROOT / "checkpoints" / "kinds.py"
+    assert set(names_asked(table)) == set(KINDS)
+    folders = {path.parent for path in ROOT.glob("*/*.py")} - {ROOT / "tests"}
+    for path in [*ROOT.glob("*.py"), *(path for folder in folders for path in folder.glob("*.py"))]:
+        if path != table:
+            assert not set(names_asked(path)), path
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_saved_kind_is_finished(name):
+    kind = KINDS[name]
+    assert kind.name == name and kind.words.startswith("a")
+    assert kind.needs_base == bool(kind.files) == bool(kind.flags) == bool(kind.for_other_types)
+    assert any(train_type.weights == name for train_type in TRAIN_TYPES.values())
