@@ -4,7 +4,7 @@
     python doctor.py ChatGLM3-6B/ output-glm3 --full
     python doctor.py ChatGLM-6B/ --train_path data/spo_0.json
 
-Each line has a mark: ok, note (worth knowing), BAD (will fail, and how to mend it). The exit code is 1 where something
+Each line has a mark: ok, note (worth knowing), BAD (will fail, and how to fix it). The exit code is 1 where something
 is BAD. Nothing is fetched, and nothing is written but, with --full, the compiled optimizer in its cache.
 """
 
@@ -170,7 +170,7 @@ def why_no_gpu(facts: Any) -> str:
     """The likely cause, and the fix."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if facts.smi[0]:
-        return f"nvidia-smi says {' '.join(facts.smi[1].split())[:200]!r}: mend the driver (updated? restart)"
+        return f"nvidia-smi says {' '.join(facts.smi[1].split())[:200]!r}: fix the driver (updated? restart)"
     if facts.cuda is None:
         return "torch cannot be imported: see versions"
     if not facts.cuda:

@@ -95,7 +95,7 @@ def predict_file(answer: Any, rows: Any, args: argparse.Namespace, key: str) -> 
     own_rank, world = rank(), world_size()
     done = take_up(args.output_path, key, args.overwrite)
     if done:
-        print_rank_0(f"{len(done)} of {len(rows)} rows are answered already, {args.output_path} is gone on with")
+        print_rank_0(f"{len(done)} of {len(rows)} rows are answered already, {args.output_path} is continued")
     # Shared out by length in characters, which needs no encoding, so that the ranks have equally much to do.
     left = [i for i in range(len(rows)) if i not in done]
     mine = sorted(left, key=lambda i: (len(rows[i]["query"]), i), reverse=True)[own_rank::world]

@@ -1,4 +1,4 @@
-"""The table of `--train_type`: which weights train, and what of them is saved."""
+"""The table of `--train_type`: which parameters train, and what of them is saved."""
 
 from __future__ import annotations
 

@@ -194,11 +194,11 @@ def read_generation_config(folder: str) -> GenerationConfig | None:
     for name, value in values.items():
         is_list = name == "eos_token_id" and isinstance(value, list)
         if not all(type(v) in (bool, int, float) and abs(v) < 1e9 for v in (value if is_list else [value])):
-            raise UserError(f"{path}: {name} = {shown(value)}: must be a number, or true or false: mend or remove it")
+            raise UserError(f"{path}: {name} = {shown(value)}: must be a number, or true or false: fix or remove it")
     try:
         return GenerationConfig.from_dict(values)
     except (ValueError, TypeError, AttributeError) as error:  # the class does not look at types before it uses them
-        raise UserError(f"{path}: {error}: mend or remove it") from None
+        raise UserError(f"{path}: {error}: fix or remove it") from None
 
 
 def allocated_model(mode: Family, config: Any, dtype: torch.dtype, device: torch.device) -> Any:

@@ -36,7 +36,7 @@ OPCODES = (  # names in pickle; what torch.save writes for tensors in tables, li
 )
 
 
-class NotPlain(Exception):
+class NotPlainError(Exception):
     """A pickle of tensors that are not plain ones, or of other things that torch would read."""
 
 
@@ -87,10 +87,10 @@ class Reader(pickle._Unpickler):
         kind, key, place, num_values = pid[1].what, *pid[2:5]
         are_texts = isinstance(key, str) and isinstance(place, str)
         if kind not in ITEM_BYTES or type(num_values) is not int or num_values < 0 or not are_texts:
-            raise NotPlain
+            raise NotPlainError
         memory = num_values, num_values * ITEM_BYTES[kind]
         if self.storages.setdefault(key, memory) != memory or any(part is not None for part in pid[5:]):
-            raise NotPlain
+            raise NotPlainError
         return StandIn("memory")
 
     def load_reduce(self) -> None:
@@ -103,7 +103,7 @@ class Reader(pickle._Unpickler):
             self.stack[-1] = StandIn("tensor")
         elif function.what == "_rebuild_tensor_v2" and len(arguments) >= 4 and is_sizes(arguments[2], arguments[3]):
             if arguments[0] != StandIn("memory"):
-                raise NotPlain
+                raise NotPlainError
             self.stack[-1] = StandIn("tensor")
         elif function.what == "_rebuild_parameter" and arguments and arguments[0] == StandIn("tensor"):
             self.stack[-1] = StandIn("tensor")
@@ -112,7 +112,7 @@ class Reader(pickle._Unpickler):
         elif function.what == "device" or (function.what == "other" and self.more_globals):
             self.stack[-1] = StandIn("value")
         else:
-            raise NotPlain
+            raise NotPlainError
 
     def load_build(self) -> None:
         """Attributes of a table, as torch's _metadata, or of one of `more_globals`."""
@@ -149,7 +149,7 @@ class Reader(pickle._Unpickler):
 def set_items(table: dict, items: Any) -> None:
     """Put keys and values, one after the other, into a table; its keys are texts and numbers, quick to compare."""
     if not isinstance(table, dict) or len(items) % 2 or not all(type(key) in (str, int) for key in items[::2]):
-        raise NotPlain
+        raise NotPlainError
     table.update(zip(items[::2], items[1::2]))
 
 
@@ -190,7 +190,7 @@ class Bounded(io.RawIOBase):
 
 
 def check_pickle(path: str, more_globals: tuple[str, ...] = ()) -> None:
-    """Look at a file that torch.load is to read. UnpicklingError, NotPlain, TooLarge, or what broken bytes raise.
+    """Look at a file that torch.load is to read. UnpicklingError, NotPlainError, TooLarge, or what broken bytes raise.
 
     more_globals: `module.name` of what may be in it besides tensors, tables, lists, tuples, texts and numbers.
     """

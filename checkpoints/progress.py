@@ -12,7 +12,7 @@ DECAY = 0.98  # of the running mean of the loss; it looks back over about fifty 
 
 
 @dataclass
-class UsualLoss:
+class LossAverage:
     """Running mean and variance of the loss of an update."""
 
     count: int = 0
@@ -54,14 +54,14 @@ class Progress:
     num_worse: int = 0
     judged_by: str = ""
     owes_evaluation: bool = False
-    usual_loss: UsualLoss = field(default_factory=UsualLoss)
+    usual_loss: LossAverage = field(default_factory=LossAverage)
 
     @classmethod
     def from_info(cls, info: dict) -> Progress:
         """The progress in a state's state.json; a new run's without one."""
         values = dict(info["progress"]) if info else {}
         if values:
-            values["usual_loss"] = UsualLoss(**values["usual_loss"])
+            values["usual_loss"] = LossAverage(**values["usual_loss"])
         return cls(**values)
 
     def forget_best(self, before: dict) -> None:

@@ -16,7 +16,7 @@ from checkpoints.opening import RUN_FILE
 from checkpoints.weight_files import bin_shapes, finite_problem, safetensors_shapes
 from modes import MODES
 from runtime.distributed import on_main
-from runtime.exits import BadNumbers, UserError
+from runtime.exits import BadNumbersError, UserError
 from runtime.folders import file_entry, new_folder, require_space
 from runtime.ranks import is_main
 from train_types import TRAIN_TYPES
@@ -62,8 +62,8 @@ def save_checkpoint(
     freeze and all: a whole checkpoint under the released names. run.json and the manifest lie beside them all; all
     files are listed in docs/files.md.
 
-    Returns, on every rank, why it could not be saved (a full disk: nothing has changed), or None. BadNumbers where a
-    weight is not finite.
+    Returns, on every rank, why it could not be saved (a full disk: nothing has changed), or None. BadNumbersError where
+    a weight is not finite.
     """
     whole = not KINDS[train_type.weights].needs_base
     names = {n for n, p in model.named_parameters(remove_duplicate=False) if whole or p.requires_grad}
@@ -71,7 +71,7 @@ def save_checkpoint(
         on_main(lambda: require_space(folder, checkpoint_bytes(model, train_type), "a checkpoint"))
         state = gather_weights(model, names, zero3)
         if bad := on_main(lambda: finite_problem(state.items())):
-            raise BadNumbers(f"{bad}: {folder} was not saved")
+            raise BadNumbersError(f"{bad}: {folder} was not saved")
         on_main(lambda: write_checkpoint(model, tokenizer, folder, train_type, run, state))
     except UserError as error:  # the same on all ranks
         return str(error)

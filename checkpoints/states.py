@@ -25,7 +25,7 @@ from checkpoints.state_checks import KINDS, STATE, STATE_FILE, TAG
 from checkpoints.weight_files import finite_problem
 from runtime import folders
 from runtime.distributed import on_main
-from runtime.exits import BadNumbers, UserError
+from runtime.exits import BadNumbersError, UserError
 from runtime.folders import PARTIAL, close_folder, require_space
 from runtime.ranks import is_main, world_size
 from utils import write_json
@@ -95,7 +95,7 @@ def state_files(folder: str) -> Any:
             folders.reached("before a file")
             with self.noting_problem():
                 if bad := finite_problem(tensors_in(state_dict)):
-                    self.problem = BadNumbers(f"{bad}: no state was saved")
+                    self.problem = BadNumbersError(f"{bad}: no state was saved")
                 if self.problem is None:
                     with folders.new_file(path) as file, without_crc32():
                         torch.save(state_dict, file)
@@ -182,7 +182,7 @@ def write_state(engine: Any, folder: str, num_bytes: int) -> dict:
     """Write the files of a state beside its name, not yet flushed: {relative path: bytes}. Collective.
 
     num_bytes: about what it will take. UserError, on every rank, where the disk is full: all is as it was before.
-    BadNumbers where a value is not finite.
+    BadNumbersError where a value is not finite.
     """
     import torch.distributed as dist
 
@@ -205,7 +205,7 @@ def write_state(engine: Any, folder: str, num_bytes: int) -> dict:
         if problem:
             if is_main():
                 shutil.rmtree(scratch, ignore_errors=True)
-            raise problem if isinstance(problem, BadNumbers) else UserError(problem)
+            raise problem if isinstance(problem, BadNumbersError) else UserError(problem)
     return {name: size for _, written in found for name, size in written.items()}
 
 
@@ -282,12 +282,12 @@ def load_state(engine: Any, state: str, info: dict, seed: int) -> None:
             f" {engine.global_steps}: use another state"
         )
     if not is_same_world:
-        mend_converted(engine, decays)
+        fix_converted(engine, decays)
         torch.manual_seed(seed + info["progress"]["step"] * world_size() + dist.get_rank())
         on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
-def mend_converted(engine: Any, decays: Any) -> None:
+def fix_converted(engine: Any, decays: Any) -> None:
     """What DeepSpeed leaves wrong when it loads a converted state under ZeRO-3.
 
     All parameters share one step counter, to which Adam then adds once for each of them; all groups have the weight

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from checkpoints.pickles import NotPlain, TooLarge, check_pickle
+from checkpoints.pickles import NotPlainError, TooLarge, check_pickle
 from runtime.exits import UserError
 from runtime.file_kinds import BROUGHT_ELSE, explain
 from runtime.plain_files import open_plain
@@ -193,7 +193,7 @@ def read_bin(path: str) -> dict:
     except TooLarge:
         reason = "its tensors claim more than it holds, or it is compressed"
         raise UserError(f"{path}: {reason}: download it again") from None
-    except NotPlain:
+    except NotPlainError:
         raise UserError(not_plain) from None
     except pickle.UnpicklingError:
         usual = "holds more than tensors, or is no weight file: it is not read, since that could run code of others"

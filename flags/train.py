@@ -385,7 +385,7 @@ def hold_output(args: argparse.Namespace) -> None:
     """Make --output_dir and keep other commands out of it until the process ends. For the first process.
 
     Only under the lock is it sure to be new, empty or that of the run that is resumed, so this is looked at again. The
-    last processes of a killed run, which is gone on with, are waited for.
+    last processes of a killed run that is continued are waited for.
     """
     take(args.output_dir, "--output_dir", is_inside=True, seconds=HOLD_SECONDS if args.resume else 0)
     if problems := output_problems(args.output_dir, args.model_name_or_path, args.resume):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from generation.kv_cache import RoomyCache
+from generation.kv_cache import PreallocatedCache
 
 STEPS_BETWEEN_CHECKS = 4  # on a GPU, where a look at the result waits for all that was started
 
@@ -34,7 +34,7 @@ def decode(
     max_length = generation_config.max_length
     if check_every is None:
         check_every = 1 if input_ids.device.type == "cpu" else STEPS_BETWEEN_CHECKS
-    cache = RoomyCache(model.config.num_hidden_layers, capacity=max_length)
+    cache = PreallocatedCache(model.config.num_hidden_layers, capacity=max_length)
     mask = longer_mask(model_kwargs["attention_mask"], max_length)
     output = input_ids.new_full((num_rows, max_length), generation_config.pad_token_id)
     output[:, :prompt_length] = input_ids

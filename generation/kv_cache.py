@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     import torch
 
 
-class RoomyLayer(DynamicLayer):
-    """Keys and values (B, G, L, D) of one layer: the front part of larger tensors, its `rooms`."""
+class PreallocatedLayer(DynamicLayer):
+    """Keys and values (B, G, L, D) of one layer: the front part of larger tensors, its `buffers`."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__()
         self.capacity = capacity
-        self.rooms: list[torch.Tensor] | None = None
+        self.buffers: list[torch.Tensor] | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -29,55 +29,55 @@ class RoomyLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
         stop = start + key_states.shape[2]
-        if self.rooms is None or self.rooms[0].shape[2] < stop:
-            self.make_rooms(key_states, value_states, start, stop)
-        for room, states in zip(self.rooms, (key_states, value_states)):
-            room[:, :, start:stop] = states
-        self.keys, self.values = (room[:, :, :stop] for room in self.rooms)
+        if self.buffers is None or self.buffers[0].shape[2] < stop:
+            self.allocate_buffers(key_states, value_states, start, stop)
+        for buffer, states in zip(self.buffers, (key_states, value_states)):
+            buffer[:, :, start:stop] = states
+        self.keys, self.values = (buffer[:, :, :stop] for buffer in self.buffers)
         return self.keys, self.values
 
-    def make_rooms(self, key_states: torch.Tensor, value_states: torch.Tensor, start: Any, stop: int) -> None:
+    def allocate_buffers(self, key_states: torch.Tensor, value_states: torch.Tensor, start: Any, stop: int) -> None:
         """Room for `capacity` tokens, or for twice as many as are needed; what is cached moves in."""
         size = self.capacity if stop <= self.capacity else 2 * stop
-        rooms = []
+        buffers = []
         for states, cached in ((key_states, self.keys), (value_states, self.values)):
-            room = states.new_empty(*states.shape[:2], size, states.shape[3])
+            buffer = states.new_empty(*states.shape[:2], size, states.shape[3])
             if start:
-                room[:, :, :start] = cached
-            rooms.append(room)
-        self.rooms = rooms
+                buffer[:, :, :start] = cached
+            buffers.append(buffer)
+        self.buffers = buffers
 
-    # What follows makes new `keys` and `values`: they are no longer part of the rooms.
+    # What follows makes new `keys` and `values`: they are no longer part of the buffers.
 
     def reset(self) -> None:
         """Forget everything."""
-        self.keys = self.values = self.rooms = None
+        self.keys = self.values = self.buffers = None
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Take the rows `beam_idx` (B,), as beam search does."""
         super().reorder_cache(beam_idx)
-        self.rooms = None
+        self.buffers = None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Have every row `repeats` times."""
         super().batch_repeat_interleave(repeats)
-        self.rooms = None
+        self.buffers = None
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices`."""
         super().batch_select_indices(indices)
-        self.rooms = None
+        self.buffers = None
 
 
-class RoomyCache(Cache):
+class PreallocatedCache(Cache):
     """Room for `capacity` tokens from the start, prompt and answer; more are taken in, at the price of a copy.
 
     `prompt_layout` is what ChatGLM-6B keeps here: a tuple of (B,) tensors, or None.
     """
 
     def __init__(self, num_layers: int, capacity: int) -> None:
-        super().__init__(layers=[RoomyLayer(capacity) for _ in range(num_layers)])
+        super().__init__(layers=[PreallocatedLayer(capacity) for _ in range(num_layers)])
         self.prompt_layout = None
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:

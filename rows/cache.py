@@ -162,7 +162,7 @@ def encode_to_folder(folder: str, paths: list[str], files: list[str], encoding: 
     parent = os.path.dirname(folder)
     try:
         os.makedirs(parent, exist_ok=True)
-        remove_silent_hearts(parent)
+        remove_stale_heartbeats(parent)
         with heartbeat(f"{folder}.encoding"), scratch_folder(parent, "encoding") as scratch:
             whole, damaged = os.path.join(scratch, "whole"), os.path.join(scratch, "damaged")
             os.mkdir(whole)
@@ -267,7 +267,7 @@ def heartbeat(path: str) -> Iterator[None]:
         pathlib.Path(path).unlink(missing_ok=True)
 
 
-def remove_silent_hearts(parent: str) -> None:
+def remove_stale_heartbeats(parent: str) -> None:
     """Remove what killed processes have left of `heartbeat`; one that lives makes its file again."""
     for path in pathlib.Path(parent).glob("*.encoding"):
         with contextlib.suppress(OSError):
@@ -276,10 +276,10 @@ def remove_silent_hearts(parent: str) -> None:
 
 
 def wait_for_rows(folder: str) -> None:
-    """Wait until another process has made the folder; UserError where its heart has stopped.
+    """Wait until another process has made the folder; UserError where that one has ended.
 
-    A heart beats where the file's time changes while this process looks: clocks of hosts may differ, and the file of
-    a killed run may lie there. A process that failed with an error is silent, too: the launcher ends this one then.
+    It lives as long as the file's time changes while this process looks: clocks of hosts may differ, and the file of a
+    killed run may lie there. A process that failed with an error is silent, too: the launcher ends this one then.
     """
     path = pathlib.Path(f"{folder}.encoding")
     last_beat, last_change = None, time.monotonic()

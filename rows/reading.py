@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from rows.checks import Columns, Notes, Number, check_row, wrapped
 from runtime import file_kinds
 from runtime.exits import UserError
-from runtime.plain_files import KeyTwice, make_object, open_plain, other_kind
+from runtime.plain_files import DuplicateKeyError, make_object, open_plain, other_kind
 
 BOM = b"\xef\xbb\xbf"
 ARRAY_PIECE = 1 << 20  # characters of a JSON text that are read at a time
@@ -160,16 +160,16 @@ def parse_line(text: str, place: str) -> Any:
         if end == len(text):
             return values
         reason, at = f"Extra data at column {end + 1}", end
-    except KeyTwice as error:
+    except DuplicateKeyError as error:
         key = repr(str(error)[:60])
         raise UserError(f"{place}: field {key} stands twice: a row has a field once: remove one of them") from None
     except json.JSONDecodeError as error:
         reason, at = f"{error.msg.removesuffix(' at')} at column {error.colno}", error.pos
     except (ValueError, RecursionError) as error:  # thousands of brackets
         reason, at = str(error), 0
-    fix = advice(text, at) or "mend or remove it"
+    fix = advice(text, at) or "fix or remove it"
     if at >= len(text.rstrip()):
-        fix = "mend it, or write each row in one line (jq -c . FILE > rows.jsonl)"
+        fix = "fix it, or write each row in one line (jq -c . FILE > rows.jsonl)"
     raise UserError(f"{place}: {text.strip()[:60]!r}: not a JSON object ({reason}): {fix}")
 
 
@@ -284,7 +284,7 @@ class JsonText:
 
     def error(self, message: str, position: int) -> UserError:
         """The error for a character that JSON does not allow where it stands."""
-        fix = advice(self.text, position) or "mend this line"
+        fix = advice(self.text, position) or "fix this line"
         return UserError(f"{self.path}:{self.line_of(position)}: not a JSON {self.what} ({message}): {fix}")
 
     def not_utf_8(self) -> UserError:

@@ -85,11 +85,11 @@ def prepare_streams() -> None:
 
 def outlive_terminal() -> None:
     """Leave out what is written to a terminal that has gone: who lets SIGHUP be ignored wants the command done."""
-    from runtime.streams import LastingStream
+    from runtime.streams import TolerantStream
 
     for name in ("stdout", "stderr"):
         if getattr(sys, name).isatty():
-            setattr(sys, name, LastingStream(getattr(sys, name), errno.EIO))
+            setattr(sys, name, TolerantStream(getattr(sys, name), errno.EIO))
 
 
 def listen(handler: Callable, numbers: Sequence[int] = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)) -> dict:
@@ -113,7 +113,7 @@ def discard_output() -> None:
 
 
 def run(main: Callable) -> None:
-    """Run `main(argv)` and end with the exit code that it returns; what the user can mend is one line (`ending`)."""
+    """Run `main(argv)` and end with the exit code that it returns; what the user can fix is one line (`ending`)."""
     prepare_streams()
     outlive_terminal()
     ended_by.clear()

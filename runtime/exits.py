@@ -14,7 +14,7 @@ from runtime.streams import shortened, visible
 EXIT_WRONG_INPUT = 2  # a `UserError`: one line says what to change
 EXIT_BAD_NUMBERS = 3  # a loss or gradients that are not finite
 EXIT_STALLED = 4  # --step_timeout, --start_timeout
-EXIT_GONE = 5  # a `FolderGone`: the folder that a command wrote into has gone
+EXIT_GONE = 5  # a `FolderGoneError`: the folder that a command wrote into has gone
 EXIT_LEFT = 75  # asked to leave, and everything is saved: start again with --resume auto (EX_TEMPFAIL of sysexits.h)
 EXIT_SIGNAL = 128  # and the signal's number, as shells count: Ctrl-C is 130, a terminal that closes 129, SIGTERM 143
 EXIT_UNREAD = 141  # a pipe whose reader has gone
@@ -29,19 +29,19 @@ class UserError(ValueError):
     code = EXIT_WRONG_INPUT
 
 
-class BadNumbers(Exception):
+class BadNumbersError(Exception):
     """The run cannot go on, its numbers are not finite. The message is for the user."""
 
     code = EXIT_BAD_NUMBERS
 
 
-class FolderGone(Exception):
+class FolderGoneError(Exception):
     """What a command writes into was removed or renamed meanwhile. The message is for the user."""
 
     code = EXIT_GONE
 
 
-class NotStarted(Exception):
+class NotStartedError(Exception):
     """The processes of a run did not come together. The message is for the user; `code`: the exit code."""
 
     def __init__(self, message: str, code: int = EXIT_STALLED) -> None:
@@ -49,7 +49,7 @@ class NotStarted(Exception):
         self.code = code
 
 
-FIXES = {  # errors of the machine, which no program can foresee and its user can mend
+FIXES = {  # errors of the machine, which no program can foresee and its user can fix
     errno.ENOSPC: "make room and start again",
     errno.EDQUOT: "make room and start again",
     errno.EFBIG: "choose a place that takes larger files",
@@ -64,7 +64,7 @@ FIXES = {  # errors of the machine, which no program can foresee and its user ca
 
 def ending(error: BaseException) -> tuple[str, int] | None:
     """(what the user is told in one line, exit code) of an error; None for a fault of this program."""
-    if isinstance(error, UserError | BadNumbers | FolderGone | NotStarted):
+    if isinstance(error, UserError | BadNumbersError | FolderGoneError | NotStartedError):
         return " ".join(str(error).split()), error.code
     if isinstance(error, OSError) and error.errno in FIXES:
         place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from runtime.distributed import on_main
-from runtime.exits import FolderGone, UserError
+from runtime.exits import FolderGoneError, UserError
 from runtime.streams import visible
 
 ENDING = ".lock"
@@ -242,10 +242,10 @@ def holding(
 
 
 def require_there(path: Any) -> None:
-    """FolderGone where the folder in which this process holds `path` has gone; nothing where it does not hold it."""
+    """FolderGoneError where the folder has gone in which this process holds `path`; nothing where it holds none."""
     hold = holds.get(os.path.abspath(path))
     if hold and not hold.is_there():
-        raise FolderGone(
+        raise FolderGoneError(
             f"{hold.said}: {hold.folder} was removed, renamed or emptied while this command wrote there: nothing more"
             " is written; put it back and start again, or start anew"
         )

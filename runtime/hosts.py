@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from runtime.distributed import free_port
-from runtime.exits import EXIT_STALLED, EXIT_WRONG_INPUT, NotStarted, UserError
+from runtime.exits import EXIT_STALLED, EXIT_WRONG_INPUT, NotStartedError, UserError
 from runtime.ranks import is_main, local_rank, print_rank_0, rank, world_size
 from runtime.streams import visible
 
@@ -126,7 +126,7 @@ def start_distributed(device: torch.device, minutes: float = START_MINUTES) -> N
     """Join the process group (nccl on GPUs, gloo on CPUs); one process without a launcher is a group of one.
 
     minutes: how long the processes wait for each other, 0: without end. UserError for an address or a port that is not
-    right, NotStarted where not all came. Collective.
+    right, NotStartedError where not all came. Collective.
     """
     import deepspeed
     import torch
@@ -191,9 +191,9 @@ def meet(minutes: float) -> Any:
     if "problem" in answer:
         roll.set(f"heard {rank()}", "")
         wait_for_others(roll)
-        raise NotStarted(answer["problem"], answer["code"])
+        raise NotStartedError(answer["problem"], answer["code"])
     if "hosts" not in answer:
-        raise NotStarted(f"the first process, at {place.name} port {place.port}, has gone before the start", 1)
+        raise NotStartedError(f"the first process, at {place.name} port {place.port}, has gone before the start", 1)
     print_rank_0(f"{world_size()} processes: {describe(answer['hosts'])}")
     store.set_timeout(GROUP_TIMEOUT)
     return store
@@ -230,7 +230,7 @@ def serve(place: Place) -> TCPStore:
 
 
 def reach(place: Place, end: Any, minutes: float) -> Any:
-    """torch's store in the first process; NotStarted where none answers until `end`."""
+    """torch's store in the first process; NotStartedError where none answers until `end`."""
     from torch.distributed import TCPStore
 
     def connect() -> None:
@@ -252,14 +252,14 @@ def reach(place: Place, end: Any, minutes: float) -> Any:
         if found:
             return found[0]
         if thread.is_alive() and time.monotonic() < end:
-            raise NotStarted(
+            raise NotStartedError(
                 f"--master_port {place.port}: what answers {host_name()} at {place.name} is another program: choose"
                 " another port",
                 EXIT_WRONG_INPUT,
             )
         time.sleep(POLL_SECONDS)
     what = "what listens there is another program" if answers else "does it run, and is the port open?"
-    raise NotStarted(
+    raise NotStartedError(
         f"--start_timeout {minutes:g}: {host_name()} had no answer from the first process at {place.name} port"
         f" {place.port} in {minutes:g} minutes: {what}"
     )
@@ -354,7 +354,7 @@ def leave_word(code: int) -> None:
         return  # the launcher ends all processes of a host
     from torch.distributed import PrefixStore
 
-    with contextlib.suppress(UserError, NotStarted, RuntimeError):
+    with contextlib.suppress(UserError, NotStartedError, RuntimeError):
         place = find_place()
         store = serve(place) if is_server() else reach(place, time.monotonic() + LEAVE_SECONDS, LEAVE_SECONDS / 60)
         roll = PrefixStore(f"start {run_key()}", store)

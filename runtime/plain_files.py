@@ -42,7 +42,7 @@ def open_plain(path: str) -> BinaryIO:
     return os.fdopen(handle, "rb")
 
 
-class KeyTwice(ValueError):
+class DuplicateKeyError(ValueError):
     """A key that stands twice in an object."""
 
 
@@ -50,7 +50,7 @@ def make_object(pairs: Any) -> dict:
     """The object of (key, value) pairs; json alone would keep the last of two values and say nothing."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise KeyTwice(collections.Counter(key for key, _ in pairs).most_common(1)[0][0])
+        raise DuplicateKeyError(collections.Counter(key for key, _ in pairs).most_common(1)[0][0])
     return found
 
 
@@ -65,7 +65,7 @@ def parse_json(text: str) -> Any:
     """The value of a JSON text; ValueError, or RecursionError for brackets by the thousand."""
     try:
         return json.loads(text, object_pairs_hook=make_object, parse_int=whole_number)
-    except KeyTwice as error:
+    except DuplicateKeyError as error:
         raise ValueError(f"key {shown(str(error))} stands twice") from None
 
 

@@ -60,7 +60,7 @@ class PlainStream(OtherStream):
         return len(text)
 
 
-class LastingStream(OtherStream):
+class TolerantStream(OtherStream):
     """A stream for a long run: what cannot be written (a full disk, a pipe whose reader has gone) is left out.
 
     only: the one error number for which it is; None: all.

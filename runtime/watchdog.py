@@ -21,11 +21,11 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from runtime.entry import listen, listen_as_before, prepare_streams
-from runtime.exits import EXIT_LEFT, EXIT_STALLED, NotStarted, ending, fail
+from runtime.exits import EXIT_LEFT, EXIT_STALLED, NotStartedError, ending, fail
 from runtime.holding import release_all
 from runtime.hosts import TOKEN_BYTES, describe_missing, find_place, join_lifeline, leave_word, open_lifelines
 from runtime.ranks import is_main, rank, world_size
-from runtime.streams import LastingStream
+from runtime.streams import TolerantStream
 
 LOOK_SECONDS = 1.0
 CONNECT_SECONDS = 60
@@ -219,12 +219,12 @@ def launchers(number: Any = 2) -> list:
 
 @contextlib.contextmanager
 def together() -> Iterator[Any]:
-    """Run a command whose processes end together, with one exit code; what the user can mend is one line (`ending`).
+    """Run a command whose processes end together, with one exit code; what the user can fix is one line (`ending`).
 
     Yields the watch, to be started when the process group is there.
     """
     prepare_streams()
-    sys.stdout, sys.stderr = LastingStream(sys.stdout), LastingStream(sys.stderr)
+    sys.stdout, sys.stderr = TolerantStream(sys.stdout), TolerantStream(sys.stderr)
     watch = Watch()
     before = listen(watch.on_signal)
     code, is_told = 0, False
@@ -236,7 +236,7 @@ def together() -> Iterator[Any]:
     except BaseException as error:
         line, code = ending(error) or (None, 1)
         if line:
-            is_told = isinstance(error, NotStarted)
+            is_told = isinstance(error, NotStartedError)
             fail(line, code=code)
         if watch.lines:  # if another process has died, the watch says so, and a failed collective is no news
             time.sleep(2 * LOOK_SECONDS)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from rows.batches import collate, to_device
 from runtime.distributed import gather
-from runtime.exits import BadNumbers
+from runtime.exits import BadNumbersError
 from utils import name_rows
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def keep_going_at_low_scale(engine: Any) -> None:
 
 
 def check_skipped(num_skipped: int, step: int, precision: str, scale: float) -> None:
-    """BadNumbers where too many updates in a row had gradients that are not finite."""
+    """BadNumbersError where too many updates in a row had gradients that are not finite."""
     if num_skipped < MAX_SKIPPED:
         return
     advice = (
@@ -36,7 +36,7 @@ def check_skipped(num_skipped: int, step: int, precision: str, scale: float) -> 
         if precision == "fp16"
         else "lower --learning_rate or look at the rows of these updates"
     )
-    raise BadNumbers(
+    raise BadNumbersError(
         f"step {step}: the gradients of {num_skipped} updates in a row were not finite and were left out; {advice}"
     )
 
@@ -44,7 +44,7 @@ def check_skipped(num_skipped: int, step: int, precision: str, scale: float) -> 
 def explain_bad_loss(
     model: torch.nn.Module, update: Update, rows: Any, step: int, pad_token_id: int, setup: Setup
 ) -> NoReturn:
-    """BadNumbers that names rows and layer behind a loss that is not finite. Collective.
+    """BadNumbersError that names rows and layer behind a loss that is not finite. Collective.
 
     A second pass, without dropout, over each row of the update alone: the rows whose loss is not finite, and the
     first module, in the order in which they end, whose output is not.
@@ -77,7 +77,7 @@ def explain_bad_loss(
         text += ": use --precision bf16 or fp32"
     else:
         text += ": lower --learning_rate, or look at these rows"
-    raise BadNumbers(text)
+    raise BadNumbersError(text)
 
 
 def bad_weight(model: torch.nn.Module) -> str | None:

@@ -17,7 +17,7 @@ from checkpoints.saving import describe_run, save_checkpoint
 from checkpoints.state_checks import STATE
 from checkpoints.states import LEFTOVERS, close_state, state_bytes, write_state
 from runtime.distributed import on_main
-from runtime.exits import FolderGone, UserError
+from runtime.exits import FolderGoneError, UserError
 from runtime.folders import is_whole, keep_newest, new_folder, numbered, remove_leftovers
 from runtime.holding import place_now, require_there
 from runtime.json_lines import read_records
@@ -54,13 +54,13 @@ class RunFolder:
         return count_parameters(self.engine.module)
 
     def require(self) -> None:
-        """FolderGone on the first process where --output_dir was removed or renamed; the others end by the watch.
+        """FolderGoneError on the first process where --output_dir was removed or renamed; the others end by the watch.
 
         Where it was renamed, nothing half written is left in it.
         """
         try:
             require_there(self.args.output_dir)
-        except FolderGone:
+        except FolderGoneError:
             if self.closing:
                 self.closing.join()
             with contextlib.suppress(OSError):  # it is removed, not renamed
@@ -153,7 +153,7 @@ class Closing(threading.Thread):
             self.problem = str(getattr(error, "strerror", None) or error)
         try:
             require_there(self.args.output_dir)
-        except FolderGone:
+        except FolderGoneError:
             return  # the main thread says so
         self.log.saved(self.info["progress"]["step"], self.path, self.problem)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from evaluation.metrics import METRICS
 from reports.plots import picture
-from runtime.exits import EXIT_LEFT, BadNumbers, UserError, fail
+from runtime.exits import EXIT_LEFT, BadNumbersError, UserError, fail
 from runtime.json_lines import JsonLines
 from runtime.ranks import is_main, print_rank_0
 from runtime.streams import progress_bar
@@ -230,7 +230,7 @@ def end(output_dir: str, progress: Progress, is_last: bool, problem: str | None)
         print_rank_0(f"left after step {step}: the same command with --resume auto goes on from {output_dir}")
         sys.exit(EXIT_LEFT)
     if progress.num_applied == 0:
-        raise BadNumbers(
+        raise BadNumbersError(
             "no update was applied, every gradient was infinite or NaN: check the base weights, or use --precision bf16"
         )
     print_rank_0(f"done: {step} updates, {output_dir}")

@@ -124,7 +124,7 @@ def load_model(args: argparse.Namespace, base: Base, setup: Setup, ds_config: di
     if args.gradient_checkpointing:
         checkpoint_layers(model, args.gradient_checkpointing_interval)
     trained, total = count_parameters(model)
-    print_rank_0(f"{args.train_type}: {trained:,} of {total:,} weights train ({trained / total:.4%})")
+    print_rank_0(f"{args.train_type}: {trained:,} of {total:,} parameters are trainable ({trained / total:.4%})")
     sizes = [checkpoint_bytes(model, base.train_type), state_bytes(trained, setup.dtype) if args.save_state_step else 0]
     what = "a checkpoint and a state" if args.save_state_step else "a checkpoint"
     on_main(lambda: require_space(args.output_dir, sum(sizes), what))

@@ -310,7 +310,7 @@ def test_settings_of_generation_that_cannot_be(sandbox):
     put("generation_config.json", '{"temperature": "warm"}')(sandbox.model())
     sandbox.allow_weights()
     flags = "--model_path model --prompt a --max_new_tokens 1 --device cpu"
-    sandbox.fails("predict.py", *sandbox.fill(flags), says=r"model/generation_config\.json: .*: mend or remove it")
+    sandbox.fails("predict.py", *sandbox.fill(flags), says=r"model/generation_config\.json: .*: fix or remove it")
 
 
 @pytest.mark.parametrize("protocol", [None, 2, pickle.DEFAULT_PROTOCOL])

@@ -14,7 +14,7 @@ from checkpoints import state_checks
 from checkpoints import states as checkpoints_states
 from checkpoints.progress import Progress
 from runtime import folders
-from runtime.exits import BadNumbers
+from runtime.exits import BadNumbersError
 from training import resuming
 from training.setup import Setup
 
@@ -182,7 +182,7 @@ def test_what_is_not_finite_is_not_saved(tmp_path):
     files.save({"a": [torch.ones(3), torch.tensor([1e30, 1e38])]}, str(tmp_path / "x.pt"))
     assert files.problem is None, "large is not infinite"
     files.save({"a": [torch.ones(3), torch.tensor([1.0, float("nan")])]}, str(tmp_path / "y.pt"))
-    assert isinstance(files.problem, BadNumbers) and "a.1 holds values that are not finite" in str(files.problem)
+    assert isinstance(files.problem, BadNumbersError) and "a.1 holds values that are not finite" in str(files.problem)
     assert not (tmp_path / "y.pt").exists()
 
 
@@ -260,7 +260,7 @@ def test_what_is_mended_in_a_converted_state():
     groups = [{"lr": 1.0, "weight_decay": 0.5}, {"lr": 1.0, "weight_decay": 0.5}]
     optimizer = SimpleNamespace(optimizer=SimpleNamespace(state=states), param_groups=groups)
     engine = SimpleNamespace(optimizer=optimizer, lr_scheduler=SimpleNamespace(get_last_lr=lambda: [0.25, 0.125]))
-    checkpoints_states.mend_converted(engine, [0.1, 0.0])
+    checkpoints_states.fix_converted(engine, [0.1, 0.0])
     assert groups == [{"lr": 0.25, "weight_decay": 0.1}, {"lr": 0.125, "weight_decay": 0.0}]
     for number in range(3):
         states[number]["step"] += 1

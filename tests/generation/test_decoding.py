@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer
 import predict
 from generation import decoding
 from generation.decoding import decode, longer_mask
-from generation.kv_cache import RoomyCache, RoomyLayer
+from generation.kv_cache import PreallocatedCache, PreallocatedLayer
 
 NUM_NEW = 20
 STOP_ID = 1
@@ -58,12 +58,12 @@ def batch_sizes(monkeypatch):
     """Numbers of rows that stay when rows leave."""
     sizes = []
 
-    class Watched(RoomyCache):
+    class Watched(PreallocatedCache):
         def batch_select_indices(self, indices):
             sizes.append(len(indices))
             super().batch_select_indices(indices)
 
-    monkeypatch.setattr(decoding, "RoomyCache", Watched)
+    monkeypatch.setattr(decoding, "PreallocatedCache", Watched)
     return sizes
 
 
@@ -147,7 +147,7 @@ def test_adapter_is_used(golden):
 @pytest.mark.parametrize("capacity", [0, 9, 100])
 def test_cache_holds_what_the_stock_one_holds(capacity):
     torch.manual_seed(0)
-    stock, ours = DynamicCache(), RoomyCache(num_layers=2, capacity=capacity)
+    stock, ours = DynamicCache(), PreallocatedCache(num_layers=2, capacity=capacity)
     ours.prompt_layout = (torch.arange(3), torch.arange(3) + 10)
 
     def update(num_rows, num_tokens):
@@ -179,10 +179,10 @@ def test_cache_holds_what_the_stock_one_holds(capacity):
 
 
 def test_cache_writes_in_place():
-    layer, stock = RoomyLayer(capacity=8), DynamicLayer()
+    layer, stock = PreallocatedLayer(capacity=8), DynamicLayer()
     places = {layer.update(*torch.randn(2, 1, 1, 1, 4))[0].data_ptr() for _ in range(8)}
     assert len(places) == 1 and layer.keys.dtype == torch.float32
-    layer = RoomyLayer(capacity=8)
+    layer = PreallocatedLayer(capacity=8)
     half = torch.randn(2, 1, 1, 3, 4).to(torch.bfloat16)
     assert torch.equal(layer.update(*half)[1], stock.update(*half)[1]) and layer.keys.dtype == torch.bfloat16
 

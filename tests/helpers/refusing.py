@@ -34,7 +34,7 @@ NO_CUDA = (torch.cuda.is_available(), "there is a CUDA device")
 
 
 def case(name, *values, bug=None, skip=None):
-    """A line of a table; `bug` says what the program does instead, until that is mended."""
+    """A line of a table; `bug` says what the program does instead, until that is fixed."""
     marks = [pytest.mark.xfail(strict=True, reason=bug)] if bug else []
     marks += [pytest.mark.skipif(skip[0], reason=skip[1])] if skip else []
     return pytest.param(*values, id=name, marks=marks)

@@ -825,7 +825,7 @@ def test_two_processes_give_the_same_files_as_one(glm3, tokenizer3, tmp_path, sm
         assert [rows.place(n) for n in range(len(rows))] == kept
         found.append({str(p.relative_to(cache)): p.read_bytes() for p in cache.rglob("*") if p.is_file()})
         said.append(capsys.readouterr().out)
-    assert found[0] == found[1] and len(found[0]) == 7
+    assert found[0] == found[1] and len(found[0]) == 8
     assert said[0].startswith("encoded 2,967 rows in ") and said[0].endswith(" s with 1 process\n")
     assert said[1].startswith("encoded 2,967 rows in ") and said[1].endswith(" s with 2 processes\n")
     assert not multiprocessing.active_children()

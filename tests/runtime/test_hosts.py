@@ -19,7 +19,7 @@ import utils
 from flags.train import train_parser
 from runtime import distributed, hosts, shared_files
 from runtime.distributed import free_port
-from runtime.exits import NotStarted, UserError
+from runtime.exits import NotStartedError, UserError
 
 TOKEN = bytes(range(32))
 
@@ -222,7 +222,7 @@ def test_a_hostfile_that_is_wrong(tmp_path, text, says):
 
 def test_a_process_that_does_not_come(launched, monkeypatch):
     monkeypatch.setattr(hosts, "launched_hosts", lambda: {0: "node1", 1: "node2"})
-    with pytest.raises(NotStarted) as stop:
+    with pytest.raises(NotStartedError) as stop:
         hosts.meet(0.005)
     assert stop.value.code == 4
     said = r"--start_timeout 0.005: of 2 processes 1 came in 0.005 minutes \(\S+\); missing: rank 1 on node2: see what"
@@ -235,7 +235,7 @@ def test_a_first_process_that_does_not_answer(launched, listens):
     with socket.create_server(("127.0.0.1", 0)) as other:
         if listens:
             launched(MASTER_PORT=other.getsockname()[1])
-        with pytest.raises(NotStarted) as stop:
+        with pytest.raises(NotStartedError) as stop:
             hosts.meet(0.01)
     assert stop.value.code == 4 and "had no answer from the first process at 127.0.0.1 port" in str(stop.value)
     assert ("another program" in str(stop.value)) == listens
@@ -247,7 +247,9 @@ def test_another_program_where_the_first_process_should_be(launched, monkeypatch
     launched(RANK=1)
     with socket.create_server(("127.0.0.1", 0)) as other:
         launched(MASTER_PORT=other.getsockname()[1])
-        with pytest.raises(NotStarted, match=r"--master_port \d+: what answers \S+ at 127.0.0.1 is another") as stop:
+        with pytest.raises(
+            NotStartedError, match=r"--master_port \d+: what answers \S+ at 127.0.0.1 is another"
+        ) as stop:
             hosts.meet(10)
     assert stop.value.code == 2
 
@@ -258,7 +260,7 @@ def rolls():
     while True:
         try:
             return PrefixStore(f"start {hosts.run_key()}", hosts.reach(hosts.find_place(), end, 1))
-        except NotStarted:
+        except NotStartedError:
             assert time.monotonic() < end
 
 
@@ -274,7 +276,7 @@ def test_the_store_of_torchrun(launched, capsys):
 def test_a_process_that_leaves_before_the_start(launched):
     """The others do not wait for it until --start_timeout, and end with its exit code."""
     threading.Thread(target=lambda: rolls().set("left 1", '["node2", 2]'), daemon=True).start()
-    with pytest.raises(NotStarted) as stop:
+    with pytest.raises(NotStartedError) as stop:
         hosts.meet(5)
     assert (stop.value.code, str(stop.value)) == (
         2, "rank 1 on node2 left before the start with exit code 2: see what it said"

@@ -28,7 +28,7 @@ from comparison import commands
 from flags import train
 from runtime import entry, folders, holding, json_lines
 from runtime import streams as utils
-from runtime.exits import EXIT_GONE, FolderGone, UserError
+from runtime.exits import EXIT_GONE, FolderGoneError, UserError
 from training import run_log
 from training.run_folder import RunFolder
 
@@ -286,7 +286,7 @@ def test_a_folder_that_goes(tmp_path, go):
         holding.take(str(path), "--output_dir", is_inside)
         holding.require_there(str(path))
         go(out)
-        with pytest.raises(FolderGone, match=f"--output_dir {path}: {out} was removed, renamed or emptied while"):
+        with pytest.raises(FolderGoneError, match=f"--output_dir {path}: {out} was removed, renamed or emptied while"):
             holding.require_there(str(path))
         holding.release_all()
         left = [name for name in names(tmp_path) if name not in ("moved", "out")]
@@ -297,7 +297,7 @@ def test_a_folder_that_goes(tmp_path, go):
 def test_a_folder_that_goes_while_rows_are_answered(tmp_path):
     """What was answered lies where the folder is now."""
     (tmp_path / "out").mkdir()
-    with pytest.raises(FolderGone):
+    with pytest.raises(FolderGoneError):
         answer_rows(tmp_path / "out", Answerer(lambda number: number == 2 and renamed(tmp_path / "out")))
     assert names(tmp_path) == ["moved", "p.jsonl.rank0.partial"]
     assert len((tmp_path / "moved" / "p.jsonl.rank0.partial").read_text().splitlines()) == 3
@@ -313,7 +313,7 @@ def test_a_run_leaves_nothing_half_written_where_its_folder_went(tmp_path, go, c
         go(out)
         for name in ("state-step-3", "state-step-6.partial", "mine.partial") if go is renamed else ():
             (tmp_path / "moved" / name).mkdir()
-        with pytest.raises(FolderGone):
+        with pytest.raises(FolderGoneError):
             RunFolder.require(run)
     found = {renamed: ["mine.partial", "moved", "state-step-3"], removed: [], emptied: ["out"]}
     assert names(tmp_path) == found[go]
@@ -330,9 +330,9 @@ def test_a_comparison_whose_folder_goes(tmp_path):
 
         with holding.holding(str(out), "--output_dir", is_inside=True):
             runner = commands.Steps(out, run_words=run_words)
-            with pytest.raises(FolderGone):
+            with pytest.raises(FolderGoneError):
                 runner.run("a/b", "true", [], f"{out}/result")
-            with pytest.raises(FolderGone):
+            with pytest.raises(FolderGoneError):
                 runner.run("a/c", "true", [], f"{out}/result")
         assert names(tmp_path) == []
 
@@ -353,7 +353,7 @@ def test_a_folder_removed_while_it_is_written_is_not_made_again(tmp_path):
 
 def test_a_removed_output_folder_is_one_line_and_exit_code_5(monkeypatch, capsys):
     def main(argv):
-        raise FolderGone("--output_path x: . was removed")
+        raise FolderGoneError("--output_path x: . was removed")
 
     monkeypatch.setattr(sys, "argv", ["x.py"])
     with pytest.raises(SystemExit) as stop:

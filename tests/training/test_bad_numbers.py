@@ -12,7 +12,7 @@ import utils
 from checkpoints import progress as checkpoints_progress
 from checkpoints.progress import Progress
 from rows.batches import Update
-from runtime.exits import BadNumbers
+from runtime.exits import BadNumbersError
 from training import bad_numbers
 from training.setup import Setup
 
@@ -25,16 +25,16 @@ def losses(number, seed=0):
 
 def test_noise_is_no_spike():
     for seed in range(20):
-        usual = checkpoints_progress.UsualLoss()
+        usual = checkpoints_progress.LossAverage()
         assert not any(usual.is_spike(loss) for loss in losses(1000, seed))
 
 
 def test_a_spike_is_found_and_forgotten():
-    usual = checkpoints_progress.UsualLoss()
+    usual = checkpoints_progress.LossAverage()
     found = [n for n, loss in enumerate(losses(500)) if usual.is_spike(loss + 6 * (n in (120, 121, 300)))]
     assert found == [120, 121, 300]
     assert usual.mean == pytest.approx(1, abs=0.2)
-    usual = checkpoints_progress.UsualLoss()
+    usual = checkpoints_progress.LossAverage()
     assert not any(usual.is_spike(loss + 6 * (n == 5)) for n, loss in enumerate(losses(30))), "too early to tell"
 
 
@@ -70,7 +70,7 @@ def test_the_best_value():
 )
 def test_many_updates_left_out(precision, advice):
     bad_numbers.check_skipped(bad_numbers.MAX_SKIPPED - 1, 40, precision, 2.0)
-    with pytest.raises(BadNumbers, match=f"step 40: the gradients of 16 updates in a row .*{advice}"):
+    with pytest.raises(BadNumbersError, match=f"step 40: the gradients of 16 updates in a row .*{advice}"):
         bad_numbers.check_skipped(bad_numbers.MAX_SKIPPED, 40, precision, 2.0)
 
 
@@ -102,18 +102,20 @@ def test_rows_and_module_are_named(monkeypatch):
     monkeypatch.setattr(bad_numbers, "gather", lambda value: [value])
     rows = Rows({"input_ids": [n % 3, 5, 6], "runs": [(1, 3, -1)]} for n in range(6))
     update = Update([[0, 1], [2], [3]], [0, 1, 2, 3], 8)
-    with pytest.raises(BadNumbers) as error:
+    with pytest.raises(BadNumbersError) as error:
         bad_numbers.explain_bad_loss(Model(), update, rows, 7, 9, setup_of("fp16"))
     text = str(error.value)
     assert text.startswith(
         "step 7: the loss is not finite, the update was not applied; rows rows.json:1, rows.json:4; "
     )
     assert "first output that is not finite: second" in text and "--precision bf16" in text
-    with pytest.raises(BadNumbers, match="rows rows.json:2, rows.json:3; each alone and without dropout is finite"):
+    with pytest.raises(
+        BadNumbersError, match="rows rows.json:2, rows.json:3; each alone and without dropout is finite"
+    ):
         bad_numbers.explain_bad_loss(Model(), Update([[1, 2]], [1, 2], 8), rows, 7, 9, setup_of("fp32"))
     model = Model()
     model.second.weight.data[0] = float("nan")
-    with pytest.raises(BadNumbers, match="the weight second.weight is not finite: the base checkpoint is damaged"):
+    with pytest.raises(BadNumbersError, match="the weight second.weight is not finite: the base checkpoint is damaged"):
         bad_numbers.explain_bad_loss(model, Update([[1]], [1], 8), rows, 7, 9, setup_of("fp32"))
 
 
@@ -147,12 +149,12 @@ def test_what_is_far_above_the_usual_loss():
         (0.25, 4.9, False),
         (0.25, 5.1, True),
     ):
-        usual = checkpoints_progress.UsualLoss(count=50, mean=2.0, variance=variance)
+        usual = checkpoints_progress.LossAverage(count=50, mean=2.0, variance=variance)
         assert usual.is_spike(loss) == is_spike
         assert (usual.count, usual.mean) == ((50, 2.0) if is_spike else (51, pytest.approx(2 + 0.02 * (loss - 2))))
     for count, is_spike in ((19, False), (20, True)):
-        assert checkpoints_progress.UsualLoss(count=count, mean=2.0).is_spike(9.0) == is_spike
-    usual = checkpoints_progress.UsualLoss()
+        assert checkpoints_progress.LossAverage(count=count, mean=2.0).is_spike(9.0) == is_spike
+    usual = checkpoints_progress.LossAverage()
     for loss in (3.0, 5.0, 4.0):  # few: their plain mean and variance
         usual.is_spike(loss)
     assert (usual.count, usual.mean, usual.variance) == (3, 4.0, pytest.approx(2 / 3))
@@ -175,7 +177,7 @@ def test_a_loss_that_no_module_explains(monkeypatch):
     """Only the rows are named then."""
     monkeypatch.setattr(bad_numbers, "gather", lambda value: [value])
     rows = Rows({"input_ids": [5, 6], "runs": [(1, 2, -1)]} for _ in range(3))
-    with pytest.raises(BadNumbers) as error:
+    with pytest.raises(BadNumbersError) as error:
         bad_numbers.explain_bad_loss(Odd(), Update([[0, 2]], [0, 2], 2), rows, 7, 9, setup_of("fp32"))
     said = "rows rows.json:1, rows.json:3: lower --learning_rate, or look at these rows"
     assert str(error.value) == f"step 7: the loss is not finite, the update was not applied; {said}"

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import utils
 from checkpoints import saving
 from checkpoints.saving import check_written, describe_run, save_checkpoint
-from runtime.exits import BadNumbers
+from runtime.exits import BadNumbersError
 from runtime.folders import is_whole, new_folder
 from train_types import TRAIN_TYPES
 from training.run_folder import RunFolder, last_checkpoint
@@ -42,7 +42,7 @@ def test_weights_that_are_not_finite_are_not_saved(lora, tmp_path, value):
     name, parameter = [pair for pair in lora[0].named_parameters() if "lora_B" in pair[0]][-1]
     with torch.no_grad():
         parameter[0, 0] = value
-    with pytest.raises(BadNumbers, match=f"{name.rpartition('.lora_B')[0]}.*not finite: .*/bad was not saved"):
+    with pytest.raises(BadNumbersError, match=f"{name.rpartition('.lora_B')[0]}.*not finite: .*/bad was not saved"):
         save(lora, tmp_path / "bad")
     assert os.listdir(tmp_path) == ["good"]
 
@@ -91,7 +91,7 @@ def test_the_best_weights_come_along(tmp_path, capsys):
     """A run that goes on in another folder takes best/ of the step that its state names, of this run, whole."""
     args = SimpleNamespace(output_dir=str(tmp_path / "new"), learning_rate=0.1, seed=1)
     folder = RunFolder.__new__(RunFolder)
-    folder.args, folder.base_fingerprint = args, "base"
+    folder.args, folder.base = args, SimpleNamespace(fingerprint="base")
     state = str(tmp_path / "old" / "state-step-9")
     best = tmp_path / "old" / "best"
     for name in ("old", "new"):
