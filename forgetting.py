@@ -15,7 +15,6 @@ from runtime import entry  # first: Ctrl-C is heard while the others are importe
 
 # isort: split
 
-import importlib.metadata
 
 from checkpoints.bases import known_bases
 from checkpoints.opening import load_opened, open_checkpoint
@@ -37,6 +36,7 @@ from flags.forgetting import output_problems, parse_args
 from generation.answerer import Answerer, DecodingSettings
 from runtime.exits import UserError
 from runtime.holding import holding, require_there
+from runtime.machine import versions
 from utils import choose_device, choose_precision, prepare_environment, torch_dtype
 
 PACKAGES = ("torch", "transformers", "peft", "rouge-chinese", "jieba")
@@ -85,8 +85,7 @@ def measure(args: argparse.Namespace, suite: Any, before: dict) -> None:
         result["before"] = {"path": args.before, "model": before["model"], **summary(before["rows"])}
         result["difference"] = differences(rows, before["rows"], args.before)
         result["verdict"] = verdict(result["difference"])
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    save(result | {"versions": versions, "rows": rows}, args.output_path)
+    save(result | {"versions": versions(PACKAGES), "rows": rows}, args.output_path)
     print(format_result(result))
 
 

@@ -127,11 +127,11 @@ def main(argv: list[str], watch: Watch) -> None:
             update_loss += losses.detach().sum()
         update_loss, num_asked = sum_over_ranks(update_loss, watch.asked is not None, group=setup.group)
         if not math.isfinite(update_loss):
-            watch.rest()
+            watch.pause()
             explain_bad_loss(engine.module, update, rows, step, base.config.pad_token_id, setup)
         rate = scheduler.get_last_lr()[0]
         engine.step()
-        watch.rest()
+        watch.pause()
         num_tokens = int(updates.lengths[update.rows].sum())
         progress.count(update_loss, update.num_labels, num_tokens, engine.was_step_applied())
         check_skipped(progress.num_skipped, step, setup.precision, getattr(engine.optimizer, "loss_scale", 1))

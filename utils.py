@@ -41,7 +41,7 @@ def prepare_environment(device: str = "auto") -> None:
 def keep_freed_memory() -> None:
     """Let the C library keep the memory of freed tensors for the next ones, as torch does on a GPU.
 
-    It would give blocks of 32 MiB and more back at once and get them again, page by page: an eighth of a step's time.
+    It would give blocks of 32 MiB and more back at once and get them again, page by page.
     Values that the environment gives (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_) are left alone.
     """
     import ctypes

@@ -1,11 +1,14 @@
 """Figures of the benchmarks: kept in results.json beside this file, shown in RESULTS.md, which is made from it."""
 
+from __future__ import annotations
+
 import datetime
-import importlib.metadata
 import json
 import os
 import pathlib
 import platform
+
+from runtime.machine import versions
 
 FOLDER = pathlib.Path(__file__).resolve().parent
 RESULTS = FOLDER / "results.json"
@@ -27,8 +30,10 @@ def machine():
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             models = {line.split(":")[1].strip() for line in file if line.startswith("model name")}
         name = f"{os.cpu_count()} cores, {' '.join(sorted(models)) or platform.processor()}"
-    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("torch", "transformers", "deepspeed"))
-    return f"{name}; {versions}; {datetime.date.today().isoformat()}"
+    installed = ", ".join(
+        f"{name} {version}" for name, version in versions(("torch", "transformers", "deepspeed")).items()
+    )
+    return f"{name}; {installed}; {datetime.date.today().isoformat()}"
 
 
 def save(section, command, rows):

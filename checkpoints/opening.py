@@ -1,4 +1,4 @@
-"""Runs on disk: folders opened and understood, weights saved with the run.json beside them."""
+"""Checkpoints on disk: folders opened and understood, whoever saved them."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ class Opened:
 
 
 def open_checkpoint(path: str, mode_name: str | None = None, base: Any = None, flag: str = "--model_path") -> Opened:
-    """Understand any folder that we save, a released one, one of another tool (foreign.py), or a hub name.
+    """Understand any folder that we save, a released one, one of another tool, or a hub name.
 
     UserError says what is wrong with it. mode_name: the family where the files do not tell. base: where the base model
     is now, if it has moved or the folder does not name it.

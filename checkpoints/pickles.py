@@ -40,7 +40,7 @@ class NotPlainError(Exception):
     """A pickle of tensors that are not plain ones, or of other things that torch would read."""
 
 
-class TooLarge(Exception):
+class TooLargeError(Exception):
     """Tensors that claim more than the file holds, or records that are packed."""
 
 
@@ -190,7 +190,8 @@ class Bounded(io.RawIOBase):
 
 
 def check_pickle(path: str, more_globals: tuple[str, ...] = ()) -> None:
-    """Look at a file that torch.load is to read. UnpicklingError, NotPlainError, TooLarge, or what broken bytes raise.
+    """Look at a file that torch.load is to read. UnpicklingError, NotPlainError, TooLargeError, or what broken bytes
+    raise.
 
     more_globals: `module.name` of what may be in it besides tensors, tables, lists, tuples, texts and numbers.
     """
@@ -206,7 +207,7 @@ def check_pickle(path: str, more_globals: tuple[str, ...] = ()) -> None:
             raise pickle.UnpicklingError("not an archive that torch writes")
         is_packed = any(r.compress_type != zipfile.ZIP_STORED or r.flag_bits & 1 for r in records.values())
         if is_packed or sum(record.file_size for record in records.values()) > size:
-            raise TooLarge
+            raise TooLargeError
         if records[names[0]].file_size > MOST_PICKLE_BYTES:
             raise pickle.UnpicklingError("too long")
         reader = Reader(io.BytesIO(stored_bytes(file, records[names[0]])), more_globals)
@@ -215,7 +216,7 @@ def check_pickle(path: str, more_globals: tuple[str, ...] = ()) -> None:
         for key, (_, num_bytes) in reader.storages.items():
             record = records.get(f"{folder}data/{key}")
             if record is None or num_bytes > record.file_size:
-                raise TooLarge
+                raise TooLargeError
 
 
 def stored_bytes(file: Any, record: Any) -> Any:
@@ -242,14 +243,14 @@ def check_old(path: str, size: Any, more_globals: tuple[str, ...]) -> None:
                     raise pickle.UnpicklingError("not a file that torch writes")
                 storages |= reader.storages
             if not isinstance(keys, list) or {type(key) for key in keys} - {str} or sorted(keys) != sorted(storages):
-                raise TooLarge
+                raise TooLargeError
             at = bounded.at
             for num_values, num_bytes in map(storages.get, keys):  # their number, then their bytes
                 if int.from_bytes(content[at : at + 8], "little") != num_values:
-                    raise TooLarge
+                    raise TooLargeError
                 at += 8 + num_bytes
             if at > size:
-                raise TooLarge
+                raise TooLargeError
 
 
 def is_tar(file: Any) -> bool:

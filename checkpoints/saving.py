@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import math
 import os
 from collections.abc import Collection
@@ -18,6 +17,7 @@ from modes import MODES
 from runtime.distributed import on_main
 from runtime.exits import BadNumbersError, UserError
 from runtime.folders import file_entry, new_folder, require_space
+from runtime.machine import versions
 from runtime.ranks import is_main
 from train_types import TRAIN_TYPES
 from utils import write_json
@@ -101,7 +101,6 @@ def check_written(folder: str, state: dict) -> None:
 
 def describe_run(args: argparse.Namespace, base_folder: str, precision: str, **progress: Any) -> dict:
     """What run.json says: enough to load the weights and to repeat the run."""
-    packages = ("torch", "transformers", "deepspeed", "peft")
     vocabulary = os.path.join(base_folder, MODES[args.mode].tokenizer_class.vocab_files_names["vocab_file"])
     return {
         "mode": args.mode,
@@ -113,5 +112,5 @@ def describe_run(args: argparse.Namespace, base_folder: str, precision: str, **p
         "precision": precision,
         **progress,
         "flags": {n: value for n, value in sorted(vars(args).items()) if n not in ("local_rank", "continued_from")},
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": versions(),
     }

@@ -24,7 +24,7 @@ from checkpoints.pickles import check_pickle
 from checkpoints.state_checks import KINDS, STATE, STATE_FILE, TAG
 from checkpoints.weight_files import finite_problem
 from runtime import folders
-from runtime.distributed import on_main
+from runtime.distributed import gather, on_main
 from runtime.exits import BadNumbersError, UserError
 from runtime.folders import PARTIAL, close_folder, require_space
 from runtime.ranks import is_main, world_size
@@ -199,8 +199,7 @@ def write_state(engine: Any, folder: str, num_bytes: int) -> dict:
     engine._copy_recovery_script = lambda path: None  # DeepSpeed writes it past `files`
     engine.save_checkpoint(scratch, TAG, save_latest=False, exclude_frozen_parameters=True)
     files.save(random_states(), os.path.join(scratch, f"rank-{dist.get_rank()}.pt"))
-    found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, (files.problem, files.written))
+    found = gather((files.problem, files.written))
     for problem, _ in found:
         if problem:
             if is_main():

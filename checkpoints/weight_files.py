@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from checkpoints.pickles import NotPlainError, TooLarge, check_pickle
+from checkpoints.pickles import NotPlainError, TooLargeError, check_pickle
 from runtime.exits import UserError
 from runtime.file_kinds import BROUGHT_ELSE, explain
 from runtime.plain_files import open_plain
@@ -190,7 +190,7 @@ def read_bin(path: str) -> dict:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except UserError:
         raise
-    except TooLarge:
+    except TooLargeError:
         reason = "its tensors claim more than it holds, or it is compressed"
         raise UserError(f"{path}: {reason}: download it again") from None
     except NotPlainError:

@@ -34,14 +34,14 @@ def prepare_terminal() -> None:
         readline.parse_and_bind(f"set {setting}")
 
 
-class LineDropped(Exception):
+class LineDroppedError(Exception):
     """Ctrl-C on a line that something stands on."""
 
 
 def on_interrupt(number: Any, frame: Any) -> NoReturn:
     """Ctrl-C at the prompt: only the line editor knows what has been typed, and only now."""
     readline = sys.modules.get("readline")
-    raise LineDropped if readline and readline.get_line_buffer() else KeyboardInterrupt
+    raise LineDroppedError if readline and readline.get_line_buffer() else KeyboardInterrupt
 
 
 def read_line() -> str | None:
@@ -53,7 +53,7 @@ def read_line() -> str | None:
         except EOFError:
             print()
             return None
-        except LineDropped:
+        except LineDroppedError:
             print()
         finally:
             listen_as_before(before)

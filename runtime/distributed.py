@@ -79,10 +79,10 @@ def barrier() -> None:
         dist.barrier()
 
 
-def gather(value: Any) -> list[None]:
+def gather(value: Any) -> list[Any]:
     """The values of all ranks, a list. Collective."""
     import torch.distributed as dist
 
-    values = [None] * world_size()
+    values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import warnings
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -157,6 +157,11 @@ def peak_memory(device: torch.device) -> int:
 PACKAGES = ("torch", "transformers", "deepspeed", "peft")
 
 
+def versions(names: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """{package: its installed version}."""
+    return {name: importlib.metadata.version(name) for name in names}
+
+
 def machine() -> dict:
     """What the comparison runs on, and the versions."""
     with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
@@ -167,6 +172,5 @@ def machine() -> dict:
         "cpu": f"{len(os.sched_getaffinity(0))} x {names[0] if names else platform.machine()}",
         "memory_bytes": memory()[0],
         "gpus": gpus.splitlines() if code == 0 else [],
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version(), **versions()},
     }

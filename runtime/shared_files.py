@@ -6,10 +6,10 @@ import os
 import time
 from typing import Any
 
-from runtime.distributed import on_main
+from runtime.distributed import gather, on_main
 from runtime.exits import UserError
 from runtime.hosts import POLL_SECONDS, host_name, is_one_host
-from runtime.ranks import is_local_main, world_size
+from runtime.ranks import is_local_main
 
 SHARE_SECONDS = 10  # a network file system may show a new file to other hosts late
 
@@ -19,7 +19,6 @@ def check_shared(folder: str) -> None:
 
     The states of a run have files of every process, and lie in one folder.
     """
-    import torch.distributed as dist
 
     if is_one_host():
         return
@@ -37,8 +36,7 @@ def check_shared(folder: str) -> None:
             problem = host_name()
             break
         time.sleep(POLL_SECONDS)
-    found = [None] * world_size()
-    dist.all_gather_object(found, problem)
+    found = gather(problem)
     on_main(lambda: os.remove(name))
     if blind := sorted(filter(None, found)):
         raise UserError(
@@ -49,12 +47,10 @@ def check_shared(folder: str) -> None:
 
 def check_same(what: str, value: Any) -> None:
     """UserError where a value, such as the hash of a file, is not that of the first process. Collective."""
-    import torch.distributed as dist
 
     if is_one_host():
         return
-    found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, (host_name(), value))
+    found = gather((host_name(), value))
     others = sorted({host for host, other in found if other != found[0][1]})
     if others:
         raise UserError(f"{what}: {', '.join(others)} has other ones than {found[0][0]}: copy the first host's files")

@@ -53,7 +53,7 @@ class Watch:
         self.launchers = launchers()
         if world_size() > 1:
             self.connect()
-        self.thread = threading.Thread(target=self.look, daemon=True, name="watch")
+        self.thread = threading.Thread(target=self.run, daemon=True, name="watch")
         self.thread.start()
 
     def connect(self) -> None:
@@ -98,32 +98,32 @@ class Watch:
         self.is_training = True
         self.work = (time.monotonic(), step, rows, row_numbers)
 
-    def rest(self) -> None:
+    def pause(self) -> None:
         """No step is being worked on; what follows (a save) may take its time."""
         self.work = None
 
-    def look(self) -> None:
+    def run(self) -> None:
         """The thread. Where it fails the run ends: the death of a process would go unnoticed from then on."""
         try:
-            self.look_around()
+            self.poll()
         except Exception as error:
             self.leave_at_once(1, f"the watch over the processes failed: {error!r}")
 
-    def look_around(self) -> None:
+    def poll(self) -> None:
         """Wait for news from the other processes, and look at the clock and the launcher."""
         selector = selectors.DefaultSelector()
         for line in self.lines:
             selector.register(line, selectors.EVENT_READ)
         while not self.is_over.wait(0 if self.lines else LOOK_SECONDS):
             for key, _ in selector.select(LOOK_SECONDS) if self.lines else []:
-                self.hear(key.fileobj, selector)
+                self.receive(key.fileobj, selector)
             if self.asked is None and self.launchers != launchers(len(self.launchers)):
                 self.asked = "the launcher has gone"
             work = self.work  # the main thread may take it away meanwhile
             if work and self.step_timeout and time.monotonic() - work[0] > self.step_timeout:
                 self.stalled()
 
-    def hear(self, line: Any, selector: Any) -> None:
+    def receive(self, line: Any, selector: Any) -> None:
         """News from another process: it ends, it stalls, or it is dead (and the connection at its end)."""
         try:
             words = line.recv(100).decode().split()
@@ -134,16 +134,16 @@ class Watch:
         if "stalled" in words:
             self.stalled()
         if "end" not in words:
-            self.tell("end 1")
+            self.send("end 1")
             self.leave_at_once(1, f"the process of rank {self.lines[line]} has died: the others end too")
         code = int((words[words.index("end") + 1 :] or ["1"])[0])
         selector.unregister(line)
         del self.lines[line]
         if code not in (0, EXIT_LEFT):  # with these, all come to the end together
-            self.tell(f"end {code}")
+            self.send(f"end {code}")
             self.leave_at_once(code)
 
-    def tell(self, message: str) -> None:
+    def send(self, message: str) -> None:
         """Send a message over all lifelines."""
         for line in list(self.lines):
             with contextlib.suppress(OSError):
@@ -152,7 +152,7 @@ class Watch:
     def end(self, code: int) -> None:
         """This process ends now with this exit code: no longer watch, and let the others know."""
         self.is_over.set()
-        self.tell(f"end {code}")
+        self.send(f"end {code}")
 
     def leave_at_once(self, code: int, message: str | None = None) -> NoReturn:
         """End the process although its main thread waits for something that will never come."""
@@ -166,7 +166,7 @@ class Watch:
 
     def stalled(self) -> NoReturn:
         """Write down what every process was doing, then end."""
-        self.tell("stalled")
+        self.send("stalled")
         path = os.path.join(self.output_dir, f"stalled-rank-{rank()}.txt")
         began, step, rows, numbers = self.work or (time.monotonic(), None, None, [])
         what = f"step {step}, rows {', '.join(map(rows.place, numbers)) or 'none'}" if step else "no step"
@@ -175,7 +175,7 @@ class Watch:
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
         time.sleep(2 * LOOK_SECONDS)  # the others hear of it and write theirs
-        self.tell(f"end {EXIT_STALLED}")
+        self.send(f"end {EXIT_STALLED}")
         self.leave_at_once(
             EXIT_STALLED, f"--step_timeout {self.step_timeout:g}: {what} did not end in time: see {path}"
         )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 from data_set import texts_of
 from rows.batches import collate, to_device
-from runtime.distributed import on_main, sum_over_ranks
+from runtime.distributed import gather, on_main, sum_over_ranks
+from runtime.folders import whole_file
+from runtime.json_lines import to_line
 from runtime.ranks import world_size
 
 if TYPE_CHECKING:
@@ -93,9 +94,7 @@ class Evaluation:
             results = answer([answer.prompt_ids(self.texts[n]["query"]) for n in numbers])
             found |= {n: result["predictions"][0] for n, result in zip(numbers, results)}
         engine.train()
-        parts: list[Any] = [None] * world
-        dist.all_gather_object(parts, found)
-        return [text for _, text in sorted({n: text for part in parts for n, text in part.items()}.items())]
+        return [text for _, text in sorted({n: text for part in gather(found) for n, text in part.items()}.items())]
 
 
 def evaluation_loss(engine: Any, rows: Any, batch_size: int, pad_token_id: int, setup: Setup) -> float:
@@ -125,8 +124,6 @@ def evaluation_loss(engine: Any, rows: Any, batch_size: int, pad_token_id: int, 
 
 def write_answers(path: str, texts: list, answers: list) -> None:
     """Rows with their answers as predict.py writes them, whole or not at all."""
-    with open(path + ".partial", "w", encoding="utf-8") as file:
-        for n, (row, text) in enumerate(zip(texts, answers)):
-            line = {"index": n, "query": row["query"], "output": row["answer"], "prediction": text}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    os.replace(path + ".partial", path)
+    with whole_file(path) as file:
+        for n, (row, text) in enumerate(zip(texts, answers, strict=True)):
+            file.write(to_line({"index": n, "query": row["query"], "output": row["answer"], "prediction": text}))

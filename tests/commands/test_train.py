@@ -50,7 +50,7 @@ class Noting:
         assert self.is_training
         self.told.append((step, len(row_numbers)))
 
-    def rest(self):
+    def pause(self):
         self.told.append("rest")
 
 

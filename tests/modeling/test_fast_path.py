@@ -378,6 +378,7 @@ def test_a_new_prefix_has_the_bounds_of_linear_layers():
     torch.manual_seed(0)
     sizes = dict(pre_seq_len=64, num_hidden_layers=2, prefix_projection=True, hidden_size=400)
     encoder = PrefixEncoder(SimpleNamespace(**sizes), num_heads=2, head_size=8, embedding_size=64)
+    torch.nn.init.constant_(encoder.embedding.weight, 7.0)  # torch has drawn it already
     encoder.reset_parameters()
     for layer, inputs in ((encoder.trans[0], 64), (encoder.trans[2], 400)):
         for parameter in (layer.weight, layer.bias):
@@ -503,3 +504,37 @@ def test_layers_above_trained_embeddings_are_recomputed():
     checkpoint_layers(model)
     layers = [module for module in model.modules() if type(module).__name__ == "GLMBlock"]
     assert all(layer.gradient_checkpointing for layer in layers)
+
+
+def test_an_adapter_has_the_precision_of_its_network():
+    """peft would make its matrices float32; the engine decides the precision."""
+    golden = Golden("glm3")
+    model = TRAIN_TYPES["lora"].prepare(golden.model(torch.bfloat16), LORA, golden.mode)
+    found = {parameter.dtype for name, parameter in model.named_parameters() if "lora_" in name}
+    assert found == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("is_training, wanted", [(True, 0.3), (False, 0.0)])
+def test_dropout_of_attention_is_the_layers_own(is_training, wanted, monkeypatch):
+    from modeling import attention
+
+    asked, dropout = [], torch.nn.functional.dropout
+    monkeypatch.setattr(
+        attention.F, "dropout", lambda x, p=0.5, training=True: asked.append(p) or dropout(x, p, training)
+    )
+    config = SimpleNamespace(_attn_implementation="eager")
+    layer = SimpleNamespace(
+        config=config, training=is_training, attention_dropout=0.3, scaling=1.0, num_key_value_groups=1
+    )
+    attention.attend(layer, *torch.randn(3, 1, 2, 4, 8), None)
+    assert asked == [wanted]
+
+
+def test_a_mask_of_four_dimensions_is_taken_as_it_is():
+    from modeling.attention import visible_mask
+
+    cpu, own = torch.device("cpu"), torch.tensor([[[[True, False], [True, True]]]])
+    assert visible_mask(2, 0, 1, own, None, cpu).tolist() == [[[[True, True, False], [True, True, True]]]]
+    assert visible_mask(2, 0, 1, None, None, cpu).tolist() == [[[[True, True, False], [True, True, True]]]]
+    padded = visible_mask(2, 0, 0, torch.tensor([[0, 1]]), None, cpu)
+    assert padded.tolist() == [[[[False, False], [False, True]]]]

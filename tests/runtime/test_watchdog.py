@@ -23,7 +23,7 @@ def pair(monkeypatch, tmp_path):
     line, other = socket.socketpair()
     watch, told = Watch(), []
     watch.lines, watch.output_dir, watch.step_timeout = {line: 3}, str(tmp_path), 0
-    monkeypatch.setattr(watch, "tell", told.append)
+    monkeypatch.setattr(watch, "send", told.append)
 
     def leave(code, message=None):
         raise Left(code, message)
@@ -40,7 +40,7 @@ def test_a_process_that_is_done_ends_no_other(pair, code):
     """A process that is done, or that leaves because it was asked to, ends no other."""
     watch, line, other, told, selector = pair
     other.sendall(f"end {code}\n".encode())
-    watch.hear(line, selector)
+    watch.receive(line, selector)
     assert watch.lines == {} and told == [] and not selector.get_map()
 
 
@@ -49,7 +49,7 @@ def test_a_failed_process_ends_the_others_with_its_exit_code(pair, word, code):
     watch, line, other, told, selector = pair
     other.sendall(f"{word}\n".encode())
     with pytest.raises(Left) as left:
-        watch.hear(line, selector)
+        watch.receive(line, selector)
     assert left.value.args == (code, None) and told == [f"end {code}"]
 
 
@@ -58,7 +58,7 @@ def test_a_dead_process_ends_the_others_with_exit_code_1(pair, how):
     watch, line, other, told, selector = pair
     other.sendall(b"hello\n") if how == "words" else other.close()
     with pytest.raises(Left) as left:
-        watch.hear(line, selector)
+        watch.receive(line, selector)
     assert left.value.args == (1, "the process of rank 3 has died: the others end too") and told == ["end 1"]
 
 
@@ -66,7 +66,7 @@ def test_news_after_the_end_is_ignored(pair):
     watch, line, other, told, selector = pair
     watch.is_over.set()
     other.close()
-    watch.hear(line, selector)
+    watch.receive(line, selector)
     assert told == [] and watch.lines == {line: 3}
 
 
@@ -81,7 +81,7 @@ def test_a_stalled_step_is_reported_and_has_its_exit_code(pair, monkeypatch):
     watch.step_timeout = 5
     other.sendall(b"stalled\n")
     with pytest.raises(Left) as left:
-        watch.hear(line, selector)
+        watch.receive(line, selector)
     assert left.value.args[0] == EXIT_STALLED and told == ["stalled", f"end {EXIT_STALLED}"]
     assert "--step_timeout 5: step 7, rows rows.json:4, rows.json:9 did not end in time" in left.value.args[1]
     [path] = os.listdir(watch.output_dir)
@@ -102,12 +102,12 @@ def test_the_clock_of_a_step(pair, monkeypatch, seconds, timeout, is_late):
     looks, waited = iter([False, True]), []
     monkeypatch.setattr(watch.is_over, "wait", lambda seconds: waited.append(seconds) or next(looks))
     watch.work = time.monotonic() - seconds, 7, None, []
-    watch.look_around()
+    watch.poll()
     assert bool(stalled) == is_late
-    watch.rest()
+    watch.pause()
     looks = iter([False, True])
     stalled.clear()
-    watch.look_around()
+    watch.poll()
     assert not stalled and watch.asked is None
     assert waited == [1.0] * 4, "without lifelines it looks every second"
 

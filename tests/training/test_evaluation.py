@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from checkpoints.bases import base_fingerprint
 from checkpoints.opening import read_config
-from data_set import RowSet, hold_out, mix
+from data_set import RowSet, hold_out, mix, texts_of
 from evaluation.round_trip import come_back
 from modes import MODES
 from runtime.folders import is_whole
@@ -101,6 +101,20 @@ def test_perfect_answers_have_perfect_scores(mode, task, metric, tmp_path):
         evaluation.texts = texts
         values[off] = evaluation.score(1, answers)[metric]
     assert values == {False: 100, True: 100 if mode != "glm" else 0}
+
+
+def test_texts_of_held_out_rows_come_without_bad_ones(tmp_path):
+    """With --skip_bad_rows the rows that are not right are left out again when the texts are read."""
+    path = tmp_path / "rows.json"
+    good = [json.dumps({"instruction": word, "output": word}) for word in ("a", "b")]
+    path.write_text("\n".join([good[0], "{", good[1]]), encoding="utf-8")
+
+    class Rows(list):
+        def place(self, n):
+            return f"{path}:{self[n]}"
+
+    args = SimpleNamespace(eval_path=[str(path)], skip_bad_rows=True, prompt_column=None, response_column="output")
+    assert [row["query"] for row in texts_of(Rows([3, 1]), args)] == ["b", "a"]
 
 
 def train(folder, name, more, code=0, fault=None):
