@@ -197,88 +197,105 @@ def plain_batches(args, rows, device, pad_token_id):
 def measure(args):
     """Figures of one mode and train type."""
     prepare_environment(args.device)
+    device = choose_device(args.device)
+    precision = choose_precision(args.precision, device)
+    start_distributed(device)
+    engine = build_engine(args, device, precision)
+    config = engine.module.config
+    rows, pad_token_id = make_rows(args, config), config.pad_token_id
+    ways = {"ours": batches_of(args, rows, args.packing, device, pad_token_id)}
+    if args.against == "plain":
+        ways["plain"] = plain_batches(args, rows, device, pad_token_id)
+    elif args.against == "unpacked":
+        ways["unpacked"] = batches_of(args, rows, False, device, pad_token_id)
+    medians = time_steps(args, engine, ways, device)
+
+    mine, make_batch = next(batches_of(args, rows, args.packing, device, pad_token_id))
+    work = useful_flops(engine.module, make_batch(), mine, config)
+    stop_distributed(engine)
+    return result_of(args, medians, work, peak_speed(device, precision))
+
+
+def build_engine(args, device, precision):
+    """DeepSpeed's engine around a network with random weights, as train.py makes it."""
     import deepspeed
     import torch
 
-    from benchmarks.plain import plain_loss, plain_settings
     from benchmarks.presets import preset_config, random_model
     from modeling.gradient_checkpointing import checkpoint_layers
     from training.ds_config import complete_config, read_ds_file
     from training.optimizer import build_optimizer
 
-    device = choose_device(args.device)
-    precision = choose_precision(args.precision, device)
-    start_distributed(device)
     torch.manual_seed(0)
     mode, train_type = args.mode[0], TRAIN_TYPES[args.train_type[0]]
     flags = training_flags(args, preset_config(args.preset, mode).num_layers)
     model = random_model(args.preset, mode, torch_dtype(precision), device, **train_type.config_changes(flags))
-    config = model.config
-    config._attn_implementation = args.attention
+    model.config._attn_implementation = args.attention
     model = train_type.prepare(model, flags, MODES[mode])
     if args.gradient_checkpointing:
         checkpoint_layers(model, args.gradient_checkpointing_interval)
     ds_config = complete_config(read_ds_file(args.ds_file), flags, 1, precision)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=build_optimizer(model, flags, MODES[mode].norms), config=ds_config
-    )
+    optimizer = build_optimizer(model, flags, MODES[mode].norms)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     engine.train()
+    return engine
 
-    rows = make_rows(args, config)
-    ways = {"ours": batches_of(args, rows, args.packing, device, config.pad_token_id)}
-    if args.against == "plain":
-        ways["plain"] = plain_batches(args, rows, device, config.pad_token_id)
-    elif args.against == "unpacked":
-        ways["unpacked"] = batches_of(args, rows, False, device, config.pad_token_id)
 
-    def step(way, watch_memory=False):
-        """One update; returns its figures. Watching memory gives back what is free, which costs time later."""
-        mine, make_batch = next(ways[way])
-        num_items = sum(map(num_labels, mine))
-        memory = Memory(device) if watch_memory else None
-        start = time.perf_counter()
-        batch = make_batch()
-        outside = time.perf_counter() - start
-        with plain_settings(model, checkpointing=True) if way == "plain" else nullcontext():
-            if way == "plain":
-                loss = plain_loss(engine, batch, num_items)
-            else:
-                loss = engine(**batch).token_losses.sum() / num_items
-            engine.backward(loss, scale_wrt_gas=False)
-        engine.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        return {
-            "seconds": seconds,
-            "outside": outside / seconds,
-            "rows": len(mine) / seconds,
-            "tokens": sum(len(row["input_ids"]) for row in mine) / seconds,
-            "padded": batch["input_ids"].numel() / seconds,
-            "extra": memory.extra() if memory else math.nan,
-            "peak": memory.peak() if memory else math.nan,
-        }
-
+def time_steps(args, engine, ways, device):
+    """{way: {figure: its median over the steps}}, the ways in turn."""
     figures = {way: [] for way in ways}
     for number in range(args.steps + 1):  # the first one of each way is a warm-up
-        for way in ways:
-            result = step(way)
+        for way, batches in ways.items():
+            result = one_step(engine, way, batches, device)
             if number:
                 figures[way].append(result)
-    median = {way: {k: statistics.median(r[k] for r in runs) for k in runs[0]} for way, runs in figures.items()}
+    medians = {way: {k: statistics.median(r[k] for r in runs) for k in runs[0]} for way, runs in figures.items()}
     if args.memory or device.type == "cuda":
-        for way in ways:
-            watched = [step(way, watch_memory=True) for _ in range(2)]
-            median[way] |= {name: max(result[name] for result in watched) for name in ("extra", "peak")}
+        for way, batches in ways.items():
+            watched = [one_step(engine, way, batches, device, watch_memory=True) for _ in range(2)]
+            medians[way] |= {name: max(result[name] for result in watched) for name in ("extra", "peak")}
+    return medians
 
-    ours = median["ours"]
-    mine, make_batch = next(batches_of(args, rows, args.packing, device, config.pad_token_id))
-    work = useful_flops(model, make_batch(), mine, config)
-    peak_name, peak = peak_speed(device, precision)
-    unit = "rows/s" if args.rows else "time"
+
+def one_step(engine, way, batches, device, watch_memory=False):
+    """One update; returns its figures. Watching memory gives back what is free, which costs time later."""
+    import torch
+
+    from benchmarks.plain import plain_loss, plain_settings
+
+    mine, make_batch = next(batches)
+    num_items = sum(map(num_labels, mine))
+    memory = Memory(device) if watch_memory else None
+    start = time.perf_counter()
+    batch = make_batch()
+    outside = time.perf_counter() - start
+    with plain_settings(engine.module, checkpointing=True) if way == "plain" else nullcontext():
+        if way == "plain":
+            loss = plain_loss(engine, batch, num_items)
+        else:
+            loss = engine(**batch).token_losses.sum() / num_items
+        engine.backward(loss, scale_wrt_gas=False)
+    engine.step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    return {
+        "seconds": seconds,
+        "outside": outside / seconds,
+        "rows": len(mine) / seconds,
+        "tokens": sum(len(row["input_ids"]) for row in mine) / seconds,
+        "padded": batch["input_ids"].numel() / seconds,
+        "extra": memory.extra() if memory else math.nan,
+        "peak": memory.peak() if memory else math.nan,
+    }
+
+
+def result_of(args, medians, work, speed):
+    """The line of the table. work: floating-point operations of a step; speed: (name, operations a second at most)."""
+    ours, (peak_name, peak) = medians["ours"], speed
     result = {
-        "mode": mode,
-        "train type": train_type.name,
+        "mode": args.mode[0],
+        "train type": args.train_type[0],
         "step s": ours["seconds"],
         "rows/s": ours["rows"],
         "tokens/s": ours["tokens"],
@@ -290,12 +307,11 @@ def measure(args):
         "extra GB": ours["extra"] / 1e9,
     }
     if args.against:
-        other = median[args.against]
+        other, unit = medians[args.against], "rows/s" if args.rows else "time"
         result[f"{args.against} step s"] = other["seconds"]
         result[f"{args.against} extra GB"] = other["extra"] / 1e9
         result[f"speed-up ({unit})"] = ours["rows"] / other["rows"] if args.rows else other["seconds"] / ours["seconds"]
         result["extra memory ratio"] = ours["extra"] / other["extra"]
-    stop_distributed(engine)
     return result
 
 
