@@ -28,7 +28,8 @@ NO_END = -1  # of a run whose last id is followed by no label of its own
 
 
 class Run(NamedTuple):
-    """Positions of a row that carry loss: `start` to before `end`, where the label is the row's own id.
+    """Positions of a row that carry loss: `start` to before `end`, where the label is the row's own id. `start` is at
+    least 1: nothing predicts the first id of a row.
 
     end_id: what is learned at `end`, where the row itself goes on with another id: how the model ends an answer that
     stands inside a conversation; NO_END where it is one of the run's ids, or is not learned.
@@ -177,6 +178,7 @@ def encode_batch(batch: list[tuple[int, Part]], encoding: Encoding) -> Encoded:
             counts["tokens"] += length
             counts["labels"] += sum(run.num_labels for run in item["runs"])
             ids += item["input_ids"]
+            assert all(1 <= run.start < run.end <= length for run in item["runs"]), item["runs"]
             runs += item["runs"]
             lengths.append(length)
             num_runs.append(len(item["runs"]))

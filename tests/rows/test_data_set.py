@@ -23,7 +23,7 @@ from rows import reading
 from rows.batches import collate
 from rows.cache import load_rows
 from rows.checks import Columns
-from rows.encoding import Encoding, encode_row, show_row
+from rows.encoding import Encoding, Run, encode_row, show_row
 from rows.reading import Part, data_files, read_rows
 from runtime.exits import UserError
 
@@ -801,6 +801,29 @@ def small_pool(monkeypatch):
 
 def many_rows(num_rows):
     return [{**ROW, "input": str(n), "output": "风" * (n % 90)} for n in range(1, num_rows + 1) if n % 90]
+
+
+def test_rows_of_several_runs_come_back(glm3, tokenizer3, tmp_path, monkeypatch):
+    """Runs of each row, its supervised tokens, and what is shown, after they have lain on the disk."""
+    encode_one, wanted = rows_encoding.encode_row, []
+
+    def encode_turns(*args):
+        item = encode_one(*args)
+        [(start, end, _)] = item["runs"]
+        item["runs"] = [Run(start, start + 2, 7), Run(start + 3, end)][: 1 + len(wanted) % 2]
+        wanted.append(item)
+        return item
+
+    monkeypatch.setattr(rows_encoding, "encode_row", encode_turns)
+    path = write(tmp_path / "rows.json", *as_lines(many_rows(5)))
+    for _ in range(2):  # the second time from the cache
+        rows, counts = load(glm3, tokenizer3, path, num_proc=1)
+        assert [row["runs"].tolist() for row in rows] == [[list(run) for run in item["runs"]] for item in wanted]
+        labels = [sum(end - start + (end_id >= 0) for start, end, end_id in item["runs"]) for item in wanted]
+        assert rows.num_labels.tolist() == labels and counts["labels"] == sum(labels) and len(wanted) == 5
+        assert [show_row(row, tokenizer3).count("【") for row in rows] == [1, 2, 1, 2, 1]
+        batch = collate([rows[n] for n in range(5)], 0)
+        assert len(batch["label_positions"]) == sum(labels)
 
 
 def test_two_processes_give_the_same_files_as_one(glm3, tokenizer3, tmp_path, small_pool, monkeypatch, capsys):
