@@ -11,7 +11,7 @@ is BAD. Nothing is fetched, and nothing is written but, with --full, the compile
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from runtime import entry  # first: Ctrl-C is heard while the others are imported
@@ -259,12 +259,12 @@ def row_lines(path: str, args: argparse.Namespace) -> Iterator[tuple[str, str, s
         yield NOTE if found.num_changed else OK, name, text
 
 
-def show(title: str, lines: Iterator[Any]) -> list[str]:
+def show(title: str, lines: Iterable[Any]) -> list[str]:
     """Print a section as it comes; returns the marks."""
     print(f"\n{visible(title)}", flush=True)
-    marks: list[str] = []
+    rest, marks = iter(lines), []
     while True:
-        found = attempt("not looked at", next, lines, None)  # a library that is missing ends its own section only
+        found = attempt("not looked at", next, rest, None)  # a library that is missing ends its own section only
         line = found if found[0] == BAD else found[2]
         if line is None:
             return marks

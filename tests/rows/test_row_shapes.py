@@ -53,7 +53,8 @@ def write(path, content):
 
 
 def load(glm3, tokenizer, path, columns=Columns(), **kwargs):
-    return load_rows([path], Encoding(columns, tokenizer, glm3.mode, 512, 384, False, **kwargs))
+    more = {name: kwargs.pop(name) for name in ("skip_bad_rows",) if name in kwargs}
+    return load_rows([path], Encoding(columns, tokenizer, glm3.mode, 512, 384, False, **more), **kwargs)
 
 
 def read(path, content, columns=Columns(), **kwargs):
