@@ -10,14 +10,11 @@ is BAD. Nothing is fetched, and nothing is written but, with --full, the compile
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterable, Iterator
-from typing import Any
-
 from runtime import entry  # first: Ctrl-C is heard while the others are imported
 
 # isort: split
 
+import argparse
 import glob
 import importlib
 import importlib.metadata
@@ -30,6 +27,8 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from checkpoints.inspection import STALE_SECONDS, broken_lines, folder_lines, open_folder
 from checkpoints.kinds import marked_kind

@@ -8,13 +8,12 @@ Takes what predict.py takes. The suite, and how its rows are scored: data/genera
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
-
 from runtime import entry  # first: Ctrl-C is heard while the others are imported
 
 # isort: split
 
+import argparse
+from typing import Any
 
 from checkpoints.bases import known_bases
 from checkpoints.opening import load_opened, open_checkpoint

@@ -8,14 +8,13 @@ Base model, rank and mode are read from the run, of other tools' adapters from a
 
 from __future__ import annotations
 
-import argparse
-from typing import TYPE_CHECKING, Any
-
 from runtime import entry  # first: Ctrl-C is heard while the others are imported
 
 # isort: split
 
+import argparse
 import os
+from typing import TYPE_CHECKING, Any
 
 from checkpoints.bases import base_fingerprint
 from checkpoints.kinds import MERGED

@@ -9,18 +9,17 @@ Takes a released checkpoint and every folder that train.py and merge_lora.py sav
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterator
-from typing import Any
-
 from runtime import entry  # first: Ctrl-C is heard while the others are imported
 
 # isort: split
 
+import argparse
 import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator
+from typing import Any
 
 from checkpoints.opening import load_opened, open_checkpoint
 from flags.predict import output_file_problems, parse_predict

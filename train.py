@@ -6,14 +6,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from runtime import entry  # noqa: F401, first: Ctrl-C is heard while the others are imported
 
 # isort: split
 
 import math
 import sys
+from typing import TYPE_CHECKING
 
 from checkpoints.opening import resolve_folder
 from checkpoints.progress import Progress
